@@ -1,0 +1,63 @@
+"""What every op checks on its arguments: host-side facts always, values only where reading them costs no device sync."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "torch"]
+
+
+def require(ok: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError "name: expected ..., got ..." unless `ok`; `got` is formatted only then."""
+    if not ok:
+        shown = tuple(got) if isinstance(got, torch.Size) else got
+        raise ValueError(f"{name}: expected {expected}, got {shown}")
+
+
+def require_float(name: str, tensor: Tensor, ndim: int) -> None:
+    require(tensor.dim() == ndim, name, f"{ndim} dimensions", tensor.shape)
+    require(tensor.is_floating_point(), name, "a floating-point tensor", tensor.dtype)
+
+
+def require_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    require(tensor.device == device, name, f"a tensor on {device}", tensor.device)
+
+
+def require_offsets(name: str, offsets: Tensor, total: int) -> None:
+    """`offsets` [B + 1] int32 starts at 0, never falls, ends at `total`; the values are read on CPU tensors only."""
+    require(offsets.dim() == 1 and offsets.shape[0] >= 1, name, "shape [segments + 1]", offsets.shape)
+    require(offsets.dtype == torch.int32, name, "int32", offsets.dtype)
+    if values_are_free(offsets):
+        require(int(offsets[0]) == 0, name, "a first entry of 0", int(offsets[0]))
+        require(int(offsets[-1]) == total, name, f"a last entry of {total}", int(offsets[-1]))
+        require(bool((offsets.diff() >= 0).all()), name, "entries that never fall", offsets.tolist())
+
+
+def require_longest(name: str, longest: int, offsets: Tensor) -> None:
+    """`longest` bounds every segment of `offsets`."""
+    require(longest >= 0, name, "an int >= 0", longest)
+    if values_are_free(offsets) and offsets.shape[0] > 1:
+        actual = int(offsets.diff().max())
+        require(longest >= actual, name, f"at least the longest segment, {actual}", longest)
+
+
+def require_range(name: str, index: Tensor, low: int, high: int) -> None:
+    """Every entry of the integer tensor `index` lies in [low, high); read on CPU tensors only."""
+    if values_are_free(index) and index.numel() > 0:
+        smallest, largest = int(index.min()), int(index.max())
+        require(low <= smallest and largest < high, name, f"entries in [{low}, {high})", f"[{smallest}, {largest}]")
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Reading the tensor's values costs no device sync and breaks no graph that is being captured."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def use_triton(impl: Impl, *tensors: Tensor) -> bool:
+    """Whether the Triton path runs; an explicit "triton" that cannot run raises rather than falls back."""
+    require(impl in ("auto", "triton", "torch"), "impl", '"auto", "triton" or "torch"', repr(impl))
+    require(impl != "triton", "impl", '"auto" or "torch" (the Triton path is not there yet)', repr(impl))
+    return False

@@ -1,0 +1,1 @@
+"""PromptEmbedder: soft prompts written by a small language model turn a frozen one into a text embedder."""

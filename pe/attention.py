@@ -1,0 +1,138 @@
+"""Attention of a packed row, registered with transformers so that any decoder runs on it unforked.
+
+The model hands queries, keys and values of one row `[1, H, T, D]` to `packed_attention`, together with the
+`AttentionPlan` that travels through the model's keyword arguments. The plan says where the texts begin, which stored
+keys and values they see before their own tokens, and whether this pass's keys and values are kept.
+
+Legend: H heads, G key/value heads, T tokens of the row, D head size, B texts, L tokens of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pe.kernels.context_attention import context_attention
+from pe.packing import Segments
+
+NAME = "pe_packed"
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values `[T, G, D]` of every layer for the texts of a packed row."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    segments: Segments
+
+
+class LastLayerReached(Exception):
+    """The last layer's keys and values are stored; nothing behind them is needed."""
+
+
+@dataclass
+class AttentionPlan:
+    """What the attention of one pass over a packed row needs to know.
+
+    Attributes:
+        segments: the texts of the row.
+        context: keys and values that stand before the texts, or None.
+        context_index: for each text the segment of `context` it sees, `[B]`; None: text b sees segment b.
+        keep: whether the pass stores its own keys and values in `stored`.
+        stop_after: layer whose stored keys end the pass by LastLayerReached; None: run to the end.
+    """
+
+    segments: Segments
+    context: KeyValues | None = None
+    context_index: Tensor | None = None
+    keep: bool = False
+    stop_after: int | None = None
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if self.keep:
+            self.stored[layer] = (k, v)
+        if layer == self.stop_after:
+            raise LastLayerReached
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Plain causal attention inside each text: q `[T, H, D]`, k, v `[T, G, D]` -> `[T, H, D]`.
+
+    Half-precision CUDA rows go through torch's variable-length flash attention; elsewhere neighbouring texts of equal
+    length share one scaled_dot_product_attention, so a row sorted by length costs few calls and no padding.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu, longest = segments.cu_seqlens, segments.longest
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    outputs = []
+    for first, count, length in segments.runs:
+        rows = slice(first, first + count * length)
+        heads = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: AttentionPlan,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface: `[1, H, T, D]` in, `[1, T, H, D]` out."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer, segments, context = int(module.layer_idx), plan.segments, plan.context  # type: ignore[arg-type]
+    plan.store(layer, k, v)
+    before = context.segments.longest if context else 0
+    window = sliding_window if sliding_window is not None and sliding_window < before + segments.longest else None
+    if context is None and window is None and softcap is None and s_aux is None:
+        return causal_attention(q, k, v, segments, scaling)[None], None
+    context_k, context_v = context.layers[layer] if context else (None, None)
+    attended = context_attention(
+        q,
+        k,
+        v,
+        segments.cu_seqlens,
+        max_seqlen=segments.longest,
+        context_k=context_k,
+        context_v=context_v,
+        cu_context=context.segments.cu_seqlens if context else None,
+        context_index=plan.context_index if context else None,
+        max_context=before,
+        scale=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return attended[None], None
+
+
+def no_mask(*_: object, **__: object) -> None:
+    """The plan carries the mask; transformers must build none."""
+
+
+def register() -> None:
+    """Make `attn_implementation="pe_packed"` known to transformers; without the mask function padding is attended."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, no_mask)
+
+
+def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:
+    """The stored keys and values in layer order."""
+    return KeyValues([plan.stored[layer] for layer in layers], plan.segments)

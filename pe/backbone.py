@@ -1,0 +1,247 @@
+"""The frozen embedding LLM: any decoder of transformers, run on packed rows.
+
+Legend: T tokens of a packed row, B texts, D hidden size, K soft tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe import attention
+from pe.attention import AttentionPlan, KeyValues, LastLayerReached
+from pe.config import BackboneConfig, LoraSettings
+from pe.kernels.prompt_rows import prompt_rows
+from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained
+from pe.packing import Segments, pack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+READER = "reader"
+
+attention.register()
+
+
+class UnsupportedBackbone(ValueError):
+    """An architecture whose packed pass is not the stock model's forward."""
+
+
+class Backbone(nn.Module):
+    """A frozen decoder over packed rows.
+
+    Attributes:
+        model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
+        text_tokenizer: its tokenizer.
+        name, revision: what a saved PromptEmbedder refers to.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None
+    ) -> None:
+        """Take over `model`: freeze it, switch it to packed attention, and check that this changes nothing.
+
+        Raises:
+            UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.
+        """
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.name, self.revision = name, revision
+        self.num_layers: int = model.config.get_text_config().num_hidden_layers
+        self.stock_attention: str = model.config._attn_implementation
+        self.check_parity()
+
+    @classmethod
+    def from_pretrained(cls, config: BackboneConfig, device: torch.device) -> Backbone:
+        """Load by folder or hub name; `trust_remote_code` stays off.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a name that the hub or its cache has.
+            UnsupportedBackbone: see `__init__`.
+        """
+        automatic = torch.float32 if device.type == "cpu" else "auto"
+        dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
+        model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
+        revision = config.revision or fingerprint(config.model)
+        return cls(model.to(device), tokenizer, config.model, revision)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.embedding.shape[1])
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embedding `[V, D]`, before `embedding_scale`."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def embedding_scale(self) -> float:
+        return embedding_scale(self.model)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """The decoder stays in eval mode; only the reader's dropout follows `mode`."""
+        super().train(False)
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def forward(
+        self,
+        rows: Tensor,
+        segments: Segments,
+        *,
+        context: KeyValues | None = None,
+        context_index: Sequence[int] | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, KeyValues | None]:
+        """Run a packed row of input embeddings.
+
+        Args:
+            rows: `[T, D]`, in the space of the model's `inputs_embeds`.
+            segments: the texts of the row.
+            context: keys and values that stand before the texts; they see it whole.
+            context_index: segment of `context` for each text; None: text b sees segment b.
+            keep: return this pass's own keys and values.
+
+        Returns:
+            final hidden states `[T, D]`, after the model's final norm, and the kept keys and values.
+        """
+        plan = AttentionPlan(segments, context, keep=keep)
+        offsets = context.segments.lengths if context else (0,) * len(segments)
+        if context and context_index is not None:
+            plan.context_index = torch.tensor(context_index, dtype=torch.int32, device=rows.device)
+            offsets = tuple(offsets[i] for i in context_index)
+        return self._run(rows, plan, offsets), self._kept(plan)
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[Sequence[int]]) -> KeyValues:
+        """The frozen text pass: keys and values of every text, without gradient, without the reader.
+
+        The last layer stops at its keys and values: nothing behind them can reach a later token.
+        """
+        ids, segments = pack(texts, self.device)
+        plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
+        with self.reader_off(), contextlib.suppress(LastLayerReached):
+            self._run(self.token_rows(ids), plan, (0,) * len(segments))
+        kept = self._kept(plan)
+        assert kept is not None
+        return kept
+
+    def token_rows(self, ids: Tensor) -> Tensor:
+        """Input embeddings `[T, D]` of token ids `[T]`."""
+        return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
+
+    def prompt_rows(self, ids: Tensor, prompts: Tensor, weight: Tensor | None) -> Tensor:
+        """Token rows and aligned soft-prompt rows as one packed input (see `kernels/prompt_rows.py`)."""
+        return prompt_rows(ids, self.embedding, prompts, weight, scale=self.embedding_scale)
+
+    def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
+        segments = plan.segments
+        before = torch.tensor(offsets, device=rows.device).repeat_interleave(
+            torch.tensor(segments.lengths, device=rows.device), output_size=segments.total
+        )
+        self.model.set_attn_implementation(attention.NAME)
+        output = self.model(
+            inputs_embeds=rows[None], position_ids=(segments.positions + before)[None], use_cache=False, plan=plan
+        )
+        return output.last_hidden_state[0]
+
+    def _kept(self, plan: AttentionPlan) -> KeyValues | None:
+        return attention.keep_all(plan, range(self.num_layers)) if plan.keep else None
+
+    # The reader: adapters that act in the K-token pass alone.
+
+    def add_reader(self, settings: LoraSettings) -> None:
+        """Put LoRA adapters on every linear layer; they start as the identity and are the only trainable weights."""
+        self.model.add_adapter(
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                target_modules="all-linear",
+            ),
+            READER,
+        )
+        self.train(self.training)
+
+    def load_reader(self, folder: Path) -> None:
+        """Load adapters that `save_pretrained` of the model wrote; they go on training."""
+        self.model.load_adapter(str(folder), adapter_name=READER, is_trainable=True)
+        self.train(self.training)
+
+    @property
+    def has_reader(self) -> bool:
+        return READER in getattr(self.model, "peft_config", {})
+
+    def reader_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if f".{READER}." in name]
+
+    @contextlib.contextmanager
+    def reader_off(self) -> Iterator[None]:
+        """Switch the adapters off; `requires_grad` of their weights is as before afterwards."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    # The parity probe.
+
+    @torch.no_grad()
+    def check_parity(self) -> None:
+        """Run two short sequences through the packed passes and through the stock model.
+
+        Raises:
+            UnsupportedBackbone: the two differ, or a layer's state does not pass through attention.
+        """
+        architecture = f"{self.name} ({self.model.config.model_type})"
+        if getattr(self.model, "_is_stateful", False):
+            raise UnsupportedBackbone(
+                f"{architecture}: a recurrent or hybrid decoder keeps state outside attention, which packed texts"
+                " would share; use a pure attention decoder (Llama, Qwen3, Mistral, Gemma, ...)"
+            )
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.embedding.shape[0]
+        texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 9)]
+        soft = [torch.randint(vocabulary, (3,), generator=generator).tolist() for _ in texts]
+        tolerance = PROBE_TOLERANCE[self.dtype]
+        stock = torch.cat([self.stock_forward(text + tail)[len(text) :] for text, tail in zip(texts, soft, strict=True)])
+        try:
+            ids, segments = pack(soft, self.device)
+            packed, _ = self(self.token_rows(ids), segments, context=self.read(texts))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedBackbone(
+                f"{architecture}: its attention does not go through transformers' attention interface"
+                f" ({type(error).__name__}: {error}); choose another backbone"
+            ) from error
+        error = ((packed - stock).float().norm() / stock.float().norm()).item()
+        if not error <= tolerance:
+            raise UnsupportedBackbone(
+                f"{architecture}: the packed pass differs from the stock forward by {error:.1e} (allowed"
+                f" {tolerance:.0e}); this architecture is not supported"
+            )
+
+    @torch.no_grad()
+    def stock_forward(self, ids: Sequence[int]) -> Tensor:
+        """The unchanged model on one sequence: final hidden states `[L, D]`."""
+        self.model.set_attn_implementation(self.stock_attention)
+        return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]

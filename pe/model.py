@@ -1,0 +1,467 @@
+"""PromptEmbedder: prompting LLM, alignment and frozen backbone as one text embedder.
+
+In the suffix layout the backbone reads the text once, without gradient, and keeps its keys and values; the soft prompt
+follows and is pooled. In the prefix layout the soft prompt stands between instruction and text: one pass for each
+distinct prompt, whose keys and values all its texts attend to.
+
+Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, I instructions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pe.alignment import AlignedPrompts, Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment, build_alignment
+from pe.attention import KeyValues
+from pe.backbone import Backbone
+from pe.config import ModelConfig, model_config_from_dict, to_dict
+from pe.kernels.pool_normalize import pool_normalize
+from pe.packing import Segments, by_length, inverse, token_batches
+from pe.prompting import PromptingLLM, SoftPrompts
+
+Side = Literal["query", "document"]
+FORMAT = 1
+
+
+class Instruction(NamedTuple):
+    """What a prompt is written for."""
+
+    text: str
+    side: Side = "query"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Texts to embed, each under one of the instructions.
+
+    Attributes:
+        texts: B texts.
+        instructions: the distinct instructions.
+        index: for each text the place of its instruction.
+    """
+
+    texts: Sequence[str]
+    instructions: Sequence[Instruction]
+    index: Sequence[int]
+
+    def instruction(self, place: int) -> Instruction:
+        return self.instructions[self.index[place]]
+
+    def part(self, places: Sequence[int]) -> Requests:
+        """The requests at some places, in that order."""
+        return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places])
+
+
+@dataclass
+class Truncation:
+    """How many texts were tokenised, and how many of them were cut to `max_length`."""
+
+    texts: int = 0
+    cut: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.cut:,} of {self.texts:,} texts truncated"
+
+
+class PromptEmbedder(nn.Module):
+    """A frozen decoder that embeds texts under soft prompts.
+
+    Attributes:
+        config: the options.
+        prompter, alignment, backbone: its parts; only the first two (and a reader) train.
+        truncation: counts since the model was made.
+    """
+
+    def __init__(self, config: ModelConfig, prompter: PromptingLLM, alignment: Alignment, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
+        self.truncation = Truncation()
+        self._bank: dict[Instruction, Tensor] = {}
+        self._bank_version = -1
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
+        """An untrained embedder of the models that `config` names.
+
+        Raises:
+            FileNotFoundError, UnsupportedBackbone, UnsupportedPrompter: see the parts.
+        """
+        device = torch.device(device)
+        prompter = PromptingLLM.from_pretrained(config.prompter, device)
+        backbone = Backbone.from_pretrained(config.backbone, device)
+        alignment = build_alignment(prompter, backbone, config.alignment)
+        if config.reader == "activated_lora":
+            backbone.add_reader(config.reader_lora)
+        return cls(config, prompter, alignment, backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dimensions(self) -> int:
+        """D, the size of an embedding."""
+        return self.backbone.hidden_size
+
+    # From texts to embeddings.
+
+    def forward(self, requests: Requests) -> Tensor:
+        """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
+        order, ids, part = self._sorted(requests)
+        prompts, index = self.write_prompts(part)
+        if self.config.layout == "suffix":
+            states = self.prompt_states(self.backbone.read(ids), prompts, index)
+            embeddings = self.pool_prompt(states)
+        else:
+            embeddings = self._embed_behind_prefix(part, ids, prompts, index)
+        return embeddings[inverse(order)]
+
+    def stepwise(self, requests: Requests) -> Tensor:
+        """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout."""
+        order, ids, part = self._sorted(requests)
+        prompts, index = self.write_prompts(part)
+        states = self.prompt_states(self.backbone.read(ids), prompts, index)
+        steps = [self.pool_prompt(states[:, : k + 1]) for k in range(states.shape[1])]
+        return torch.stack(steps)[:, inverse(order)]
+
+    def tokenize(self, requests: Requests) -> list[list[int]]:
+        """What the backbone reads of each text, cut to `max_length` tokens and counted."""
+        templates = self.config.templates
+        texts = [
+            getattr(templates, requests.instruction(place).side).text.replace("{text}", text)
+            for place, text in enumerate(requests.texts)
+        ]
+        ids = self.backbone.text_tokenizer(texts, lead=self.config.layout == "suffix")
+        self.truncation.texts += len(ids)
+        self.truncation.cut += sum(len(row) > self.config.max_length for row in ids)
+        return [row[: self.config.max_length] for row in ids]
+
+    def write_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
+        """Prompts for the requests, and which one each text uses.
+
+        Conditioned on the instruction alone, a prompt is written once for each instruction.
+        """
+        if self.config.conditioning == "instruction":
+            return self._align([self.prompter_text(item) for item in requests.instructions]), list(requests.index)
+        texts = [self.prompter_text(requests.instruction(i), text) for i, text in enumerate(requests.texts)]
+        return self._align(texts), list(range(len(texts)))
+
+    def prompter_text(self, instruction: Instruction, text: str | None = None) -> str:
+        """What the prompting LLM reads."""
+        template: str = getattr(self.config.templates, instruction.side).prompter
+        if text is None:
+            template = template.partition("{text}")[0].rstrip()
+        return template.replace("{instruction}", instruction.text).replace("{text}", text or "")
+
+    def _align(self, texts: Sequence[str]) -> AlignedPrompts:
+        limit = self.config.max_length
+        requests = [row[:limit] for row in self.prompter.text_tokenizer(texts)]
+        if any(p.requires_grad for p in self.prompter.parameters()):
+            prompts = self.prompter(requests)
+        else:
+            with torch.no_grad():
+                prompts = self.prompter(requests)
+        return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
+
+    def prompt_states(
+        self,
+        context: KeyValues,
+        prompts: AlignedPrompts,
+        index: Sequence[int],
+        context_index: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The K-token pass of the suffix layout: final states `[B, K, D]` of prompt `index[b]` behind segment b."""
+        k = prompts.prompts.shape[1]
+        ids = self._soft_ids(index, k)
+        rows = self.backbone.prompt_rows(ids, prompts.prompts, prompts.weight)
+        segments = Segments((k,) * len(index), self.device)
+        hidden, _ = self.backbone(rows, segments, context=context, context_index=context_index)
+        return hidden.unflatten(0, (len(index), k))
+
+    def pool_prompt(self, states: Tensor) -> Tensor:
+        """Embeddings `[B, D]` of soft-token states `[B, K, D]`."""
+        count, k = states.shape[:2]
+        segments = Segments((k,) * count, states.device)
+        mode: Literal["last", "mean"] = "last" if self.config.pooling == "last" else "mean"
+        return pool_normalize(states.flatten(0, 1), segments.cu_seqlens, mode=mode)
+
+    def _embed_behind_prefix(
+        self, requests: Requests, ids: list[list[int]], prompts: AlignedPrompts, index: list[int]
+    ) -> Tensor:
+        """The prefix layout: instruction and soft prompt once for each prompt, then the texts."""
+        k = prompts.prompts.shape[1]
+        owners = dict(zip(index, (requests.instruction(i) for i in range(len(index))), strict=True))
+        used = sorted(owners)
+        lead = [
+            getattr(self.config.templates, owners[n].side).prefix.replace("{instruction}", owners[n].text) for n in used
+        ]
+        instruction_ids = self.backbone.text_tokenizer(lead)
+        pieces = [
+            piece
+            for n, row in zip(used, instruction_ids, strict=True)
+            for piece in (torch.tensor(row, device=self.device), self._soft_ids([n], k))
+        ]
+        segments = Segments(tuple(len(row) + k for row in instruction_ids), self.device)
+        rows = self.backbone.prompt_rows(torch.cat(pieces), prompts.prompts, prompts.weight)
+        _, prefix = self.backbone(rows, segments, keep=True)
+        flat = torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=self.device)
+        texts = Segments(tuple(map(len, ids)), self.device)
+        place = {n: position for position, n in enumerate(used)}
+        hidden, _ = self.backbone(
+            self.backbone.token_rows(flat), texts, context=prefix, context_index=[place[n] for n in index]
+        )
+        mode: Literal["last", "mean"] = "last" if self.config.pooling == "last" else "mean"
+        return pool_normalize(hidden, texts.cu_seqlens, mode=mode)
+
+    def _soft_ids(self, index: Sequence[int], k: int) -> Tensor:
+        """Negative ids of the K rows of each prompt (see `kernels/prompt_rows.py`), `[B * K]`."""
+        prompts = torch.tensor(index, dtype=torch.int64, device=self.device)
+        return (-1 - (prompts[:, None] * k + torch.arange(k, device=self.device))).flatten()
+
+    def _sorted(self, requests: Requests) -> tuple[list[int], list[list[int]], Requests]:
+        ids = self.tokenize(requests)
+        order = by_length(ids)
+        return order, [ids[i] for i in order], requests.part(order)
+
+    # Encoding.
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str,
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order.
+
+        Args:
+            texts: what to embed.
+            instruction: the task, in a sentence; use the one of training for a task seen there.
+            side: whose templates are used.
+            batch_tokens: tokens of a packed batch; a longer text stands alone.
+            progress: show a progress bar.
+        """
+        return self.encode_tensor(
+            texts, instructions=[instruction], side=side, batch_tokens=batch_tokens, progress=progress
+        )[0].numpy(force=True)
+
+    @torch.no_grad()
+    def encode_tensor(
+        self,
+        texts: Sequence[str],
+        *,
+        instructions: Sequence[str],
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> Tensor:
+        """Embeddings `[I, N, D]` float32 of N texts under I instructions at once, on the model's device.
+
+        In the suffix layout the instructions share the text pass: each costs K tokens a text.
+        """
+        if isinstance(texts, str) or isinstance(instructions, str):
+            raise ValueError("texts, instructions: expected sequences of strings, got a single string; wrap it in a list")
+        was_training = self.training
+        self.eval()
+        wanted = [Instruction(text, side) for text in instructions]
+        everything = Requests(texts, wanted[:1], [0] * len(texts))
+        ids = self.tokenize(everything) if wanted else []
+        embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
+        bar = tqdm(total=len(texts), unit="text", disable=not progress, desc="encode")
+        for batch in token_batches([len(row) for row in ids], batch_tokens):
+            embeddings[:, batch] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
+            bar.update(len(batch))
+        bar.close()
+        self.train(was_training)
+        return embeddings
+
+    def _encode_batch(self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction]) -> Tensor:
+        """`[I, B, D]` of one packed batch, sorted by length already."""
+        count = len(texts)
+        if self.config.layout == "prefix":
+            parts = []
+            for item in wanted:
+                requests = Requests(texts, [item], [0] * count)
+                prompts, index = self._encode_prompts(requests)
+                parts.append(self._embed_behind_prefix(requests, ids, prompts, index))
+            return torch.stack(parts)
+        context = self.backbone.read(ids)
+        requests = Requests(list(texts) * len(wanted), wanted, [n for n in range(len(wanted)) for _ in texts])
+        prompts, index = self._encode_prompts(requests)
+        states = self.prompt_states(context, prompts, index, list(range(count)) * len(wanted))
+        return self.pool_prompt(states).unflatten(0, (len(wanted), count))
+
+    def _encode_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
+        if self.config.conditioning == "instruction_and_text":
+            return self.write_prompts(requests)
+        return AlignedPrompts(self.prompt_bank(requests.instructions), None), list(requests.index)
+
+    @torch.no_grad()
+    def prompt_bank(self, instructions: Sequence[Instruction]) -> Tensor:
+        """Finished prompts `[N, K, D]` in the backbone's input space, written once for each instruction.
+
+        Raises:
+            ValueError: the prompts also depend on the text.
+        """
+        if self.config.conditioning != "instruction":
+            raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
+        version = sum(p._version for p in self.parameters())
+        if version != self._bank_version:
+            self._bank, self._bank_version = {}, version
+        for item in instructions:
+            if item not in self._bank:
+                aligned = self._align([self.prompter_text(item)])
+                ids = self._soft_ids([0], aligned.prompts.shape[1])
+                self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
+        return torch.stack([self._bank[item] for item in instructions])
+
+    # What trains, and what is saved.
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that train, by part: prompter, alignment, reader."""
+        parts = {
+            "prompter": [p for p in self.prompter.parameters() if p.requires_grad],
+            "alignment": [p for p in self.alignment.parameters() if p.requires_grad],
+            "reader": [p for p in self.backbone.reader_parameters() if p.requires_grad],
+        }
+        return {name: parameters for name, parameters in parts.items() if parameters}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Named tensors of everything that trains."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `trainable_state` gave.
+
+        Raises:
+            ValueError: other names than this model's.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            raise ValueError(
+                f"state: expected the {len(own)} trainable tensors of this model, got {len(state)};"
+                f" not on both sides: {sorted(own.keys() ^ state.keys())[:5]}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
+        """Write the embedder to a folder: whole or not at all.
+
+        The backbone is stored by name and revision; its weights only with `include_backbone`.
+
+        Raises:
+            FileExistsError: the folder holds something other than a saved PromptEmbedder.
+        """
+        path = Path(path)
+        if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
+            raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
+        temporary = path.with_name(path.name + ".part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.prompter.model.save_pretrained(temporary / "prompter")
+        self.prompter.text_tokenizer.tokenizer.save_pretrained(temporary / "prompter")
+        if isinstance(self.alignment, LinearAlignment):
+            save_file({"weight": self.alignment.weight.detach().cpu().contiguous()}, temporary / "alignment.safetensors")
+        if self.backbone.has_reader:
+            self.backbone.model.save_pretrained(temporary / "reader")
+        if include_backbone:
+            self._save_backbone(temporary / "backbone")
+        config = {
+            "format": FORMAT,
+            "model": to_dict(self.config),
+            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "included": include_backbone},
+            "alignment": dataclasses.asdict(self.alignment.report),
+            "dimensions": self.dimensions,
+        }
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (temporary / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+
+    def _save_backbone(self, folder: Path) -> None:
+        source = Backbone.from_pretrained(dataclasses.replace(self.config.backbone, model=self.backbone.name), self.device)
+        source.model.save_pretrained(folder)
+        source.text_tokenizer.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, backbone: str | None = None, device: torch.device | str = "cpu"
+    ) -> PromptEmbedder:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            path: the folder.
+            backbone: where the backbone is now, if not where it was.
+            device: where everything goes.
+
+        Raises:
+            FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
+            ValueError: another format, or a backbone whose content differs from the one trained on.
+        """
+        path, device = Path(path), torch.device(device)
+        saved = read_config(path)
+        config = model_config_from_dict(saved["model"], str(path / "config.json"))
+        prompter = load_prompter(path / "prompter", config, device)
+        name = backbone or (str(path / "backbone") if saved["backbone"]["included"] else saved["backbone"]["name"])
+        frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=None), device)
+        same = frozen.revision is None or saved["backbone"]["included"] or frozen.revision == saved["backbone"]["revision"]
+        if not same:
+            raise ValueError(
+                f"{path}: trained on backbone {saved['backbone']['name']} with content {saved['backbone']['revision']},"
+                f" but {name} has content {frozen.revision}; give the right folder as backbone=, or move the embedder"
+                " with `python -m pe.transfer`"
+            )
+        if config.reader == "activated_lora":
+            frozen.load_reader(path / "reader")
+        alignment: Alignment
+        if config.alignment.kind == "linear":
+            weight = load_file(path / "alignment.safetensors")["weight"].to(device)
+            alignment = LinearAlignment(weight, AlignmentReport(**saved["alignment"]))
+        else:
+            alignment = VocabularyAlignment(prompter, frozen)
+        return cls(config, prompter, alignment, frozen).eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a saved PromptEmbedder.
+
+    Raises:
+        FileNotFoundError, ValueError: none there, or of another format.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    if saved.get("format") != FORMAT or "backbone" not in saved:
+        raise ValueError(f"{file}: expected a PromptEmbedder of format {FORMAT}, got {saved.get('format')!r}")
+    return saved
+
+
+def load_prompter(folder: Path, config: ModelConfig, device: torch.device) -> PromptingLLM:
+    """The trained prompting LLM: whole weights, or its base model with the saved adapter."""
+    if config.prompter.trainable == "full":
+        stored = dataclasses.replace(config.prompter, model=str(folder), revision=None)
+        prompter = PromptingLLM.from_pretrained(stored, device)
+        prompter.config = config.prompter
+        return prompter
+    prompter = PromptingLLM.from_pretrained(config.prompter, device)
+    prompter.load_adapter(folder)
+    return prompter

@@ -1,0 +1,90 @@
+"""Texts of different lengths as one row of tokens without padding.
+
+Legend: B texts, T tokens of all texts together, L tokens of one text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the texts of a packed row begin and end.
+
+    Lengths live on the host, so that no kernel launch waits for the device.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Begin of each text and the end of the last, `[B + 1] int32`."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each token in its text, `[T] int64`."""
+        ranges = [torch.arange(length) for length in self.lengths]
+        return (torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)).to(self.device)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Neighbouring texts of equal length: (first token, number of texts, length of each)."""
+        runs, first = [], 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append((first, count, length))
+            first += count * length
+        return runs
+
+
+def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Segments]:
+    """Token ids one text after another, `[T] int64`, and their segments."""
+    flat = [token for text in texts for token in text]
+    ids = torch.tensor(flat, dtype=torch.int64, device=device)
+    return ids, Segments(tuple(map(len, texts)), device)
+
+
+def by_length(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the texts from short to long; equal lengths keep their order."""
+    return sorted(range(len(texts)), key=lambda i: len(texts[i]))
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes `order`."""
+    back = [0] * len(order)
+    for place, index in enumerate(order):
+        back[index] = place
+    return back
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices from short to long, cut where a batch would exceed `budget` tokens; a longer text stands alone."""
+    batches: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or used + lengths[index] > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(index)
+        used += lengths[index]
+    return batches

@@ -1,0 +1,175 @@
+"""The prompting LLM: K soft tokens by continuous relaxation (arXiv 2605.28066, section 3).
+
+Step i reads the last hidden state h, takes p = softmax(h E_outᵀ / T) over the vocabulary and writes the soft token
+s = p E_in, which is the next input. Everything is differentiable, through the key/value cache too.
+
+Legend: N prompts, K soft tokens, L tokens of the longest request, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe.config import PrompterConfig
+from pe.kernels.vocab_mixture import vocab_mixture
+from pe.loading import TextTokenizer, embedding_scale, load_pretrained
+
+ADAPTER = "prompter"
+
+
+class UnsupportedPrompter(ValueError):
+    """A language model whose logits are not a linear map of its last hidden state."""
+
+
+@dataclass(frozen=True)
+class SoftPrompts:
+    """Soft tokens `[N, K, D]` in the prompting LLM's input space, and the hidden states `[N, K, D]` that wrote them."""
+
+    tokens: Tensor
+    hidden: Tensor
+
+
+class PromptingLLM(nn.Module):
+    """A causal language model that writes soft prompts.
+
+    Attributes:
+        model: the language model; its vocabulary embedding is frozen.
+        config: K, T and what trains.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrompterConfig) -> None:
+        """Take over `model` and choose its trainable weights.
+
+        Raises:
+            UnsupportedPrompter: logits that are not h E_outᵀ times a constant.
+        """
+        super().__init__()
+        self.model, self.config = model, config
+        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.logit_scale = logit_scale(model)
+        if config.trainable == "lora":
+            settings = config.lora
+            model.requires_grad_(False)
+            model.add_adapter(
+                LoraConfig(
+                    r=settings.rank,
+                    lora_alpha=settings.alpha,
+                    lora_dropout=settings.dropout,
+                    target_modules="all-linear",
+                ),
+                ADAPTER,
+            )
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, config: PrompterConfig, device: torch.device) -> PromptingLLM:
+        """Load by folder or hub name, in float32: these are the weights that train."""
+        model, tokenizer = load_pretrained(AutoModelForCausalLM, config.model, config.revision, torch.float32)
+        return cls(model.to(device), tokenizer, config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """Input embedding `[V, D]`, before its scale."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """Output embedding `[V, D]`."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.embedding.shape[1])
+
+    @property
+    def embedding_scale(self) -> float:
+        return embedding_scale(self.model)
+
+    @property
+    def mixture_temperature(self) -> float:
+        """T, with the model's own logit scale folded in."""
+        return self.config.temperature / self.logit_scale
+
+    def load_adapter(self, folder: Path) -> None:
+        """Replace the fresh adapter by a saved one."""
+        self.model.delete_adapter(ADAPTER)
+        self.model.load_adapter(str(folder), adapter_name=ADAPTER, is_trainable=True)
+
+    def forward(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
+        """Write one prompt for each request.
+
+        Args:
+            requests: token ids of what is read, one list a prompt; none may be empty.
+        """
+        decoder, scale = self.model.base_model, self.embedding_scale
+        ids, mask, positions = left_padded(requests, self.device)
+        inputs = torch.nn.functional.embedding(ids, self.embedding) * scale
+        cache = DynamicCache(config=self.model.config)
+        tokens, hidden = [], []
+        for _ in range(self.config.soft_tokens):
+            output = decoder(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            h = output.last_hidden_state[:, -1]
+            mixture = vocab_mixture(h, self.output_embedding, self.embedding, self.mixture_temperature)
+            token = mixture.to(self.embedding.dtype) * scale
+            tokens.append(token)
+            hidden.append(h)
+            inputs, positions = token[:, None], positions[:, -1:] + 1
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        return SoftPrompts(torch.stack(tokens, 1), torch.stack(hidden, 1))
+
+
+def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ids, attention mask (None where nothing is padded) and positions, each `[N, L]`."""
+    longest = max(map(len, requests))
+    pads = torch.tensor([longest - len(row) for row in requests], device=device)
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in requests], device=device)
+    places = torch.arange(longest, device=device)
+    mask = (places >= pads[:, None]).long()
+    padded = any(len(row) != longest for row in requests)
+    return ids, mask if padded else None, (places - pads[:, None]).clamp(min=0)
+
+
+@torch.no_grad()
+def logit_scale(model: PreTrainedModel) -> float:
+    """The constant c of logits = c · h E_outᵀ, found by running a few tokens.
+
+    Raises:
+        UnsupportedPrompter: there is no such constant (a soft cap, a bias, no output embedding).
+    """
+    name = f"{model.name_or_path or 'model'} ({model.config.model_type})"
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedPrompter(f"{name}: no output embedding; a prompting LLM must be a causal language model")
+    ids = torch.arange(4, device=model.device)[None]
+    was_training = model.training
+    model.eval()
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    logits, plain = model(ids, use_cache=False).logits.float(), (hidden @ head.weight.T).float()
+    model.train(was_training)
+    scale = ((logits * plain).sum() / (plain * plain).sum()).item()
+    error = ((logits - scale * plain).norm() / logits.norm()).item()
+    if not error < 1e-2 or scale <= 0:
+        raise UnsupportedPrompter(
+            f"{name}: its logits differ from a linear map of the hidden state by {error:.1e}; a soft cap or a bias on"
+            " the logits is not supported in the prompting LLM, choose another one"
+        )
+    return scale

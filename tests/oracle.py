@@ -1,0 +1,61 @@
+"""The method in its plainest form: stock models, one text at a time, whole sequences, no cache, no packing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pe.alignment import LinearAlignment
+from pe.model import PromptEmbedder, Requests
+
+
+def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
+    """Soft tokens and the hidden states that wrote them, `[K, P]` each, by whole forwards of the prompting LLM."""
+    prompter = model.prompter
+    ids = torch.tensor(prompter.text_tokenizer.tokenizer(text)["input_ids"])
+    lm = prompter.model
+    rows, tokens, hidden = lm.get_input_embeddings()(ids), [], []
+    scale = lm.get_input_embeddings()(ids[:1]).norm() / prompter.embedding[ids[:1]].norm()
+    for _ in range(prompter.config.soft_tokens):
+        output = lm(inputs_embeds=rows[None], use_cache=False, output_hidden_states=True)
+        probabilities = torch.softmax(output.logits[0, -1] / prompter.config.temperature, dim=-1)
+        token = probabilities @ prompter.embedding * scale
+        rows = torch.cat([rows, token[None]])
+        tokens.append(token)
+        hidden.append(output.hidden_states[-1][0, -1])
+    return torch.stack(tokens), torch.stack(hidden)
+
+
+def embed(model: PromptEmbedder, requests: Requests) -> Tensor:
+    """Embeddings `[B, D]` by the stock backbone's forward over each concatenated sequence."""
+    return F.normalize(torch.stack([pooled(model, requests, place) for place in range(len(requests.texts))]), dim=-1)
+
+
+def pooled(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
+    config, instruction, text = model.config, requests.instruction(place), requests.texts[place]
+    templates = getattr(config.templates, instruction.side)
+    read = templates.prompter.replace("{instruction}", instruction.text)
+    if config.conditioning == "instruction_and_text":
+        read = read.replace("{text}", text)
+    else:
+        read = read[: read.index("{text}")].rstrip()
+    assert isinstance(model.alignment, LinearAlignment)
+    soft = soft_prompt(model, read)[0] @ model.alignment.weight
+
+    tokenizer, stock = model.backbone.text_tokenizer.tokenizer, model.backbone.model
+    embedding = stock.get_input_embeddings()
+    body = templates.text.replace("{text}", text)
+    if config.layout == "suffix":
+        before = embedding(torch.tensor(tokenizer(body)["input_ids"]))
+        rows = torch.cat([before, soft])
+        kept = slice(len(before), None)
+    else:
+        lead = templates.prefix.replace("{instruction}", instruction.text)
+        before = torch.cat([embedding(torch.tensor(tokenizer(lead)["input_ids"])), soft])
+        after = embedding(torch.tensor(tokenizer(body, add_special_tokens=False)["input_ids"]))
+        rows = torch.cat([before, after])
+        kept = slice(len(before), None)
+    stock.set_attn_implementation(model.backbone.stock_attention)
+    states = stock(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, kept]
+    return states[-1] if config.pooling == "last" else states.mean(0)
