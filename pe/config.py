@@ -232,6 +232,8 @@ class EvaluateConfig:
     """The tasks a run is scored on: names of `pe.tasks` or of MTEB; instructions by task name."""
 
     tasks: tuple[str, ...] = ()
+    data: str = "data"
+    """Folder of the offline tasks' files."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Query-side instruction of a task, where it differs from the task's own."""
     batch_tokens: int = 16_384

@@ -110,8 +110,7 @@ def read_jsonl(path: str | Path, keys: Sequence[str] = ()) -> list[Record]:
             record = _parse(line)
             for key in keys:
                 if key not in record:
-                    hint = nearest(key, list(record))
-                    raise _RecordError("missing key", f"expected the key {key!r}, got {_keys(record)}{hint}")
+                    raise _RecordError("missing key", f"expected the key {key!r}, got {_keys(record)}")
         except _RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
         records.append(record)
@@ -165,7 +164,8 @@ def _hub_rows(path: str) -> Iterator[tuple[int, Record]]:
     try:
         table = datasets.load_dataset(name, configuration or None, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: the data set cannot be loaded: {error}") from error
+        why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise DataError(f"{path}: the data set cannot be loaded: {why}") from error
     yield from enumerate(table, start=1)
 
 
@@ -230,14 +230,14 @@ def _detect(record: Record) -> Kind:
 
 def _check(record: Record, kind: Kind, strict: bool) -> None:
     """Raise _RecordError unless a record is a good one of this kind; `strict` forbids further keys."""
-    if missing := _missing(record, kind):
-        if any(not _missing(record, other) for other in KINDS):
-            raise _RecordError("mixed kinds", f"expected {_keys(kind)} as in the first record, got {_keys(record)}")
-        hint = nearest(missing[0], [key for key in record if key not in kind])
-        raise _RecordError("missing key", f"expected the key {missing[0]!r}, got {_keys(record)}{hint}")
+    missing = _missing(record, kind)
+    if missing and any(not _missing(record, other) for other in KINDS):
+        raise _RecordError("mixed kinds", f"expected {_keys(kind)} as in the first record, got {_keys(record)}")
     if strict and (unknown := [key for key in record if key not in kind]):
         hint = nearest(unknown[0], list(kind))
         raise _RecordError("unknown key", f"expected {_keys(kind)}, got the key {unknown[0]!r}{hint}")
+    if missing:
+        raise _RecordError("missing key", f"expected the key {missing[0]!r}, got {_keys(record)}")
     for key, check in kind.items():
         if key in record:
             check(key, record[key])
@@ -574,6 +574,8 @@ class BatchPlan:
         known = self._orders.setdefault((which, size), {})
         rows = len(self.datasets[which])
         start = max((built for built in known if built <= epoch), default=-1)
+        if start < 0:
+            known.clear()
         for number in range(start + 1, epoch + 1):
             order = np.random.default_rng((self.seed, 1, which, number)).permutation(rows)
             if shared := number * rows % size:  # rows of the epoch before in the batch that crosses into this one

@@ -10,6 +10,7 @@ Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, I in
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ class PromptEmbedder(nn.Module):
 
     Attributes:
         config: the options.
+        name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
         truncation: counts since the model was made.
     """
@@ -87,6 +89,7 @@ class PromptEmbedder(nn.Module):
     def __init__(self, config: ModelConfig, prompter: PromptingLLM, alignment: Alignment, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
+        self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
@@ -115,6 +118,15 @@ class PromptEmbedder(nn.Module):
     def dimensions(self) -> int:
         """D, the size of an embedding."""
         return self.backbone.hidden_size
+
+    @property
+    def revision(self) -> str:
+        """Content hash of all that training changes, and of the options."""
+        digest = hashlib.blake2b(repr((self.config, self.backbone.revision)).encode(), digest_size=8)
+        for name, tensor in self._own_state().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     # From texts to embeddings.
 
@@ -152,12 +164,15 @@ class PromptEmbedder(nn.Module):
     def write_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
         """Prompts for the requests, and which one each text uses.
 
-        Conditioned on the instruction alone, a prompt is written once for each instruction.
+        What several texts have in common is written once: conditioned on the instruction alone, one prompt each.
         """
-        if self.config.conditioning == "instruction":
-            return self._align([self.prompter_text(item) for item in requests.instructions]), list(requests.index)
-        texts = [self.prompter_text(requests.instruction(i), text) for i, text in enumerate(requests.texts)]
-        return self._align(texts), list(range(len(texts)))
+        with_text = self.config.conditioning == "instruction_and_text"
+        read = [
+            self.prompter_text(requests.instruction(i), text if with_text else None)
+            for i, text in enumerate(requests.texts)
+        ]
+        place = {text: number for number, text in enumerate(dict.fromkeys(read))}
+        return self._align(list(place)), [place[text] for text in read]
 
     def prompter_text(self, instruction: Instruction, text: str | None = None) -> str:
         """What the prompting LLM reads."""
@@ -256,9 +271,23 @@ class PromptEmbedder(nn.Module):
             batch_tokens: tokens of a packed batch; a longer text stands alone.
             progress: show a progress bar.
         """
-        return self.encode_tensor(
+        return self.encode_many(
             texts, instructions=[instruction], side=side, batch_tokens=batch_tokens, progress=progress
-        )[0].numpy(force=True)
+        )[0]
+
+    def encode_many(
+        self,
+        texts: Sequence[str],
+        *,
+        instructions: Sequence[str],
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """As `encode`, under I instructions at once: `[I, N, D]`; in the suffix layout they share the text pass."""
+        return self.encode_tensor(
+            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=progress
+        ).numpy(force=True)
 
     @torch.no_grad()
     def encode_tensor(
@@ -272,7 +301,7 @@ class PromptEmbedder(nn.Module):
     ) -> Tensor:
         """Embeddings `[I, N, D]` float32 of N texts under I instructions at once, on the model's device.
 
-        In the suffix layout the instructions share the text pass: each costs K tokens a text.
+        In the suffix layout each further instruction costs K tokens a text.
         """
         if isinstance(texts, str) or isinstance(instructions, str):
             raise ValueError("texts, instructions: expected sequences of strings, got a single string; wrap it in a list")
@@ -340,6 +369,10 @@ class PromptEmbedder(nn.Module):
             "reader": [p for p in self.backbone.reader_parameters() if p.requires_grad],
         }
         return {name: parameters for name, parameters in parts.items() if parameters}
+
+    def _own_state(self) -> dict[str, Tensor]:
+        frozen = {id(p) for name, p in self.backbone.named_parameters() if ".reader." not in name}
+        return {name: p.detach() for name, p in self.named_parameters() if id(p) not in frozen}
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Named tensors of everything that trains."""
@@ -437,7 +470,9 @@ class PromptEmbedder(nn.Module):
             alignment = LinearAlignment(weight, AlignmentReport(**saved["alignment"]))
         else:
             alignment = VocabularyAlignment(prompter, frozen)
-        return cls(config, prompter, alignment, frozen).eval()
+        model = cls(config, prompter, alignment, frozen).eval()
+        model.name = path.name
+        return model
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT ...]`
+
+INPUT: `.txt` (a text a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the field named by --field). OUTPUT: `.npy` holds
+float32 `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and `.parquet` hold a row a text with its embedding (one
+for each instruction).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jsonargparse import auto_cli
+
+from pe.data import DataError, read_jsonl
+from pe.model import PromptEmbedder
+
+Embeddings = npt.NDArray[np.float32]
+
+
+def read_texts(path: Path, field: str) -> list[str]:
+    """The texts of a file, in order.
+
+    Raises:
+        DataError: unreadable file, or a row without the field, with file and line.
+    """
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise DataError(f"{path}: no such file (tried {path.resolve()})")
+        return path.read_text(encoding="utf-8").splitlines()
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(field), str):
+            raise DataError(
+                f"{path}: row {number}: expected a text under {field!r}, got the keys {', '.join(row)}; name the field"
+                " with --field"
+            )
+    return [row[field] for row in rows]
+
+
+def columns(embeddings: Embeddings, instructions: Sequence[str]) -> dict[str, Embeddings]:
+    """Column name -> `[N, D]`: `embedding`, or `embedding_0`, `embedding_1`, ... for several instructions."""
+    if len(instructions) == 1:
+        return {"embedding": embeddings[0]}
+    return {f"embedding_{place}": rows for place, rows in enumerate(embeddings)}
+
+
+def write_npy(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+    with path.open("wb") as file:
+        np.save(file, embeddings[0] if len(instructions) == 1 else embeddings)
+
+
+def write_jsonl(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for place, text in enumerate(texts):
+            row = {name: rows[place].tolist() for name, rows in columns(embeddings, instructions).items()}
+            file.write(json.dumps({"text": text, **row}, ensure_ascii=False) + "\n")
+
+
+def write_parquet(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+    size = embeddings.shape[-1]
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), size)
+        for name, rows in columns(embeddings, instructions).items()
+    }
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), **arrays}), path)
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[str], Embeddings, Sequence[str]], None]] = {
+    ".npy": write_npy,
+    ".jsonl": write_jsonl,
+    ".parquet": write_parquet,
+}
+
+
+def encode_file(
+    model: str,
+    input: str,
+    output: str,
+    *,
+    instruction: list[str],
+    side: Literal["query", "document"] = "query",
+    field: str = "text",
+    batch_tokens: int = 16_384,
+    backbone: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Embed the texts of a file.
+
+    Args:
+        model: folder of a saved PromptEmbedder.
+        input: `.txt` or `.jsonl[.xz|.gz]`.
+        output: `.npy`, `.jsonl` or `.parquet`.
+        instruction: one or more instructions; they share the text pass.
+        side: whose templates are used.
+        field: the text's key in a `.jsonl` input.
+        batch_tokens: tokens of a packed batch.
+        backbone: where the backbone is now, if not where it was.
+        overwrite: replace an existing output.
+    """
+    target = Path(output)
+    if target.suffix not in WRITERS:
+        raise ValueError(f"output: expected a name ending in {', '.join(WRITERS)}, got {output}")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{output}: exists already; give --overwrite=true, or another name")
+    texts = read_texts(Path(input), field)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, device=device)
+    embeddings = embedder.encode_many(
+        texts, instructions=instruction, side=side, batch_tokens=batch_tokens, progress=True
+    )
+    temporary = target.with_name(target.name + ".part")
+    WRITERS[target.suffix](temporary, texts, embeddings, instruction)
+    os.replace(temporary, target)
+    print(f"{output}: {list(embeddings.shape)} float32; {embedder.truncation}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode as the command line says; bad input ends with one message and exit code 2."""
+    try:
+        auto_cli(encode_file, args=None if argv is None else list(argv), prog="python -m pe.encode")
+    except (OSError, ValueError) as error:
+        print(f"pe.encode: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

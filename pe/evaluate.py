@@ -1,0 +1,336 @@
+"""Score an embedder on tasks of mteb: `python -m pe.evaluate MODEL`.
+
+Scores are mteb's main score of a task, times 100. Nothing is read from mteb's cache of results nor written to it. The
+random states of Python, NumPy and torch are the same after scoring as before, so a training run may score on its way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pe.config import nearest
+from pe.data import DataError
+from pe.tasks import TASKS, EvaluationError, available, offline_task
+
+if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
+    from mteb.abstasks.abstask import AbsTask
+
+    from pe.integrations.mteb import MtebEncoder, TextEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One task's result and what it was obtained with."""
+
+    type: str
+    """mteb's type of the task, such as `STS`."""
+    metric: str
+    """mteb's main score of the task, such as `cosine_spearman`."""
+    score: float
+    """Times 100; not a number where the metric is undefined (all embeddings alike)."""
+    seconds: float
+    instruction: str
+    document_instruction: str | None
+    """None for a task without sides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The results of one embedder; printed as a table by task type."""
+
+    model: str
+    revision: str
+    tasks: dict[str, TaskScore]
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        """Main score of each task, times 100."""
+        return {name: task.score for name, task in self.tasks.items()}
+
+    @property
+    def by_type(self) -> dict[str, float]:
+        """Mean over the tasks of each type."""
+        types = dict.fromkeys(task.type for task in self.tasks.values())
+        return {kind: _mean([task.score for task in self.tasks.values() if task.type == kind]) for kind in types}
+
+    @property
+    def mean(self) -> float:
+        """Mean over all tasks."""
+        return _mean(list(self.by_task.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the fields, and the means by type and over all tasks; None for what is not a number."""
+        return _jsonable({**asdict(self), "by_type": self.by_type, "mean": self.mean})
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def __rich__(self) -> Table:
+        return comparison({self.model: self})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return None if isinstance(value, float) and value != value else value
+
+
+def comparison(columns: Mapping[str, Scores], title: str | None = None) -> Table:
+    """A table of one or more results side by side, by task type; a task that one of them lacks is a dash."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("Task")
+    table.add_column("Main score")
+    for name in columns:
+        table.add_column(name, justify="right")
+
+    def cells(values: Sequence[float | None]) -> list[str]:
+        return ["-" if value is None else f"{value:.2f}" for value in values]
+
+    tasks = {name: task for scores in columns.values() for name, task in scores.tasks.items()}
+    for kind in dict.fromkeys(task.type for task in tasks.values()):
+        means = cells([scores.by_type.get(kind) for scores in columns.values()])
+        table.add_row(kind, "mean", *means, style="bold")
+        for name in (name for name, task in tasks.items() if task.type == kind):
+            row = cells([scores.by_task.get(name) for scores in columns.values()])
+            table.add_row(f"  {name}", tasks[name].metric, *row)
+        table.add_section()
+    table.add_row("All tasks", "mean", *cells([scores.mean for scores in columns.values()]), style="bold")
+    return table
+
+
+def score(
+    encoder: TextEncoder,
+    tasks: Sequence[str] = (),
+    *,
+    data: Path = Path("data"),
+    instructions: Mapping[str, str] | None = None,
+    batch_tokens: int = 16_384,
+    progress: bool = False,
+) -> Scores:
+    """Scores of `encoder` on tasks by name: those of `pe.tasks`, read from `data`, or any of mteb's, read from its hub.
+
+    Args:
+        encoder: see `pe.integrations.mteb.TextEncoder`.
+        tasks: names; none: every task of `pe.tasks` whose files are in `data`.
+        data: folder of the offline tasks.
+        instructions: sentences that replace a task's own: by task name for queries and for tasks without sides, by
+            `NAME-document` for documents.
+        batch_tokens: tokens of a batch.
+        progress: show the task at work on stderr.
+
+    Raises:
+        EvaluationError: an unknown task, one whose data cannot be had, or an instruction for an unknown task.
+        DataError: a task's file that is damaged.
+    """
+    with _untouched_random_state(), _quiet_libraries():
+        found = find_tasks(tasks, data)
+        check_instructions(instructions or {}, [*found, *TASKS])
+        from pe.integrations.mteb import MtebEncoder
+
+        model = MtebEncoder(encoder, instructions=instructions, batch_tokens=batch_tokens)
+        results: dict[str, TaskScore] = {}
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+            place = bar.add_task("")
+            for number, (name, task) in enumerate(found.items(), start=1):
+                bar.update(place, description=f"{name} ({number} of {len(found)})")
+                results[name] = _run(model, task)
+    return Scores(model=encoder.name, revision=encoder.revision, tasks=results)
+
+
+def _run(model: MtebEncoder, task: AbsTask) -> TaskScore:
+    import mteb
+
+    metadata = task.metadata
+    if metadata.name not in TASKS:
+        _load_from_hub(task)
+    start = time.perf_counter()
+    result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+    has_sides = isinstance(metadata.prompt, dict) or metadata.simplified_task_type == "retrieval"
+    return TaskScore(
+        type=metadata.type,
+        metric=metadata.main_score,
+        score=100 * float(result.task_results[0].get_score()),
+        seconds=time.perf_counter() - start,
+        instruction=model.instruction(metadata, "query"),
+        document_instruction=model.instruction(metadata, "document") if has_sides else None,
+    )
+
+
+def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask]:
+    """The tasks of these names, in order, each once; none given: every offline task whose files are in `data`.
+
+    Raises:
+        EvaluationError: an unknown name, missing files, or no mteb.
+    """
+    if not data.is_dir() and (not names or any(name in TASKS for name in names)):
+        raise EvaluationError(f"data: expected a folder of tasks, found none at {data}")
+    names = list(dict.fromkeys(names)) or available(data)
+    if not names:
+        example = TASKS["PE-STSb-dev"].files[0]
+        raise EvaluationError(f"{data}: expected the files of at least one task, such as {example}, found none")
+    try:
+        import mteb
+    except ModuleNotFoundError as error:
+        if error.name != "mteb":
+            raise
+        raise EvaluationError("evaluation needs mteb, which is not installed: pip install mteb") from error
+
+    found: dict[str, AbsTask] = {}
+    for name in names:
+        if name in TASKS:
+            found[name] = offline_task(name, data)
+            continue
+        try:
+            found[name] = mteb.get_task(name)
+        except KeyError as error:
+            known = [*TASKS, *(task.metadata.name for task in mteb.get_tasks())]
+            offline = ", ".join(available(data)) or "none"
+            hint = f"unknown task {name!r}{nearest(name, known)}"
+            raise EvaluationError(f"{hint}\nTasks in {data}: {offline}\nOther names are those of mteb.") from error
+    return found
+
+
+def check_instructions(instructions: Mapping[str, str], tasks: Sequence[str]) -> None:
+    """Raise EvaluationError for an instruction of a task that is not among `tasks`, or an empty one."""
+    for key, sentence in instructions.items():
+        if key not in tasks and key.removesuffix("-document") not in tasks:
+            known = ", ".join(tasks)
+            raise EvaluationError(f"instructions: no task {key!r} here{nearest(key, tasks)} Tasks: {known}")
+        if not sentence.strip():
+            raise EvaluationError(f"instructions: {key}: expected a sentence, got {sentence!r}")
+
+
+def _load_from_hub(task: AbsTask) -> None:
+    """Load the data of a task, or of the tasks it is made of, before it runs: an error then is the hub's."""
+    for part in getattr(task.metadata, "tasks", None) or [task]:
+        try:
+            part.load_data()
+        except OSError as error:
+            raise EvaluationError(
+                f"{task.metadata.name}: its data could not be loaded from the Hugging Face hub: {error}\n"
+                "Tasks that need no hub: see --data and pe.tasks."
+            ) from error
+
+
+@contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """mteb seeds every generator when it is imported and with every task."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No notices nor bars of mteb and of what it works with; an encoder's own warnings stay."""
+    import datasets
+
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("mteb", "datasets", "huggingface_hub")}
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mteb|datasets|sklearn|scipy|huggingface_hub)\b")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def load_encoder(path: Path, *, backbone: str | None = None, device: str | None = None) -> TextEncoder:
+    """A saved PromptEmbedder, on `device` or on the GPU where there is one."""
+    from pe.model import PromptEmbedder
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return PromptEmbedder.from_pretrained(path, backbone=backbone, device=device)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder on tasks of mteb.")
+    parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder")
+    parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
+    parser.add_argument("--output", type=Path | None, default=None, help="JSON file for the scores")
+    parser.add_argument(
+        "--instruction",
+        type=str,
+        action="append",
+        default=[],
+        help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
+    )
+    parser.add_argument("--backbone", type=str | None, default=None, help="where the backbone is, if it has moved")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    return parser
+
+
+def _instructions(options: Sequence[str]) -> dict[str, str]:
+    instructions = {}
+    for option in options:
+        name, equals, sentence = option.partition("=")
+        if not equals:
+            raise EvaluationError(f"--instruction: expected TASK=TEXT, got {option!r}")
+        instructions[name.strip()] = sentence.strip()
+    return instructions
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 with a message on stderr for input that cannot be used."""
+    options = _parser().parse_args(arguments)
+    try:
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        instructions = _instructions(options.instruction)
+        check_instructions(instructions, list(find_tasks(names, options.data)))
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.touch()
+        encoder = load_encoder(options.model, backbone=options.backbone, device=options.device)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+    try:
+        scores = score(encoder, names, data=options.data, instructions=instructions, progress=True)
+    except (EvaluationError, DataError) as error:
+        return _refuse(error)
+    Console().print(scores)
+    if options.output is not None:
+        scores.write(options.output)
+        print(f"Scores written to {options.output}")
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"python -m pe.evaluate: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

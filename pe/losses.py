@@ -1,0 +1,141 @@
+"""Contrastive loss of a batch, and its gradient with as little memory as asked for.
+
+Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N documents, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from pe.config import LossConfig
+from pe.data import Batch
+from pe.kernels.info_nce import info_nce
+from pe.model import Instruction, Requests
+
+Embed = Callable[[Requests], Tensor]
+"""Requests -> embeddings `[S, B + N, D]`."""
+
+
+def batch_requests(batch: Batch) -> Requests:
+    """The queries and then the documents of a batch, each side under its instruction."""
+    instructions = [Instruction(batch.instruction, "query"), Instruction(batch.document_instruction, "document")]
+    texts = [*batch.queries, *batch.documents]
+    return Requests(texts, instructions, [0] * len(batch.queries) + [1] * len(batch.documents))
+
+
+def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accelerator: Accelerator) -> Tensor:
+    """Mean InfoNCE over steps and embedding sizes, scalar float32.
+
+    Args:
+        embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
+        batch: this process's rows; the documents of all processes are negatives of every query.
+        config: temperature, masks, Matryoshka sizes.
+        accelerator: knows the other processes.
+
+    Raises:
+        ValueError: a Matryoshka size above D.
+    """
+    size = embeddings.shape[-1]
+    if too_large := [m for m in config.matryoshka if m > size]:
+        raise ValueError(f"loss.matryoshka: expected sizes up to {size}, the backbone's width, got {too_large}")
+    count, device = len(batch.queries), embeddings.device
+    query_ids, labels = (torch.from_numpy(x).to(device) for x in (batch.query_ids, batch.labels))
+    ids, document_labels = (torch.from_numpy(x).to(device) for x in (batch.document_ids, batch.document_labels))
+    documents, first = embeddings[:, count:].transpose(0, 1), 0
+    if accelerator.num_processes > 1:
+        documents, first = gather_rows(documents, accelerator)
+        ids, _ = gather_rows(ids, accelerator)
+        document_labels, _ = gather_rows(document_labels, accelerator)
+    masks = {}
+    if config.mask_false_negatives:
+        masks = {"query_ids": query_ids, "doc_ids": ids, "query_labels": labels, "doc_labels": document_labels}
+    positive = torch.arange(first, first + count, device=device)
+    losses = []
+    for step in range(embeddings.shape[0]):
+        for width in (size, *config.matryoshka):
+            q, d = (cut(x, width) for x in (embeddings[step, :count], documents[:, step]))
+            losses.append(
+                info_nce(q, d, positive, temperature=config.temperature, symmetric=config.symmetric, **masks)
+            )
+    return torch.stack(losses).mean()
+
+
+def cut(embeddings: Tensor, width: int) -> Tensor:
+    """The first `width` values of unit vectors `[B, D]`, of unit length again."""
+    if width == embeddings.shape[-1]:
+        return embeddings.contiguous()
+    return F.normalize(embeddings[:, :width], dim=-1)
+
+
+def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
+    """The rows of all processes in their order, with gradient, and the place of this process's first.
+
+    Processes may hold different numbers of rows.
+    """
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    filled = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
+    if rows.requires_grad:
+        parts = torch.distributed.nn.functional.all_gather(filled)
+    else:
+        parts = list(accelerator.gather(filled).split(max(counts)))
+    together = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return together, sum(counts[: accelerator.process_index])
+
+
+def backward(
+    embed: Embed, batch: Batch, config: LossConfig, accelerator: Accelerator, micro_batch_size: int | None = None
+) -> Tensor:
+    """Loss of a batch, with its gradient added to the parameters.
+
+    With a micro batch size the representations are cached (GradCache, arXiv 2101.06983), so that memory holds one
+    micro batch's activations while the negatives stay those of the whole batch:
+
+    1. embed every micro batch without gradient, remembering the random state,
+    2. loss of all embeddings, and its gradient with respect to them,
+    3. embed every micro batch again, with gradient and the same random state, and hand that gradient on.
+    """
+    requests = batch_requests(batch)
+    if micro_batch_size is None or micro_batch_size >= len(batch.queries):
+        with accelerator.autocast():
+            loss = contrastive_loss(embed(requests), batch, config, accelerator)
+        accelerator.backward(loss)
+        return loss.detach()
+    parts = list(chunks(len(requests.texts), micro_batch_size * len(requests.texts) // len(batch.queries)))
+    states, cached = [], []
+    for part in parts:  # 1
+        states.append(random_state())
+        with torch.no_grad(), accelerator.autocast():
+            cached.append(embed(requests.part(part)))
+    embeddings = torch.cat(cached, dim=1).requires_grad_()
+    with accelerator.autocast():  # 2
+        loss = contrastive_loss(embeddings, batch, config, accelerator)
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    after = random_state()
+    for part, state in zip(parts, states, strict=True):  # 3
+        set_random_state(state)
+        with accelerator.autocast():
+            again = embed(requests.part(part))
+        accelerator.backward((again * gradient[:, part]).sum())
+    set_random_state(after)
+    return loss.detach()
+
+
+def chunks(count: int, size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, count, size):
+        yield range(first, min(first + size, count))
+
+
+def random_state() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])

@@ -1,0 +1,333 @@
+"""`python -m pe.train [RECIPE.yaml] [--resume | --fresh] [--section.option=value ...]`
+
+Trains the prompting LLM, the alignment and, where there is one, the reader, by a contrastive loss; the backbone stays
+frozen. Without a recipe it runs `recipes/tiny.yaml`. `--resume` continues the run in the recipe's output folder,
+`--fresh` moves that run aside first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pe.baselines.frozen import FrozenEncoder
+from pe.card import model_card
+from pe.config import Recipe, RecipeError, TrainConfig, build_parser, load_recipe, to_dict
+from pe.data import BatchPlan, DataError, load_dataset
+from pe.evaluate import Scores, comparison, score
+from pe.losses import backward, batch_requests
+from pe.model import PromptEmbedder, Requests
+from pe.runs import RunError, RunFolder, flatten
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
+CHECK_STEPS = 5
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: no gradient, unchanged outputs, or a loss that is not a number."""
+
+
+class Trainable(Protocol):
+    """What `fit` trains: a PromptEmbedder or a baseline."""
+
+    def __call__(self, requests: Requests) -> Tensor: ...
+    def train(self, mode: bool = True) -> nn.Module: ...
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]: ...
+    def trainable_state(self) -> dict[str, Tensor]: ...
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass
+class History:
+    """What a run went through.
+
+    Attributes:
+        losses: by step.
+        scores: (steps done, training seconds, mean score) of every evaluation while training.
+        seconds: training time, evaluations left out.
+        tokens: tokens of the backbone's texts, all processes together.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    padded: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """The share of a padded batch that packing leaves out."""
+        return 1 - self.tokens / self.padded if self.padded else 0.0
+
+
+def fit(
+    model: Trainable,
+    plan: BatchPlan,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    run: RunFolder | None = None,
+    *,
+    resume: bool = False,
+    evaluate: Callable[[], float] | None = None,
+) -> History:
+    """Train for `recipe.train.steps` steps.
+
+    Args:
+        model: trains in place.
+        plan: the batch of every step.
+        recipe: loss and training options.
+        accelerator: device, precision, processes, trackers.
+        run: where checkpoints go; None: nowhere.
+        resume: start from the run's newest checkpoint.
+        evaluate: the mean score now; called every `eval_every` steps.
+
+    Raises:
+        TrainingError: a part without gradient, outputs that stay the same, a loss that is not finite.
+    """
+    options, history = recipe.train, History()
+    parts = model.trainable_parameters()
+    parameters = [p for group in parts.values() for p in group]
+    optimizer = torch.optim.AdamW(parameter_groups(parts, options), weight_decay=options.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate, options=options))
+    embed = functools.partial(embeddings_of, model, recipe.loss.stepwise)
+    first = 0
+    if resume and run:
+        first = restore(run, model, optimizer, scheduler, history, accelerator.device)
+    probe = batch_requests(plan.batch(0)).part(range(2))
+    before = detached(model, probe)
+    bar = tqdm(total=options.steps, initial=first, desc="train", disable=not accelerator.is_main_process)
+    for step in range(first, options.steps):
+        started = time.perf_counter()
+        model.train()
+        batch = plan.batch(step, accelerator.process_index, accelerator.num_processes)
+        loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
+        if accelerator.num_processes > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        check_gradients(parts, loss, step)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.losses.append(loss.item())
+        history.seconds += time.perf_counter() - started
+        count_tokens(model, batch_requests(batch), history)
+        if step + 1 == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
+            raise TrainingError(f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)")
+        bar.update()
+        if (step + 1) % options.log_every == 0:
+            recent = sum(history.losses[-options.log_every :]) / options.log_every
+            bar.set_postfix(loss=f"{recent:.3f}", tokens_per_s=f"{history.tokens / history.seconds:,.0f}")
+            values = {"loss": recent, "gradient_norm": float(norm), "rate": scheduler.get_last_lr()[0]}
+            accelerator.log(values | {"tokens_per_second": history.tokens / history.seconds}, step=step + 1)
+        if evaluate and options.eval_every and (step + 1) % options.eval_every == 0:
+            history.scores.append((step + 1, history.seconds, evaluate()))
+            accelerator.log({"score": history.scores[-1][2]}, step=step + 1)
+        if run and accelerator.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
+            save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
+    bar.close()
+    return history
+
+
+def embeddings_of(model: Trainable, stepwise: bool, requests: Requests) -> Tensor:
+    """`[S, B, D]`: all soft-token steps for the step-wise loss, else the last alone."""
+    if stepwise:
+        assert isinstance(model, PromptEmbedder)
+        return model.stepwise(requests)
+    return model(requests)[None]
+
+
+def parameter_groups(parts: dict[str, list[nn.Parameter]], options: TrainConfig) -> list[dict[str, object]]:
+    """One group a part with its own peak rate."""
+    rates = {"alignment": options.alignment_lr, "reader": options.reader_lr}
+    return [
+        {"params": group, "lr": options.lr if (own := rates.get(name)) is None else own, "name": name}
+        for name, group in parts.items()
+    ]
+
+
+def rate(step: int, options: TrainConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, then the schedule down to zero."""
+    warm = max(1, round(options.warmup * options.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, options.steps - warm)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[options.schedule]
+
+
+def check_gradients(parts: dict[str, list[nn.Parameter]], loss: Tensor, step: int) -> None:
+    """Raise TrainingError for a loss that is not finite, or at the first step a part that nothing reaches."""
+    if not torch.isfinite(loss):
+        raise TrainingError(f"step {step + 1}: the loss is {loss.item()}; lower the rates, or check the data")
+    if step == 0 and not parts:
+        raise TrainingError("nothing to train: no parameter requires a gradient")
+    for name, group in parts.items() if step == 0 else ():
+        if not any(p.grad is not None and bool(p.grad.any()) for p in group):
+            raise TrainingError(f"step 1: no parameter of the {name} got a gradient; it would not train")
+
+
+@torch.no_grad()
+def detached(model: Trainable, requests: Requests) -> Tensor:
+    model.train(False)
+    return model(requests).clone()
+
+
+def count_tokens(model: Trainable, requests: Requests, history: History) -> None:
+    """Tokens of a step's texts, and what a padded batch would hold."""
+    if isinstance(model, PromptEmbedder):
+        lengths = [len(row) for row in model.tokenize(requests)]
+        history.tokens += sum(lengths)
+        history.padded += len(lengths) * max(lengths)
+
+
+def save(
+    run: RunFolder,
+    step: int,
+    model: Trainable,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    history: History,
+    keep: int,
+) -> None:
+    state = {
+        "step": step,
+        "model": model.trainable_state(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "history": vars(history),
+        "random_state": torch.get_rng_state(),
+    }
+    run.save_checkpoint(step, state, keep)
+
+
+def restore(
+    run: RunFolder,
+    model: Trainable,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    history: History,
+    device: torch.device,
+) -> int:
+    """Put the newest checkpoint back; the number of steps done."""
+    state = run.load_checkpoint(device)
+    model.load_trainable_state(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    vars(history).update(state["history"])
+    torch.set_rng_state(state["random_state"].cpu())
+    return int(state["step"])
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Device, precision and TensorBoard by accelerate; bfloat16 where the hardware multiplies it faster."""
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+        log_with="tensorboard",
+        project_dir=str(Path(recipe.output) / "logs"),
+    )
+
+
+def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
+    """Read the data sets, report what became of every row, and plan the batches."""
+    if not recipe.data:
+        raise RecipeError("data: expected at least one data set, got none")
+    datasets = [load_dataset(item) for item in recipe.data]
+    for dataset in datasets:
+        console.print(str(dataset.report), highlight=False)
+    train = recipe.train
+    weights = [item.weight for item in recipe.data]
+    return BatchPlan(datasets, weights, train.steps, train.batch_size, train.seed, recipe.loss.hard_negatives)
+
+
+def describe(model: PromptEmbedder) -> str:
+    """Trainable and frozen parameter counts, and what the alignment starts from."""
+    trained = {name: sum(p.numel() for p in group) for name, group in model.trainable_parameters().items()}
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    return f"trainable {sum(trained.values()):,} ({parts}), frozen {frozen:,}; alignment: {model.alignment.report}"
+
+
+def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[str, Scores]:
+    """One whole run: data, model, scores before, training, scores after, saved model.
+
+    Returns:
+        scores of the frozen mean-pooled backbone, the untrained prompt and the trained model; empty without tasks.
+    """
+    console = Console(stderr=True)
+    run = RunFolder(recipe.output)
+    set_seed(recipe.train.seed)
+    plan = build_plan(recipe, console)
+    model = PromptEmbedder.from_config(recipe.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model.name = run.path.name
+    run.start(recipe, resume=resume, fresh=fresh)
+    accelerator = build_accelerator(recipe)
+    accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
+    console.print(describe(model), highlight=False)
+
+    options = recipe.evaluate
+    measure = functools.partial(
+        score, tasks=options.tasks, data=Path(options.data), instructions=options.instructions
+    )
+    scores: dict[str, Scores] = {}
+    if options.tasks:
+        scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone))
+        scores["untrained prompt"] = measure(model)
+    evaluate = (lambda: measure(model).mean) if options.tasks else None
+    history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
+    accelerator.end_training()
+    console.print(
+        f"{len(history.losses)} steps in {history.seconds:.0f} s, {history.tokens / history.seconds:,.0f} tokens/s,"
+        f" {history.padding_share:.0%} padding left out, {model.truncation}",
+        highlight=False,
+    )
+    if options.tasks:
+        scores["trained"] = measure(model)
+    if accelerator.is_main_process:
+        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores))
+        console.print(f"saved {run.model}", highlight=False)
+    return scores
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[Path, list[str], bool, bool]:
+    """Recipe, overrides, --resume, --fresh."""
+    rest = [word for word in argv if word not in ("--resume", "--fresh")]
+    recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else DEFAULT_RECIPE
+    return recipe, rest, "--resume" in argv, "--fresh" in argv
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; bad input ends with one message and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        build_parser(Recipe).print_help()
+        return
+    recipe, overrides, resume, fresh = split_arguments(arguments)
+    try:
+        scores = train(load_recipe(recipe, overrides), resume=resume, fresh=fresh)
+    except (RecipeError, DataError, RunError, TrainingError, FileNotFoundError, FileExistsError, ValueError) as error:
+        print(f"pe.train: {error}", file=sys.stderr)
+        sys.exit(2)
+    if scores:
+        Console().print(comparison(scores))
+
+
+if __name__ == "__main__":
+    main()
