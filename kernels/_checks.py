@@ -1,10 +1,11 @@
-"""What every op checks on its arguments: host-side facts always, values only where reading them costs no device sync."""
+"""What every op checks on its arguments: host-side facts always, values only where reading them costs no sync."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import triton
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
@@ -56,8 +57,12 @@ def values_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def use_triton(impl: Impl, *tensors: Tensor) -> bool:
+def use_triton(impl: Impl, tensor: Tensor) -> bool:
     """Whether the Triton path runs; an explicit "triton" that cannot run raises rather than falls back."""
     require(impl in ("auto", "triton", "torch"), "impl", '"auto", "triton" or "torch"', repr(impl))
-    require(impl != "triton", "impl", '"auto" or "torch" (the Triton path is not there yet)', repr(impl))
-    return False
+    has_kernels = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if impl == "triton":
+        require(has_kernels, "impl", '"auto" or "torch" for this dtype', f'"triton" with {tensor.dtype}')
+        runs_here = tensor.is_cuda or (tensor.device.type == "cpu" and triton.knobs.runtime.interpret)
+        require(runs_here, "impl", '"triton" with tensors on a GPU, or TRITON_INTERPRET=1', f"{tensor.device} tensors")
+    return impl == "triton" or (impl == "auto" and has_kernels and tensor.is_cuda)

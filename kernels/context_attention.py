@@ -1,14 +1,26 @@
 """Causal attention over a sequence's own packed tokens plus a context of keys and values that is never concatenated.
 
-o = softmax(cap(q [K_context; K]ᵀ · scale) + mask) [V_context; V], one extra logit a head where sinks are given.
+Forward: z = cap(q [K_context; K]ᵀ · scale), P = softmax(z + mask), with one extra logit a head where sinks are given,
+o = P [V_context; V]. Backward: dP = do Vᵀ, dz = P * (dP - rowsum(do * o)), through cap: dz * (1 - (z / cap)²),
+dq = scale dz K, dK = scale dzᵀ q, dV = Pᵀ do, dsink = -sum over tokens of P_sink rowsum(do * o).
+Saved: the inputs, o and the log-sum-exp. A context that requires no grad costs nothing backward; one that does sums
+over its users in the order of a stable sort, without atomics.
+
+The query heads of one key/value head are packed as rows, so K queries of G heads read a context once. With few
+queries the context's keys are split over programs and merged by log-sum-exp.
+Bytes with few queries: the context once forward, once backward. FLOPs with many: 4·D a query, key and head forward.
+
 Shape legend: T packed tokens, B sequences, C packed context tokens, N segments, H query heads, Hkv key/value heads,
-G = H / Hkv, D key width, Dv value width, Lq longest sequence, Lc longest context.
+G = H / Hkv, D key width, Dv value width, Lq longest sequence, Lc longest context, R = Lq·G rows a key/value head.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import (
     Impl,
@@ -21,8 +33,11 @@ from pe.kernels._checks import (
     use_triton,
     values_are_free,
 )
+from pe.kernels._triton import LOG2E, has_large_shared_memory, tile, triton_op, unit_stride, wrap_triton
 
-BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence, from which the torch path on CPUs goes by sequence
+BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
+PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
+MAX_WIDTH = 256
 
 
 def context_attention_ref(
@@ -66,13 +81,13 @@ def context_attention_ref(
     if window is not None:
         visible = visible & (position[:, :, None] - key_position[:, None, :] < window)
     q_pad = q[own].unflatten(2, (Hkv, H // Hkv)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, Lq, D]
-    out = _attend(q_pad, keys, values, visible[:, None, None], scale, softcap, sinks)
+    out = _attend_ref(q_pad, keys, values, visible[:, None, None], scale, softcap, sinks)
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, Lq, H, Dv]
     sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(T, device=q.device), right=True)
     return out[sequence, torch.arange(T, device=q.device) - cu_seqlens[sequence]].to(q.dtype)
 
 
-def _attend(
+def _attend_ref(
     q: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
@@ -116,14 +131,15 @@ def _by_sequence(
 ) -> Tensor:
     """The reference one sequence after another on views: nothing is gathered, padded or saved twice.
 
-    Reads the lengths on the host, so it is for CPUs; there it is 3-8 times faster than the padded form once a padded
-    context no longer fits the cache.
+    Reads the lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the
+    padded contexts no longer fit the cache.
     """
     Hkv, lengths = k.shape[1], cu_seqlens.diff().tolist()
     segments = range(len(lengths)) if context_index is None else context_index.tolist()
     context_parts = [part.split(context[2].diff().tolist()) for part in context[:2]] if context is not None else None
     out = []
-    for n, segment, q_own, k_own, v_own in zip(lengths, segments, q.split(lengths), k.split(lengths), v.split(lengths)):
+    own = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    for n, segment, (q_own, k_own, v_own) in zip(lengths, segments, own, strict=True):
         if n == 0:
             continue
         keys, values, n_context = [k_own.transpose(0, 1)], [v_own.transpose(0, 1)], 0
@@ -134,8 +150,880 @@ def _by_sequence(
         distance = torch.arange(n_context, n_context + n)[:, None] - torch.arange(n_context + n)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         rows = q_own.unflatten(1, (Hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, Lq, D]
-        out.append(_attend(rows, keys, values, visible, scale, softcap, sinks).permute(2, 0, 1, 3).flatten(1, 2))
+        out.append(_attend_ref(rows, keys, values, visible, scale, softcap, sinks).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(out).to(q.dtype)
+
+
+@triton.jit
+def _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """Base-2 logits [BM, BN] of q [BM, D] and k [D, BN], capped where asked for."""
+    z = tl.dot(q, k, input_precision="ieee") * qk_scale
+    if HAS_SOFTCAP:
+        z = cap_scale * (1.0 - 2.0 / (tl.exp2(z * 2.8853900817779268) + 1.0))  # tanh(z), 2 log2(e) = 2.885...
+    return z
+
+
+@triton.jit
+def _visible(position_m, position_n, mask_n, window, HAS_WINDOW: tl.constexpr):
+    """Which of the keys at position_n [BN] the queries at position_m [BM] see."""
+    distance = position_m[:, None] - position_n[None, :]
+    visible = mask_n[None, :] & (distance >= 0)
+    if HAS_WINDOW:
+        visible = visible & (distance < window)
+    return visible
+
+
+@triton.jit
+def _rows(b, kv_head, first_row, cu_ptr, BLOCK_M: tl.constexpr, G: tl.constexpr):
+    """Of a block of packed rows: token in the sequence, packed token, head, mask; and the sequence's length."""
+    begin = tl.load(cu_ptr + b)
+    length = tl.load(cu_ptr + b + 1) - begin
+    begin = begin.to(tl.int64)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    return rows // G, begin + rows // G, kv_head * G + rows % G, rows < length * G, begin, length
+
+
+@triton.jit
+def _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """First packed context token of sequence b, int64, and the context's length, int32."""
+    begin, length = b * 0, (b * 0).to(tl.int32)
+    if HAS_CONTEXT:
+        segment = b
+        if HAS_INDEX:
+            segment = tl.load(context_index_ptr + b).to(tl.int64)
+        begin = tl.load(cu_context_ptr + segment)
+        length = tl.load(cu_context_ptr + segment + 1) - begin
+        begin = begin.to(tl.int64)
+    return begin, length
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    first,
+    last,
+    shift,
+    position_m,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Online softmax of a block of rows over keys [first, last) of one segment, key n at position n + shift."""
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    mask_d, mask_dv = offs_d < D, offs_dv < DV
+    for n in range(first, last, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < last
+        k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_kt + offs_d[:, None]
+        k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
+        z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
+        z = tl.where(_visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW), z, -float("inf"))
+        new_top = tl.maximum(top, tl.max(z, axis=1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.exp2(z - base[:, None])
+        alpha = tl.exp2(top - base)
+        total = total * alpha + tl.sum(p, axis=1)
+        v_ptrs = v_ptr + offs_n.to(tl.int64)[:, None] * stride_vt + offs_dv[None, :]
+        v = tl.load(v_ptrs, mask=mask_n[:, None] & mask_dv[None, :], other=0.0)  # [BN, DV]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def _context_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    context_k_ptr,
+    context_v_ptr,
+    cu_context_ptr,
+    context_index_ptr,
+    sinks_ptr,
+    o_ptr,
+    lse_ptr,
+    T,
+    n_kv_heads,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ckt,
+    stride_ckh,
+    stride_cvt,
+    stride_cvh,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
+    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
+    token, t, head, mask_m, begin, length = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+    context_begin, context = _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT, HAS_INDEX)
+    position_m = context + token
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_ptrs = q_ptr + t[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, D]
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if HAS_SINKS:
+        is_first = tl.full([BLOCK_M], split, tl.int32) == 0
+        top = tl.where(is_first, tl.load(sinks_ptr + head, mask=mask_m, other=0.0).to(tl.float32) * 1.442695041, top)
+        total = tl.where(is_first, 1.0, total)
+    is_live = first_row < length * G
+    first_token = first_row // G
+    if HAS_CONTEXT:
+        per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+        first, last = split * per_split, tl.minimum((split + 1) * per_split, context)
+        if HAS_WINDOW:
+            first = tl.maximum(first, (context + first_token - window + 1) // BLOCK_N * BLOCK_N)
+        acc, total, top = _attend(
+            acc, total, top, q, context_k_ptr + context_begin * stride_ckt + kv_head * stride_ckh,
+            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, tl.where(is_live, last, 0), 0,
+            position_m, window, qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    if split == SPLITS - 1:
+        first, last = first_row * 0, tl.minimum(length, (first_row + BLOCK_M - 1) // G + 1)
+        if HAS_WINDOW:
+            first = tl.maximum(first, (first_token - window + 1) // BLOCK_OWN * BLOCK_OWN)
+        acc, total, top = _attend(
+            acc, total, top, q, k_ptr + begin * stride_kt + kv_head * stride_kh,
+            v_ptr + begin * stride_vt + kv_head * stride_vh, first, tl.where(is_live, last, 0), context,
+            position_m, window, qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV,
+            HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    row = (split.to(tl.int64) * T + t) * (n_kv_heads * G) + head  # row of [SPLITS, T, H]
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse_ptr + row, top + tl.log2(divisor), mask=mask_m)
+    o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + row[:, None] * DV + offs_dv[None, :], o, mask=mask_m[:, None] & (offs_dv < DV)[None, :])
+
+
+@triton.jit
+def _context_attention_merge_kernel(
+    partial_ptr,
+    partial_lse_ptr,
+    o_ptr,
+    lse_ptr,
+    n_rows,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program merges the splits of BLOCK_R rows (token, head) by their log-sum-exps."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mask_r, mask_dv = offs_r < n_rows, offs_dv < DV
+    top = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    for split in range(SPLITS):
+        top = tl.maximum(top, tl.load(partial_lse_ptr + split * n_rows + offs_r, mask=mask_r, other=0.0))
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for split in range(SPLITS):
+        rows = tl.cast(split, tl.int64) * n_rows + offs_r
+        weight = tl.exp2(tl.load(partial_lse_ptr + rows, mask=mask_r, other=0.0) - top)
+        partial_ptrs = partial_ptr + rows[:, None] * DV + offs_dv[None, :]
+        acc += weight[:, None] * tl.load(partial_ptrs, mask=mask_r[:, None] & mask_dv[None, :], other=0.0)
+        total += weight
+    tl.store(lse_ptr + offs_r, top + tl.log2(total), mask=mask_r)
+    o_ptrs = o_ptr + offs_r[:, None] * DV + offs_dv[None, :]
+    o = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptrs, o, mask=mask_r[:, None] & mask_dv[None, :])
+
+
+@triton.jit
+def _dlogits(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    visible,
+    qk_scale,
+    cap_scale,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """P and dz, [BM, BN], of q [BM, D], k [D, BN], v [DV, BN], do [BM, DV]; dz without the factor `scale`."""
+    z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
+    p = tl.where(visible, tl.exp2(z - lse[:, None]), 0.0)
+    dz = p * (tl.dot(do, v, input_precision="ieee") - delta[:, None])
+    if HAS_SOFTCAP:
+        tanh = z / cap_scale
+        dz = dz * (1.0 - tanh * tanh)
+    return p, dz
+
+
+@triton.jit
+def _accumulate_dq(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    first,
+    last,
+    shift,
+    position_m,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """dq += dz K over keys [first, last) of one segment."""
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    mask_d, mask_dv = offs_d < D, offs_dv < DV
+    for n in range(first, last, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < last
+        k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_kt + offs_d[:, None]
+        v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * stride_vt + offs_dv[:, None]
+        k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
+        v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
+        visible = _visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW)
+        _, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP)
+        dq = tl.dot(dz.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _context_attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    context_k_ptr,
+    context_v_ptr,
+    cu_context_ptr,
+    context_index_ptr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    T,
+    n_kv_heads,
+    window,
+    scale,
+    qk_scale,
+    cap_scale,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ckt,
+    stride_ckh,
+    stride_cvt,
+    stride_cvh,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
+    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
+    token, t, head, mask_m, begin, length = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+    context_begin, context = _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT, HAS_INDEX)
+    position_m = context + token
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    mask_q, mask_o = mask_m[:, None] & (offs_d < D)[None, :], mask_m[:, None] & (offs_dv < DV)[None, :]
+    row = t * (n_kv_heads * G) + head  # row of [T, H]
+    q_ptrs = q_ptr + t[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0)  # [BM, D]
+    do = tl.load(do_ptr + row[:, None] * DV + offs_dv[None, :], mask=mask_o, other=0.0)  # [BM, DV]
+    o = tl.load(o_ptr + row[:, None] * DV + offs_dv[None, :], mask=mask_o, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)  # [BM]
+    if split == 0:
+        tl.store(delta_ptr + row, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    is_live = first_row < length * G
+    first_token = first_row // G
+    if HAS_CONTEXT:
+        per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+        first, last = split * per_split, tl.minimum((split + 1) * per_split, context)
+        if HAS_WINDOW:
+            first = tl.maximum(first, (context + first_token - window + 1) // BLOCK_N * BLOCK_N)
+        dq = _accumulate_dq(
+            dq, q, do, lse, delta, context_k_ptr + context_begin * stride_ckt + kv_head * stride_ckh,
+            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, tl.where(is_live, last, 0), 0,
+            position_m, window, qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    if split == SPLITS - 1:
+        first, last = first_row * 0, tl.minimum(length, (first_row + BLOCK_M - 1) // G + 1)
+        if HAS_WINDOW:
+            first = tl.maximum(first, (first_token - window + 1) // BLOCK_OWN * BLOCK_OWN)
+        dq = _accumulate_dq(
+            dq, q, do, lse, delta, k_ptr + begin * stride_kt + kv_head * stride_kh,
+            v_ptr + begin * stride_vt + kv_head * stride_vh, first, tl.where(is_live, last, 0), context,
+            position_m, window, qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV,
+            HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    row = (split.to(tl.int64) * T + t) * (n_kv_heads * G) + head  # row of [SPLITS, T, H]
+    tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _accumulate_dkv(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_ptr,
+    b,
+    kv_head,
+    first_token,
+    last_token,
+    context,
+    position_n,
+    mask_n,
+    n_kv_heads,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_qt,
+    stride_qh,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """dk += dzᵀ q and dv += Pᵀ do over the rows of tokens [first_token, last_token) of sequence b."""
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for first_row in range(first_token * G, last_token * G, BLOCK_M):
+        token, t, head, mask_m, _, _ = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+        row = t * (n_kv_heads * G) + head  # row of [T, H]
+        q_ptrs = q_ptr + t[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
+        do_ptrs = do_ptr + row[:, None] * DV + offs_dv[None, :]
+        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, D]
+        do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)  # [BM, DV]
+        lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
+        visible = _visible(context + token, position_n, mask_n, window, HAS_WINDOW) & mask_m[:, None]
+        p, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+        dk = tl.dot(tl.trans(dz.to(q.dtype)), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _context_attention_bwd_own_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    n_kv_heads,
+    window,
+    scale,
+    qk_scale,
+    cap_scale,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program owns dk and dv of BLOCK_N own keys of one sequence and key/value head."""
+    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N
+    begin = tl.load(cu_ptr + b)
+    length = tl.load(cu_ptr + b + 1) - begin
+    begin = begin.to(tl.int64)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    mask_n, mask_d, mask_dv = offs_n < length, offs_d < D, offs_dv < DV
+    k_ptrs = k_ptr + (begin + offs_n)[None, :] * stride_kt + kv_head * stride_kh + offs_d[:, None]
+    v_ptrs = v_ptr + (begin + offs_n)[None, :] * stride_vt + kv_head * stride_vh + offs_dv[:, None]
+    k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
+    v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    last_token = length
+    if HAS_WINDOW:
+        last_token = tl.minimum(length, n + BLOCK_N - 1 + window)
+    dk, dv = _accumulate_dkv(
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n, last_token, n * 0, offs_n, mask_n,
+        n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    row = (begin + offs_n) * n_kv_heads + kv_head  # row of [T, Hkv]
+    dk_ptrs, dv_ptrs = dk_ptr + row[:, None] * D + offs_d[None, :], dv_ptr + row[:, None] * DV + offs_dv[None, :]
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_dv[None, :])
+
+
+@triton.jit
+def _context_attention_bwd_context_kernel(
+    q_ptr,
+    context_k_ptr,
+    context_v_ptr,
+    cu_ptr,
+    cu_context_ptr,
+    user_ptr,
+    user_begin_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    C,
+    n_kv_heads,
+    window,
+    scale,
+    qk_scale,
+    cap_scale,
+    stride_qt,
+    stride_qh,
+    stride_ckt,
+    stride_ckh,
+    stride_cvt,
+    stride_cvh,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program owns BLOCK_N keys of one context segment and key/value head, for every SPLITS-th of its users."""
+    segment, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    n, split = tl.program_id(1) * BLOCK_N, tl.program_id(2).to(tl.int64)
+    begin = tl.load(cu_context_ptr + segment)
+    context = tl.load(cu_context_ptr + segment + 1) - begin
+    begin = begin.to(tl.int64)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    mask_n, mask_d, mask_dv = offs_n < context, offs_d < D, offs_dv < DV
+    k_ptrs = context_k_ptr + (begin + offs_n)[None, :] * stride_ckt + kv_head * stride_ckh + offs_d[:, None]
+    v_ptrs = context_v_ptr + (begin + offs_n)[None, :] * stride_cvt + kv_head * stride_cvh + offs_dv[:, None]
+    k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
+    v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    first_user, last_user = segment, segment + 1
+    if HAS_INDEX:
+        first_user, last_user = tl.load(user_begin_ptr + segment), tl.load(user_begin_ptr + segment + 1)
+    last_user = tl.where(n < context, last_user, first_user)
+    for user in range(first_user + split, last_user, SPLITS):
+        b = segment
+        if HAS_INDEX:
+            b = tl.load(user_ptr + user)
+        last_token = tl.load(cu_ptr + b + 1) - tl.load(cu_ptr + b)
+        if HAS_WINDOW:
+            last_token = tl.minimum(last_token, tl.maximum(n + BLOCK_N - 1 + window - context, 0))
+        dk, dv = _accumulate_dkv(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * 0, last_token, context, offs_n,
+            mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D,
+            BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    row = (split * C + begin + offs_n) * n_kv_heads + kv_head  # row of [SPLITS, C, Hkv]
+    dk_ptrs, dv_ptrs = dk_ptr + row[:, None] * D + offs_d[None, :], dv_ptr + row[:, None] * DV + offs_dv[None, :]
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_dv[None, :])
+
+
+def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """Factor of q kᵀ before tanh (base 2 without a cap) and the base-2 factor after it."""
+    return (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
+
+
+def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of a tile of rows against keys: the default a target."""
+    width, is_large = max(q.shape[2], v.shape[2]), has_large_shared_memory(q.device)
+    is_wide, is_half = width > 128, q.element_size() == 2
+    block_m = tile(n_rows, 16, largest_m // 2 if is_wide or not is_large else largest_m)
+    block_n = tile(n_keys, 16, 32 if is_wide or not is_half or (not is_large and width > 64) else 64)
+    return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if is_large else 1
+
+
+@triton_op("pe::context_attention_fwd")
+def _context_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    cu_context: Tensor | None,
+    context_index: Tensor | None,
+    sinks: Tensor | None,
+    max_seqlen: int,
+    max_context: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, Dv] in q's dtype and the base-2 log-sum-exp [T, H] float32."""
+    (T, H, D), (_, Hkv, Dv), B = q.shape, v.shape, cu_seqlens.shape[0] - 1
+    o, lse = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32)
+    G, has_context = H // Hkv, context_k is not None and max_context > 0
+    block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 128)
+    row_tiles = triton.cdiv(max_seqlen * G, block_m)
+    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
+    partial, partial_lse = o, lse
+    if splits > 1:
+        partial = q.new_empty(splits, T, H, Dv, dtype=torch.float32)
+        partial_lse = q.new_empty(splits, T, H, dtype=torch.float32)
+    qk_scale, cap_scale = _scales(scale, softcap)
+    ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
+    wrap_triton(_context_attention_fwd_kernel)[(B * Hkv, row_tiles, splits)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        cu_ptr=cu_seqlens,
+        context_k_ptr=ck,
+        context_v_ptr=cv,
+        cu_context_ptr=cu_seqlens if cu_context is None else cu_context,
+        context_index_ptr=cu_seqlens if context_index is None else context_index,
+        sinks_ptr=q if sinks is None else sinks,
+        o_ptr=partial,
+        lse_ptr=partial_lse,
+        T=T,
+        n_kv_heads=Hkv,
+        window=0 if window is None else window,
+        qk_scale=qk_scale,
+        cap_scale=cap_scale,
+        stride_qt=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_kt=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_vt=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_ckt=ck.stride(0),
+        stride_ckh=ck.stride(1),
+        stride_cvt=cv.stride(0),
+        stride_cvh=cv.stride(1),
+        G=G,
+        D=D,
+        DV=Dv,
+        HAS_CONTEXT=has_context,
+        HAS_INDEX=context_index is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_OWN=tile(max_seqlen, 16, block_n),
+        BLOCK_D=tile(D, 16, MAX_WIDTH),
+        BLOCK_DV=tile(Dv, 16, MAX_WIDTH),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if splits > 1:
+        wrap_triton(_context_attention_merge_kernel)[(triton.cdiv(T * H, 16),)](
+            partial_ptr=partial,
+            partial_lse_ptr=partial_lse,
+            o_ptr=o,
+            lse_ptr=lse,
+            n_rows=T * H,
+            DV=Dv,
+            SPLITS=splits,
+            BLOCK_R=16,
+            BLOCK_DV=tile(Dv, 16, MAX_WIDTH),
+            num_warps=4,
+        )
+    return o, lse
+
+
+@triton_op("pe::context_attention_bwd")
+def _context_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    cu_context: Tensor | None,
+    context_index: Tensor | None,
+    sinks: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    max_seqlen: int,
+    max_context: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    needs_own: bool,
+    needs_context: bool,
+    needs_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dcontext_k, dcontext_v and dsinks; an empty tensor for each that is not asked for."""
+    (T, H, D), (_, Hkv, Dv), B = q.shape, v.shape, cu_seqlens.shape[0] - 1
+    G, has_context = H // Hkv, context_k is not None and max_context > 0
+    qk_scale, cap_scale = _scales(scale, softcap)
+    ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
+    block_d, block_dv = tile(D, 16, MAX_WIDTH), tile(Dv, 16, MAX_WIDTH)
+    block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 64)
+    row_tiles = triton.cdiv(max_seqlen * G, block_m)
+    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
+    delta = torch.empty_like(lse)
+    dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
+    wrap_triton(_context_attention_bwd_dq_kernel)[(B * Hkv, row_tiles, splits)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        cu_ptr=cu_seqlens,
+        context_k_ptr=ck,
+        context_v_ptr=cv,
+        cu_context_ptr=cu_seqlens if cu_context is None else cu_context,
+        context_index_ptr=cu_seqlens if context_index is None else context_index,
+        o_ptr=o,
+        do_ptr=do,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dq_ptr=dq,
+        T=T,
+        n_kv_heads=Hkv,
+        window=0 if window is None else window,
+        scale=scale,
+        qk_scale=qk_scale,
+        cap_scale=cap_scale,
+        stride_qt=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_kt=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_vt=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_ckt=ck.stride(0),
+        stride_ckh=ck.stride(1),
+        stride_cvt=cv.stride(0),
+        stride_cvh=cv.stride(1),
+        G=G,
+        D=D,
+        DV=Dv,
+        HAS_CONTEXT=has_context,
+        HAS_INDEX=context_index is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_OWN=tile(max_seqlen, 16, block_n),
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    dk, dv, dck, dcv, dsinks = (q.new_empty(0) for _ in range(5))
+    if needs_own:
+        dk, dv = k.new_empty(T, Hkv, D), v.new_empty(T, Hkv, Dv)
+        own_n = tile(max_seqlen, 16, block_n)
+        wrap_triton(_context_attention_bwd_own_kernel)[(B * Hkv, triton.cdiv(max_seqlen, own_n))](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            cu_ptr=cu_seqlens,
+            do_ptr=do,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            n_kv_heads=Hkv,
+            window=0 if window is None else window,
+            scale=scale,
+            qk_scale=qk_scale,
+            cap_scale=cap_scale,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            stride_kt=k.stride(0),
+            stride_kh=k.stride(1),
+            stride_vt=v.stride(0),
+            stride_vh=v.stride(1),
+            G=G,
+            D=D,
+            DV=Dv,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_M=block_m,
+            BLOCK_N=own_n,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    if needs_context and context_k is not None and context_v is not None and cu_context is not None:
+        C, N = context_k.shape[0], cu_context.shape[0] - 1
+        users = user_begin = cu_context
+        if context_index is not None:
+            key, users = torch.sort(context_index, stable=True)
+            user_begin = torch.searchsorted(key, torch.arange(N + 1, device=q.device, dtype=key.dtype))
+        context_n = tile(max_context, 16, block_n)
+        key_tiles = triton.cdiv(max_context, context_n)
+        user_splits = max(1, min(PROGRAMS // max(1, N * Hkv * key_tiles), B // max(1, N)))
+        dtype = torch.float32 if user_splits > 1 else q.dtype
+        dck, dcv = q.new_empty(user_splits, C, Hkv, D, dtype=dtype), q.new_empty(user_splits, C, Hkv, Dv, dtype=dtype)
+        if key_tiles > 0 and N > 0:
+            wrap_triton(_context_attention_bwd_context_kernel)[(N * Hkv, key_tiles, user_splits)](
+                q_ptr=q,
+                context_k_ptr=context_k,
+                context_v_ptr=context_v,
+                cu_ptr=cu_seqlens,
+                cu_context_ptr=cu_context,
+                user_ptr=users,
+                user_begin_ptr=user_begin,
+                do_ptr=do,
+                lse_ptr=lse,
+                delta_ptr=delta,
+                dk_ptr=dck,
+                dv_ptr=dcv,
+                C=C,
+                n_kv_heads=Hkv,
+                window=0 if window is None else window,
+                scale=scale,
+                qk_scale=qk_scale,
+                cap_scale=cap_scale,
+                stride_qt=q.stride(0),
+                stride_qh=q.stride(1),
+                stride_ckt=context_k.stride(0),
+                stride_ckh=context_k.stride(1),
+                stride_cvt=context_v.stride(0),
+                stride_cvh=context_v.stride(1),
+                G=G,
+                D=D,
+                DV=Dv,
+                HAS_INDEX=context_index is not None,
+                HAS_WINDOW=window is not None,
+                HAS_SOFTCAP=softcap is not None,
+                SPLITS=user_splits,
+                BLOCK_M=block_m,
+                BLOCK_N=context_n,
+                BLOCK_D=block_d,
+                BLOCK_DV=block_dv,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        dck, dcv = _sum_splits(dck, q.dtype), _sum_splits(dcv, q.dtype)
+    if needs_sinks and sinks is not None:
+        dsinks = -(torch.exp2(sinks.float() * LOG2E - lse) * delta).sum(dim=0).to(sinks.dtype)
+    return _sum_splits(dq, q.dtype), dk, dv, dck, dcv, dsinks
+
+
+def _sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    return partial.squeeze(0) if partial.shape[0] == 1 else partial.sum(dim=0).to(dtype)
+
+
+class _ContextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        context_k: Tensor | None,
+        context_v: Tensor | None,
+        cu_context: Tensor | None,
+        context_index: Tensor | None,
+        sinks: Tensor | None,
+        max_seqlen: int,
+        max_context: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        tensors = q, k, v, cu_seqlens, context_k, context_v, cu_context, context_index, sinks
+        options = max_seqlen, max_context, scale, window, softcap
+        o, lse = _context_attention_fwd(*tensors, *options)
+        ctx.save_for_backward(*tensors, o, lse)
+        ctx.options = options
+        return o
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, do: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        needs_own, needs_context, needs_sinks = needs[1] or needs[2], needs[4] or needs[5], needs[8]
+        grads = _context_attention_bwd(
+            do.contiguous(), *ctx.saved_tensors, *ctx.options, needs_own, needs_context, needs_sinks
+        )  # fmt: skip
+        asked = (grad if needs[i] else None for grad, i in zip(grads, (0, 1, 2, 4, 5, 8), strict=True))
+        dq, dk, dv, dck, dcv, dsinks = asked
+        return dq, dk, dv, None, dck, dcv, None, None, dsinks, None, None, None, None, None
 
 
 def context_attention(
@@ -164,7 +1052,7 @@ def context_attention(
     the lengths. Token i of sequence b stands at position len(context b) + i and sees its whole context and its own
     tokens up to i; with `window` only keys less than `window` positions back. Query head h reads key/value head
     h // (H / Hkv). scale: default D ** -0.5. softcap: s tanh(score / s) before masking. sinks [H]: one more logit a
-    head in the denominator. Differentiable in q, k, v, context_k, context_v and sinks; what requires no grad costs none.
+    head in the denominator. Differentiable in q, k, v, context_k, context_v and sinks; no work without need of it.
     Raises ValueError on shapes, dtypes or devices that do not fit, and (CPU) on offsets or indices out of range.
     """
     require_float("q", q, 3)
@@ -209,13 +1097,20 @@ def context_attention(
             require_same_device(name, tensor, q.device)
     require(window is None or window >= 1, "window", "None or an int >= 1", window)
     require(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
-    use_triton(impl, q)
+    scale = D**-0.5 if scale is None else scale
+    if use_triton(impl, q) and T > 0:
+        require(max(D, v.shape[2]) <= MAX_WIDTH, "q", f"head widths of at most {MAX_WIDTH} for the Triton path", D)
+        keys = (None if x is None else unit_stride(x) for x in (q, k, v))
+        context = (None if x is None else unit_stride(x) for x in (context_k, context_v))
+        index = None if context_index is None else context_index.contiguous()
+        return _ContextAttention.apply(
+            *keys, cu_seqlens, *context, cu_context, index, sinks, max_seqlen, max_context, scale, window, softcap
+        )
     if T > 0 and values_are_free(q) and (max_seqlen + max_context) * Hkv * (D + v.shape[2]) > BY_SEQUENCE_FROM:
-        context = None
+        whole = None
         if context_k is not None and context_v is not None and cu_context is not None:
-            context = (context_k, context_v, cu_context)
-        scale = D**-0.5 if scale is None else scale
-        return _by_sequence(q, k, v, cu_seqlens, context, context_index, scale, window, softcap, sinks)
+            whole = (context_k, context_v, cu_context)
+        return _by_sequence(q, k, v, cu_seqlens, whole, context_index, scale, window, softcap, sinks)
     return context_attention_ref(
         q, k, v, cu_seqlens, max_seqlen=max_seqlen, context_k=context_k, context_v=context_v, cu_context=cu_context,
         context_index=context_index, max_context=max_context, scale=scale, window=window, softcap=softcap, sinks=sinks,

@@ -1,21 +1,454 @@
-"""Expected vocabulary embedding of a soft token: softmax(h E_outᵀ / T) E_in.
+"""Expected vocabulary embedding of a soft token: S = softmax(h E_outᵀ / T) E_in.
 
-Shape legend: M rows, V vocabulary entries, D width of `h` and `e_out`, Din width of `e_in`.
+Forward, in base 2 with z = h E_outᵀ log2(e) / T: every tile of the vocabulary writes 2^(z - k) with an integer offset k
+a row, so that bringing tiles to a common offset is exact; S = sum 2^(k - k_max) (2^(z - k) E_in) / sum 2^(z - k_max).
+Backward: P = 2^(z - lse) again, dP = dS E_inᵀ, rowsum(P * dP) = rowsum(dS * S), dZ = P * (dP - rowsum) / T,
+dh = dZ E_out, dE_out = dZᵀ h, dE_in = Pᵀ dS. Saved: the inputs, S and the log-sum-exp.
+
+Both run over chunks of the vocabulary: [M, chunk] is the largest buffer, and a chunk of tied rows is still in the L2
+cache when its second product reads it. Bytes at small M: E once forward, twice backward. FLOPs at large M: 4·M·V·D
+forward, 6·M·V·D backward without embedding gradients. Reductions go through partial buffers, so runs repeat bitwise.
+
+Shape legend: M rows, V vocabulary entries, D width of `h` and `e_out`, Din width of `e_in`, C entries of a chunk.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import Impl, require, require_float, require_same_device, use_triton
+from pe.kernels._triton import LOG2E, has_large_shared_memory, matmul_into, tile, triton_op, unit_stride, wrap_triton
 
+BLOCK_V = 128  # vocabulary entries that share an offset
+CHUNK = 16384  # vocabulary entries a chunk, at most: 32 MB of 1024-wide half-precision rows
+CHUNK_ELEMENTS = 1 << 25  # elements of a [M, chunk] buffer, at most
+PROGRAMS = 264  # split a product until about this many programs share it: two for each of 132 multiprocessors
 
 def vocab_mixture_ref(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0) -> Tensor:
     """softmax(h e_outᵀ / temperature) e_in in plain torch, at least float32 inside; builds the [M, V] matrix."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     logits = (h.to(dtype) / temperature) @ e_out.to(dtype).T  # [M, V]
     return (logits.softmax(dim=-1) @ e_in.to(dtype)).to(h.dtype)
+
+
+@triton.jit
+def _vocab_mixture_fwd_probs_kernel(
+    h_ptr,
+    e_out_ptr,
+    p_ptr,
+    offset_ptr,
+    sum_ptr,
+    scale,
+    M,
+    V,
+    D,
+    v_begin,
+    stride_hm,
+    stride_ev,
+    stride_pm,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program owns a tile [BLOCK_M, BLOCK_V] of logits: 2^(z - k), the offset k and the tile's row sums."""
+    pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m, mask_v = offs_m < M, v_begin + offs_c < V
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_d[None, :]
+    e_ptrs = e_out_ptr + (v_begin + offs_c)[None, :] * stride_ev + offs_d[:, None]
+    z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        mask_d = offs_d < D - d
+        h = tl.load(h_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
+        e = tl.load(e_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
+        z = tl.dot(h, e, z, input_precision="ieee")
+    z = tl.where(mask_v[None, :], z * scale, -float("inf"))
+    offset = tl.ceil(tl.max(z, axis=1))  # [BM]
+    p = tl.exp2(z - offset[:, None])
+    p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_c[None, :]
+    tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_v[None, :])
+    tile_ptrs = offs_m * stride_om + v_begin // BLOCK_V + pid_v
+    tl.store(offset_ptr + tile_ptrs, offset, mask=mask_m)
+    tl.store(sum_ptr + tile_ptrs, tl.sum(p, axis=1), mask=mask_m)
+
+
+@triton.jit
+def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_T: tl.constexpr):
+    """Largest of `start` [BM] and a row's tile offsets [first, last)."""
+    for t in range(first, last, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = mask_m[:, None] & (offs_t < last)[None, :]
+        offsets = tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf"))
+        start = tl.maximum(start, tl.max(offsets, axis=1))
+    return start
+
+
+@triton.jit
+def _vocab_mixture_mix_kernel(
+    p_ptr,
+    e_ptr,
+    offset_ptr,
+    partial_ptr,
+    M,
+    N,
+    n_entries,
+    first_tile,
+    tiles_per_split,
+    stride_pm,
+    stride_ev,
+    stride_om,
+    stride_as,
+    stride_am,
+    HAS_OFFSET: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program adds its split of a chunk to a tile of partial[split], at the row's largest offset so far."""
+    pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask_out = mask_m[:, None] & mask_n[None, :]
+    partial_ptrs = partial_ptr + split * stride_as + offs_m[:, None] * stride_am + offs_n[None, :]
+    offset_ptrs = offset_ptr + offs_m * stride_om
+    if HAS_OFFSET:
+        before = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        before = _row_offset(offset_ptrs, mask_m, 0, first_tile, before, BLOCK_T)
+        last_tile = first_tile + tl.cdiv(n_entries, BLOCK_V)
+        now = tl.where(mask_m, _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_T), 0.0)
+    if FIRST:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        acc = tl.load(partial_ptrs, mask=mask_out, other=0.0)
+        if HAS_OFFSET:
+            acc = acc * tl.exp2(before - now)[:, None]
+    begin = split * tiles_per_split * BLOCK_V
+    end = tl.minimum(begin + tiles_per_split * BLOCK_V, n_entries)
+    for k in range(begin, end, BLOCK_K):
+        mask_k = k + offs_k < end
+        p_ptrs = p_ptr + offs_m[:, None] * stride_pm + (k + offs_k)[None, :]
+        p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+        if HAS_OFFSET:
+            offset = tl.load(offset_ptrs + first_tile + k // BLOCK_V, mask=mask_m, other=0.0)
+            p = (p * tl.exp2(offset - now)[:, None]).to(p_ptr.dtype.element_ty)  # a power of two: exact
+        e_ptrs = e_ptr + (k + offs_k)[:, None] * stride_ev + offs_n[None, :]
+        e = tl.load(e_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
+        acc = tl.dot(p, e, acc, input_precision="ieee")
+    tl.store(partial_ptrs, acc, mask=mask_out)
+
+
+@triton.jit
+def _vocab_mixture_merge_kernel(
+    partial_ptr,
+    offset_ptr,
+    sum_ptr,
+    s_ptr,
+    lse_ptr,
+    M,
+    N,
+    n_splits,
+    n_tiles,
+    stride_as,
+    stride_am,
+    stride_om,
+    stride_sm,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program sums the splits of one row's BLOCK_N columns and, forward, divides by the sum of probabilities."""
+    row, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for split in range(n_splits):
+        partial_ptrs = partial_ptr + split * stride_as + row * stride_am + offs_n
+        acc += tl.load(partial_ptrs, mask=mask_n, other=0.0)
+    if HAS_OFFSET:
+        total = tl.zeros([BLOCK_T], tl.float32)
+        top = tl.full([BLOCK_T], -float("inf"), tl.float32)
+        for t in range(0, n_tiles, BLOCK_T):
+            offs_t = t + tl.arange(0, BLOCK_T)
+            offsets = tl.load(offset_ptr + row * stride_om + offs_t, mask=offs_t < n_tiles, other=-float("inf"))
+            top = tl.maximum(top, offsets)
+        offset = tl.max(top, axis=0)
+        for t in range(0, n_tiles, BLOCK_T):
+            offs_t = t + tl.arange(0, BLOCK_T)
+            offsets = tl.load(offset_ptr + row * stride_om + offs_t, mask=offs_t < n_tiles, other=-float("inf"))
+            sums = tl.load(sum_ptr + row * stride_om + offs_t, mask=offs_t < n_tiles, other=0.0)
+            total += sums * tl.exp2(offsets - offset)
+        denominator = tl.sum(total, axis=0)
+        acc = acc / denominator
+        tl.store(lse_ptr + row, offset + tl.log2(denominator), mask=pid_n == 0)
+    tl.store(s_ptr + row * stride_sm + offs_n, acc.to(s_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _vocab_mixture_bwd_logits_kernel(
+    h_ptr,
+    e_out_ptr,
+    e_in_ptr,
+    ds_ptr,
+    lse_ptr,
+    delta_ptr,
+    dz_ptr,
+    p_ptr,
+    scale,
+    inverse_temperature,
+    M,
+    V,
+    D,
+    DIN,
+    v_begin,
+    stride_hm,
+    stride_ov,
+    stride_iv,
+    stride_sm,
+    stride_zm,
+    NEEDS_DZ: tl.constexpr,
+    NEEDS_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program owns a tile [BLOCK_M, BLOCK_V] of dZ = P (dS E_inᵀ - delta) / T, and of P if dE_in needs it."""
+    pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m, mask_v = offs_m < M, v_begin + offs_c < V
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_d[None, :]
+    o_ptrs = e_out_ptr + (v_begin + offs_c)[None, :] * stride_ov + offs_d[:, None]
+    z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        mask_d = offs_d < D - d
+        h = tl.load(h_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
+        e = tl.load(o_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
+        z = tl.dot(h, e, z, input_precision="ieee")
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+    p = tl.exp2(z * scale - lse[:, None])
+    out = offs_m[:, None] * stride_zm + offs_c[None, :]
+    mask_out = mask_m[:, None] & mask_v[None, :]
+    if NEEDS_P:
+        tl.store(p_ptr + out, p.to(p_ptr.dtype.element_ty), mask=mask_out)
+    if NEEDS_DZ:
+        s_ptrs = ds_ptr + offs_m[:, None] * stride_sm + offs_d[None, :]
+        i_ptrs = e_in_ptr + (v_begin + offs_c)[None, :] * stride_iv + offs_d[:, None]
+        dp = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for d in range(0, DIN, BLOCK_D):
+            mask_d = offs_d < DIN - d
+            ds = tl.load(s_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
+            e = tl.load(i_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
+            dp = tl.dot(ds, e, dp, input_precision="ieee")
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        dz = p * (dp - delta[:, None]) * inverse_temperature
+        tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=mask_out)
+
+
+def _chunk(n_rows: int, n_entries: int) -> int:
+    """Vocabulary entries a chunk: a multiple of BLOCK_V within CHUNK, CHUNK_ELEMENTS and the vocabulary."""
+    fitting = min(CHUNK, CHUNK_ELEMENTS // n_rows, triton.cdiv(n_entries, BLOCK_V) * BLOCK_V)
+    return max(BLOCK_V, fitting // BLOCK_V * BLOCK_V)
+
+
+def _splits(n_rows: int, width: int, n_tiles: int) -> int:
+    """How many programs share the entries of one output tile in `_vocab_mixture_mix_kernel`."""
+    output_tiles = triton.cdiv(n_rows, tile(n_rows, 16, 128)) * triton.cdiv(width, tile(width, 16, 128))
+    return max(1, min(PROGRAMS // output_tiles, n_tiles // 2))
+
+
+def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_tile: int) -> None:
+    """partial [splits, M, N] += p [M, C] e [C, N], split over C; the first chunk writes without reading."""
+    n_splits, M, N = partial.shape
+    block_m, block_n = tile(M, 16, 128), tile(N, 16, 128)
+    wrap_triton(_vocab_mixture_mix_kernel)[(triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)](
+        p_ptr=p,
+        e_ptr=e,
+        offset_ptr=partial if offset is None else offset,
+        partial_ptr=partial,
+        M=M,
+        N=N,
+        n_entries=e.shape[0],
+        first_tile=first_tile,
+        tiles_per_split=triton.cdiv(triton.cdiv(e.shape[0], BLOCK_V), n_splits),
+        stride_pm=p.stride(0),
+        stride_ev=e.stride(0),
+        stride_om=0 if offset is None else offset.stride(0),
+        stride_as=partial.stride(0),
+        stride_am=partial.stride(1),
+        HAS_OFFSET=offset is not None,
+        FIRST=first_tile == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=64 if p.element_size() == 2 else 32,
+        BLOCK_V=BLOCK_V,
+        BLOCK_T=32,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=3 if has_large_shared_memory(p.device) else 1,
+    )
+
+
+def _merge(partial: Tensor, offset: Tensor | None, sums: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
+    """out [M, N] = the sum of the splits, divided by the sum of probabilities where offsets are given."""
+    n_splits, M, N = partial.shape
+    block_n = tile(N, 16, 1024)
+    wrap_triton(_vocab_mixture_merge_kernel)[(M, triton.cdiv(N, block_n))](
+        partial_ptr=partial,
+        offset_ptr=partial if offset is None else offset,
+        sum_ptr=partial if sums is None else sums,
+        s_ptr=out,
+        lse_ptr=partial if lse is None else lse,
+        M=M,
+        N=N,
+        n_splits=n_splits,
+        n_tiles=0 if offset is None else offset.shape[1],
+        stride_as=partial.stride(0),
+        stride_am=partial.stride(1),
+        stride_om=0 if offset is None else offset.stride(0),
+        stride_sm=out.stride(0),
+        HAS_OFFSET=offset is not None,
+        BLOCK_N=block_n,
+        BLOCK_T=256,
+        num_warps=4,
+    )
+
+
+@triton_op("pe::vocab_mixture_fwd")
+def _vocab_mixture_fwd(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """S [M, Din] in h's dtype and the base-2 log-sum-exp of the scaled logits, [M] float32."""
+    (M, D), (V, Din) = h.shape, e_in.shape
+    out, lse = h.new_empty(M, Din), h.new_empty(M, dtype=torch.float32)
+    if M == 0:
+        return out, lse
+    chunk, n_tiles = _chunk(M, V), triton.cdiv(V, BLOCK_V)
+    p = h.new_empty(M, chunk)
+    offset, sums = h.new_empty(M, n_tiles, dtype=torch.float32), h.new_empty(M, n_tiles, dtype=torch.float32)
+    partial = h.new_empty(_splits(M, Din, chunk // BLOCK_V), M, Din, dtype=torch.float32)
+    block_m = tile(M, 16, 128)
+    for v in range(0, V, chunk):
+        size = min(chunk, V - v)
+        wrap_triton(_vocab_mixture_fwd_probs_kernel)[(triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))](
+            h_ptr=h,
+            e_out_ptr=e_out,
+            p_ptr=p,
+            offset_ptr=offset,
+            sum_ptr=sums,
+            scale=LOG2E / temperature,
+            M=M,
+            V=V,
+            D=D,
+            v_begin=v,
+            stride_hm=h.stride(0),
+            stride_ev=e_out.stride(0),
+            stride_pm=p.stride(0),
+            stride_om=offset.stride(0),
+            BLOCK_M=block_m,
+            BLOCK_V=BLOCK_V,
+            BLOCK_D=64 if h.element_size() == 2 else 32,
+            num_warps=8 if block_m == 128 else 4,
+            num_stages=3 if has_large_shared_memory(h.device) else 1,
+        )
+        _mix(p, e_in[v : v + size], offset, partial, v // BLOCK_V)
+    _merge(partial, offset, sums, out, lse)
+    return out, lse
+
+
+@triton_op("pe::vocab_mixture_bwd")
+def _vocab_mixture_bwd(
+    ds: Tensor,
+    h: Tensor,
+    e_out: Tensor,
+    e_in: Tensor,
+    s: Tensor,
+    lse: Tensor,
+    temperature: float,
+    needs_h: bool,
+    needs_out: bool,
+    needs_in: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, dE_out and dE_in; an empty tensor for each that is not asked for."""
+    (M, D), (V, Din) = h.shape, e_in.shape
+    dh = h.new_empty(M, D) if needs_h else h.new_empty(0)
+    de_out = torch.zeros_like(e_out, memory_format=torch.contiguous_format) if needs_out else h.new_empty(0)
+    de_in = torch.zeros_like(e_in, memory_format=torch.contiguous_format) if needs_in else h.new_empty(0)
+    if M == 0:
+        return dh, de_out, de_in
+    delta = (ds.float() * s.float()).sum(dim=1)
+    chunk, needs_dz = _chunk(M, V), needs_h or needs_out
+    dz = h.new_empty(M, chunk) if needs_dz else h
+    p = h.new_empty(M, chunk) if needs_in else h
+    n_splits = _splits(M, D, chunk // BLOCK_V)
+    partial = h.new_empty(n_splits, M, D, dtype=torch.float32) if needs_h else h
+    block_m = tile(M, 16, 128)
+    for v in range(0, V, chunk):
+        size = min(chunk, V - v)
+        wrap_triton(_vocab_mixture_bwd_logits_kernel)[(triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))](
+            h_ptr=h,
+            e_out_ptr=e_out,
+            e_in_ptr=e_in,
+            ds_ptr=ds,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dz_ptr=dz,
+            p_ptr=p,
+            scale=LOG2E / temperature,
+            inverse_temperature=1.0 / temperature,
+            M=M,
+            V=V,
+            D=D,
+            DIN=Din,
+            v_begin=v,
+            stride_hm=h.stride(0),
+            stride_ov=e_out.stride(0),
+            stride_iv=e_in.stride(0),
+            stride_sm=ds.stride(0),
+            stride_zm=chunk,
+            NEEDS_DZ=needs_dz,
+            NEEDS_P=needs_in,
+            BLOCK_M=block_m,
+            BLOCK_V=BLOCK_V,
+            BLOCK_D=64 if h.element_size() == 2 else 32,
+            num_warps=8 if block_m == 128 else 4,
+            num_stages=3 if has_large_shared_memory(h.device) else 1,
+        )
+        if needs_h:
+            _mix(dz, e_out[v : v + size], None, partial, v // BLOCK_V)
+        if needs_out:
+            matmul_into(de_out[v : v + size], dz[:, :size].T, h)
+        if needs_in:
+            matmul_into(de_in[v : v + size], p[:, :size].T, ds)
+    if needs_h:
+        _merge(partial, None, None, dh, None)
+    return dh, de_out, de_in
+
+
+class _VocabMixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float) -> Tensor:
+        s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature)
+        ctx.save_for_backward(h, e_out, e_in, s, lse)
+        ctx.temperature = temperature
+        return s
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, ds: Tensor) -> tuple[Tensor | None, ...]:
+        h, e_out, e_in, s, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = _vocab_mixture_bwd(ds.contiguous(), h, e_out, e_in, s, lse, ctx.temperature, *needs)
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
 
 
 def vocab_mixture(
@@ -37,5 +470,6 @@ def vocab_mixture(
     require_same_device("e_out", e_out, h.device)
     require_same_device("e_in", e_in, h.device)
     require(temperature > 0, "temperature", "a number > 0", temperature)
-    use_triton(impl, h)
+    if use_triton(impl, h):
+        return _VocabMixture.apply(unit_stride(h), unit_stride(e_out), unit_stride(e_in), float(temperature))
     return vocab_mixture_ref(h, e_out, e_in, temperature)

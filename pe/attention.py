@@ -9,7 +9,7 @@ Legend: H heads, G key/value heads, T tokens of the row, D head size, B texts, L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from pe.kernels.context_attention import context_attention
 from pe.packing import Segments
 
 NAME = "pe_packed"
+PROBE = "pe_mask_probe"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def packed_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface: `[1, H, T, D]` in, `[1, T, H, D]` out."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     layer, segments, context = int(module.layer_idx), plan.segments, plan.context  # type: ignore[arg-type]
     plan.store(layer, k, v)
     before = context.segments.longest if context else 0
@@ -127,10 +129,43 @@ def no_mask(*_: object, **__: object) -> None:
     """The plan carries the mask; transformers must build none."""
 
 
+def note_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    *,
+    seen: dict[int, tuple[object, int | None]],
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """An attention function that only notes each layer's mask rule and the window its attention is told of."""
+    seen[int(module.layer_idx)] = (attention_mask, sliding_window)  # type: ignore[arg-type]
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+
+
+def mask_rule(*_: object, mask_function: Callable[..., Tensor], **__: object) -> Callable[..., Tensor]:
+    """The rule `(batch, head, query, key) -> seen?` itself, in place of the mask that it fills."""
+    return mask_function
+
+
+def is_causal_window(rule: Callable[..., Tensor], window: int | None) -> bool:
+    """Whether a mask rule is what `packed_attention` does: causal, within `window`; asked at long distances too."""
+    for last in (1, 64, 4_097, 131_071):
+        keys = torch.arange(last + 1)
+        ours = keys > last - window if window is not None else torch.ones(last + 1, dtype=torch.bool)
+        if not torch.equal(rule(torch.tensor(0), torch.tensor(0), torch.tensor(last), keys).expand_as(ours), ours):
+            return False
+    return True
+
+
 def register() -> None:
     """Make `attn_implementation="pe_packed"` known to transformers; without the mask function padding is attended."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, no_mask)
+    AttentionInterface.register(PROBE, note_mask)
+    AttentionMaskInterface.register(PROBE, mask_rule)
 
 
 def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe import attention
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
@@ -31,6 +31,20 @@ attention.register()
 
 class UnsupportedBackbone(ValueError):
     """An architecture whose packed pass is not the stock model's forward."""
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a position means the same in every batch; None: any number.
+
+    Learned positions end there; `dynamic` and `longrope` frequencies change there with the longest text of the batch.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return getattr(config, "max_position_embeddings", None)
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    return min((kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in changing),
+               default=None)  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -56,6 +70,7 @@ class Backbone(nn.Module):
         self.name, self.revision = name, revision
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self.stock_attention: str = model.config._attn_implementation
+        self.position_limit = position_limit(model.config.get_text_config())
         self.check_parity()
 
     @classmethod
@@ -153,6 +168,13 @@ class Backbone(nn.Module):
 
     def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
         segments = plan.segments
+        longest = max(map(sum, zip(offsets, segments.lengths, strict=True)), default=0)
+        if self.position_limit is not None and longest > self.position_limit:
+            raise ValueError(
+                f"{self.name}: text and prompt take {longest} tokens, but its positions are fixed for the first"
+                f" {self.position_limit} only (beyond them they are missing, or depend on the longest text of a batch);"
+                " lower max_length"
+            )
         before = torch.tensor(offsets, device=rows.device).repeat_interleave(
             torch.tensor(segments.lengths, device=rows.device), output_size=segments.total
         )
@@ -219,26 +241,47 @@ class Backbone(nn.Module):
                 f"{architecture}: a recurrent or hybrid decoder keeps state outside attention, which packed texts"
                 " would share; use a pure attention decoder (Llama, Qwen3, Mistral, Gemma, ...)"
             )
+        if self.model.config.is_encoder_decoder:
+            raise UnsupportedBackbone(f"{architecture}: an encoder-decoder; use a decoder (Llama, Qwen3, Mistral, ...)")
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.embedding.shape[0]
         texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 9)]
         soft = [torch.randint(vocabulary, (3,), generator=generator).tolist() for _ in texts]
         tolerance = PROBE_TOLERANCE[self.dtype]
-        stock = torch.cat([self.stock_forward(text + tail)[len(text) :] for text, tail in zip(texts, soft, strict=True)])
         try:
+            whole = [text + tail for text, tail in zip(texts, soft, strict=True)]
+            stock = torch.cat([self.stock_forward(ids)[-3:] for ids in whole])
             ids, segments = pack(soft, self.device)
-            packed, _ = self(self.token_rows(ids), segments, context=self.read(texts))
-        except (KeyError, TypeError, AttributeError) as error:
+            rows, context = self.token_rows(ids), self.read(texts)
+            packed, _ = self(rows, segments, context=context)
+            self(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
+            masks = self._masks(rows[:2])
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
             raise UnsupportedBackbone(
-                f"{architecture}: its attention does not go through transformers' attention interface"
+                f"{architecture}: it does not run on rows of embeddings through transformers' attention interface"
                 f" ({type(error).__name__}: {error}); choose another backbone"
             ) from error
-        error = ((packed - stock).float().norm() / stock.float().norm()).item()
-        if not error <= tolerance:
+        difference = ((packed - stock).float().norm() / stock.float().norm()).item()
+        if not difference <= tolerance:
             raise UnsupportedBackbone(
-                f"{architecture}: the packed pass differs from the stock forward by {error:.1e} (allowed"
+                f"{architecture}: the packed pass differs from the stock forward by {difference:.1e} (allowed"
                 f" {tolerance:.0e}); this architecture is not supported"
             )
+        for layer, (rule, window) in masks.items():
+            if callable(rule) and not attention.is_causal_window(rule, window):
+                raise UnsupportedBackbone(
+                    f"{architecture}: layer {layer} masks more than its attention is told of (window {window}), so long"
+                    " texts would differ from the stock forward; this architecture is not supported"
+                )
+
+    def _masks(self, rows: Tensor) -> dict[int, tuple[object, int | None]]:
+        """Each layer's mask rule in the stock model, and the window that it tells the attention function."""
+        seen: dict[int, tuple[object, int | None]] = {}
+        self.model.set_attn_implementation(attention.PROBE)
+        self.model(inputs_embeds=rows[None], use_cache=False, seen=seen)
+        return seen
 
     @torch.no_grad()
     def stock_forward(self, ids: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -219,7 +220,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every", "keep_checkpoints"):
+        _require(self.steps >= 0, "train.steps", "0 or more", self.steps)
+        for name in ("batch_size", "save_every", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         _require(0 <= self.warmup <= 1, "train.warmup", "a share in [0, 1]", self.warmup)
         _require(self.lr > 0, "train.lr", "a positive number", self.lr)
@@ -271,33 +273,64 @@ def _nested_dataclass(annotation: Any) -> type | None:
     return None
 
 
-def _unknown_keys(node: yaml.Node, kind: type, where: str) -> Iterator[str]:
+def _problems(node: yaml.Node, annotation: Any, where: str) -> Iterator[tuple[int, str]]:
+    """Line and message of each unknown or repeated key under the dataclass in `annotation`, and of sections without."""
+    kind = _nested_dataclass(annotation)
+    if kind is None:
+        return
     hints = typing.get_type_hints(kind)
-    if isinstance(node, yaml.SequenceNode):
+    name = where or "the recipe"
+    if isinstance(node, yaml.SequenceNode) and annotation is not kind:
         for number, item in enumerate(node.value):
-            yield from _unknown_keys(item, kind, f"{where}[{number}]")
+            yield from _problems(item, kind, f"{where}[{number}]")
     elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value not in hints:
-                hint = nearest(key.value, list(hints))
-                yield f"line {line}: unknown key {key.value!r} in {where}{hint} Known keys: {', '.join(hints)}"
-            elif inner := _nested_dataclass(hints[key.value]):
-                yield from _unknown_keys(value, inner, f"{where}.{key.value}" if where != "the recipe" else key.value)
+            line, known = key.start_mark.line + 1, f"Known keys: {', '.join(hints)}"
+            if not isinstance(key, yaml.ScalarNode):
+                yield line, f"expected a key in {name}, got a list or mapping. {known}"
+            elif key.value not in hints:
+                yield line, f"unknown key {key.value!r} in {name}{nearest(key.value, list(hints)) or '.'} {known}"
+            elif key.value in seen:
+                yield line, f"key {key.value!r} stands twice in {name}"
+            else:
+                seen.add(key.value)
+                yield from _problems(value, hints[key.value], f"{where}.{key.value}" if where else key.value)
+    elif annotation is kind:
+        got = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value) if node.value else "nothing"
+        yield node.start_mark.line + 1, f"{name}: expected a mapping of {', '.join(hints)}, got {got}"
 
 
-def check_keys(path: Path, kind: type) -> None:
-    """Raise RecipeError with file and line for YAML that does not parse or has a key that `kind` does not know."""
+def read_yaml(path: Path, kind: type) -> yaml.Node:
+    """The YAML document of a recipe.
+
+    Raises:
+        RecipeError: with file and line, for YAML that does not parse, a key that `kind` does not know, a key given
+            twice, or a section that is no mapping.
+    """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if node is not None and not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}")
-    for problem in _unknown_keys(node, kind, "the recipe") if node else ():
-        raise RecipeError(f"{path}: {problem}")
+    if node is None:
+        raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}, got nothing")
+    for line, problem in _problems(node, kind, ""):
+        raise RecipeError(f"{path}:{line}: {problem}")
+    return node
+
+
+def _line_of(node: yaml.Node, option: str) -> int | None:
+    """Line of a dotted option in a YAML document, or of the section that holds it."""
+    line = None
+    for name in option.split("."):
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((key, value) for key, value in entries if key.value == name), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
 
 
 def build_parser(kind: type, **settings: Any) -> ArgumentParser:
@@ -321,14 +354,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unreadable file, unknown key, wrong type or value; the message names file, line or option.
     """
     path = Path(path)
-    check_keys(path, Recipe)
+    node = read_yaml(path, Recipe)
     parser = build_parser(Recipe)
+    for override in overrides:
+        option = override.partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        if option.startswith("--") and option not in known:
+            raise RecipeError(f"unknown option {option}{nearest(option, known)}")
     try:
         parsed = parser.parse_args(["--config", str(path), *overrides])
         parsed.pop("config", None)
-        return typing.cast(Recipe, Recipe(**vars(parser.instantiate_classes(parsed))))
+        return Recipe(**vars(parser.instantiate_classes(parsed)))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: {error}") from error
+        match = re.match(r'(?:Parser key "|argument --)?([\w.]+)', str(error))
+        option = match[1] if match else ""
+        names = (option, f"model.{option}")
+        given = next((item for item in overrides if item.partition("=")[0].removeprefix("--") in names), None)
+        line = next(filter(None, (_line_of(node, name) for name in names)), None)
+        where = given or (f"{path}:{line}" if line else str(path))
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -251,7 +251,8 @@ def _quiet_libraries() -> Iterator[None]:
     """No notices nor bars of mteb and of what it works with; an encoder's own warnings stay."""
     import datasets
 
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("mteb", "datasets", "huggingface_hub")}
+    loggers = [logging.getLogger(name) for name in ("mteb", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     for logger in loggers:
@@ -261,7 +262,7 @@ def _quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"(mteb|datasets|sklearn|scipy|huggingface_hub)\b")
             yield
     finally:
-        for logger, level in loggers.items():
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
@@ -312,18 +313,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_instructions(instructions, list(find_tasks(names, options.data)))
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.touch()
+            if options.output.is_dir():
+                raise EvaluationError(f"--output: expected a file, got the folder {options.output}")
         encoder = load_encoder(options.model, backbone=options.backbone, device=options.device)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
         scores = score(encoder, names, data=options.data, instructions=instructions, progress=True)
-    except (EvaluationError, DataError) as error:
+        Console().print(scores)
+        if options.output is not None:
+            scores.write(options.output)
+            print(f"Scores written to {options.output}")
+    except (EvaluationError, DataError, OSError) as error:
         return _refuse(error)
-    Console().print(scores)
-    if options.output is not None:
-        scores.write(options.output)
-        print(f"Scores written to {options.output}")
     return 0
 
 

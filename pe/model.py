@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +23,32 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
+from transformers import AutoModel
 
 from pe.alignment import AlignedPrompts, Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.config import ModelConfig, model_config_from_dict, to_dict
 from pe.kernels.pool_normalize import pool_normalize
+from pe.loading import load_pretrained
 from pe.packing import Segments, by_length, inverse, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 
 Side = Literal["query", "document"]
 FORMAT = 1
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    """A fused optimiser writes weights without raising their version, so its steps are counted for the prompt bank."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Instruction(NamedTuple):
@@ -142,7 +157,13 @@ class PromptEmbedder(nn.Module):
         return embeddings[inverse(order)]
 
     def stepwise(self, requests: Requests) -> Tensor:
-        """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout."""
+        """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout.
+
+        Raises:
+            ValueError: the prefix layout, where texts follow the whole prompt.
+        """
+        if self.config.layout != "suffix":
+            raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
         order, ids, part = self._sorted(requests)
         prompts, index = self.write_prompts(part)
         states = self.prompt_states(self.backbone.read(ids), prompts, index)
@@ -167,19 +188,26 @@ class PromptEmbedder(nn.Module):
         What several texts have in common is written once: conditioned on the instruction alone, one prompt each.
         """
         with_text = self.config.conditioning == "instruction_and_text"
-        read = [
-            self.prompter_text(requests.instruction(i), text if with_text else None)
-            for i, text in enumerate(requests.texts)
-        ]
-        place = {text: number for number, text in enumerate(dict.fromkeys(read))}
-        return self._align(list(place)), [place[text] for text in read]
+        read = []
+        for i, text in enumerate(requests.texts):
+            instruction = requests.instruction(i)
+            before = self.prefix_text(instruction) if self.config.layout == "prefix" else ""
+            read.append((self.prompter_text(instruction, text if with_text else None), before))
+        place = {key: number for number, key in enumerate(dict.fromkeys(read))}
+        return self._align([request for request, _ in place]), [place[key] for key in read]
 
     def prompter_text(self, instruction: Instruction, text: str | None = None) -> str:
         """What the prompting LLM reads."""
         template: str = getattr(self.config.templates, instruction.side).prompter
         if text is None:
             template = template.partition("{text}")[0].rstrip()
-        return template.replace("{instruction}", instruction.text).replace("{text}", text or "")
+        fields = {"{instruction}": instruction.text, "{text}": text or ""}
+        return re.sub(r"\{instruction\}|\{text\}", lambda found: fields[found[0]], template)
+
+    def prefix_text(self, instruction: Instruction) -> str:
+        """What the backbone reads before the soft prompt in the prefix layout."""
+        template: str = getattr(self.config.templates, instruction.side).prefix
+        return template.replace("{instruction}", instruction.text)
 
     def _align(self, texts: Sequence[str]) -> AlignedPrompts:
         limit = self.config.max_length
@@ -220,10 +248,7 @@ class PromptEmbedder(nn.Module):
         k = prompts.prompts.shape[1]
         owners = dict(zip(index, (requests.instruction(i) for i in range(len(index))), strict=True))
         used = sorted(owners)
-        lead = [
-            getattr(self.config.templates, owners[n].side).prefix.replace("{instruction}", owners[n].text) for n in used
-        ]
-        instruction_ids = self.backbone.text_tokenizer(lead)
+        instruction_ids = self.backbone.text_tokenizer([self.prefix_text(owners[n]) for n in used])
         pieces = [
             piece
             for n, row in zip(used, instruction_ids, strict=True)
@@ -349,7 +374,7 @@ class PromptEmbedder(nn.Module):
         """
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
-        version = sum(p._version for p in self.parameters())
+        version = _optimizer_steps + sum(p._version for p in self.parameters())
         if version != self._bank_version:
             self._bank, self._bank_version = {}, version
         for item in instructions:
@@ -397,14 +422,16 @@ class PromptEmbedder(nn.Module):
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write the embedder to a folder: whole or not at all.
 
-        The backbone is stored by name and revision; its weights only with `include_backbone`.
+        The backbone is stored by name and revision; its weights only with `include_backbone`, or where they are in the
+        folder that is written anew.
 
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
         path = Path(path)
-        if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
+        if path.exists() and not _may_be_replaced(path):
             raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
+        include_backbone |= Path(self.backbone.name).resolve().is_relative_to(path.resolve())
         temporary = path.with_name(path.name + ".part")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -425,14 +452,25 @@ class PromptEmbedder(nn.Module):
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         (temporary / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
+        former = path.with_name(path.name + ".former")
+        shutil.rmtree(former, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+            path.rename(former)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
 
     def _save_backbone(self, folder: Path) -> None:
-        source = Backbone.from_pretrained(dataclasses.replace(self.config.backbone, model=self.backbone.name), self.device)
-        source.model.save_pretrained(folder)
-        source.text_tokenizer.tokenizer.save_pretrained(folder)
+        """The checkpoint itself, in its own dtype: the model in memory may be cast and carry a reader."""
+        is_local = Path(self.backbone.name).is_dir()
+        revision = None if is_local else self.config.backbone.revision
+        model, tokenizer = load_pretrained(AutoModel, self.backbone.name, revision, "auto")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(
@@ -453,10 +491,11 @@ class PromptEmbedder(nn.Module):
         saved = read_config(path)
         config = model_config_from_dict(saved["model"], str(path / "config.json"))
         prompter = load_prompter(path / "prompter", config, device)
-        name = backbone or (str(path / "backbone") if saved["backbone"]["included"] else saved["backbone"]["name"])
-        frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=None), device)
-        same = frozen.revision is None or saved["backbone"]["included"] or frozen.revision == saved["backbone"]["revision"]
-        if not same:
+        own = saved["backbone"]["included"] and backbone is None
+        name = str(path / "backbone") if own else backbone or saved["backbone"]["name"]
+        revision = None if Path(name).is_dir() else config.backbone.revision
+        frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
+        if not (own or frozen.revision is None or frozen.revision == saved["backbone"]["revision"]):
             raise ValueError(
                 f"{path}: trained on backbone {saved['backbone']['name']} with content {saved['backbone']['revision']},"
                 f" but {name} has content {frozen.revision}; give the right folder as backbone=, or move the embedder"
@@ -475,6 +514,18 @@ class PromptEmbedder(nn.Module):
         return model
 
 
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a path is an empty folder, or one that `save_pretrained` wrote."""
+    if not path.is_dir():
+        return False
+    if not any(path.iterdir()):
+        return True
+    try:
+        return "backbone" in read_config(path)
+    except (OSError, ValueError):
+        return False
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a saved PromptEmbedder.
 
@@ -485,8 +536,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
     saved = json.loads(file.read_text(encoding="utf-8"))
-    if saved.get("format") != FORMAT or "backbone" not in saved:
-        raise ValueError(f"{file}: expected a PromptEmbedder of format {FORMAT}, got {saved.get('format')!r}")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or "backbone" not in saved:
+        got = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{file}: expected a PromptEmbedder of format {FORMAT}, got {got!r}")
     return saved
 
 

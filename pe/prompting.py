@@ -8,7 +8,8 @@ Legend: N prompts, K soft tokens, L tokens of the longest request, D hidden size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, embedding_scale, load_pretrained
 
 ADAPTER = "prompter"
+TOLERANCE = 1e-4  # relative, of float32 probes
 
 
 class UnsupportedPrompter(ValueError):
@@ -48,12 +50,14 @@ class PromptingLLM(nn.Module):
         """Take over `model` and choose its trainable weights.
 
         Raises:
-            UnsupportedPrompter: logits that are not h E_outᵀ times a constant.
+            UnsupportedPrompter: logits that are not h E_outᵀ times a constant, or a model that padding, a cache or rows
+                of embeddings in place of token ids would change.
         """
         super().__init__()
         self.model, self.config = model, config
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.logit_scale = logit_scale(model)
+        self.check_generation()
         if config.trainable == "lora":
             settings = config.lora
             model.requires_grad_(False)
@@ -113,12 +117,16 @@ class PromptingLLM(nn.Module):
         Args:
             requests: token ids of what is read, one list a prompt; none may be empty.
         """
+        return self.generate(requests, self.config.soft_tokens)
+
+    def generate(self, requests: Sequence[Sequence[int]], count: int) -> SoftPrompts:
+        """Write prompts of `count` soft tokens."""
         decoder, scale = self.model.base_model, self.embedding_scale
         ids, mask, positions = left_padded(requests, self.device)
         inputs = torch.nn.functional.embedding(ids, self.embedding) * scale
         cache = DynamicCache(config=self.model.config)
         tokens, hidden = [], []
-        for _ in range(self.config.soft_tokens):
+        for _ in range(count):
             output = decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask,
@@ -136,6 +144,36 @@ class PromptingLLM(nn.Module):
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         return SoftPrompts(torch.stack(tokens, 1), torch.stack(hidden, 1))
 
+    @torch.no_grad()
+    def check_generation(self) -> None:
+        """Compare two soft tokens for two requests, padded and cached, with the plain forward of each.
+
+        Raises:
+            UnsupportedPrompter: they differ, or the model does not run this way.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        requests = [[1, 2, 3, 4, 5], [6, 7, 8]]
+        with refused_if_it_fails(self.model):
+            written = self.generate(requests, 2)
+            plain = [self._plain_hidden(ids, soft[:1]) for ids, soft in zip(requests, written.tokens, strict=True)]
+        self.model.train(was_training)
+        expected = torch.stack(plain)
+        difference = ((written.hidden - expected).norm() / expected.norm()).item()
+        if not difference < TOLERANCE:
+            raise UnsupportedPrompter(
+                f"{describe(self.model)}: its padded, cached generation differs from the plain forward by"
+                f" {difference:.1e} (allowed {TOLERANCE:.0e}); choose another prompting LLM"
+            )
+
+    def _plain_hidden(self, ids: Sequence[int], soft: Tensor) -> Tensor:
+        """Last hidden states `[2, D]` behind the token ids alone, and behind them and one soft token `[1, D]`."""
+        tokens = torch.tensor([list(ids)], device=self.device)
+        rows = torch.cat([self.model.get_input_embeddings()(tokens)[0], soft])
+        decoder = self.model.base_model
+        alone = decoder(tokens, use_cache=False).last_hidden_state[0, -1]
+        return torch.stack([alone, decoder(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1]])
+
 
 def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
     """Ids, attention mask (None where nothing is padded) and positions, each `[N, L]`."""
@@ -148,6 +186,24 @@ def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tupl
     return ids, mask if padded else None, (places - pads[:, None]).clamp(min=0)
 
 
+def describe(model: PreTrainedModel) -> str:
+    return f"{model.name_or_path or 'model'} ({model.config.model_type})"
+
+
+@contextlib.contextmanager
+def refused_if_it_fails(model: PreTrainedModel) -> Iterator[None]:
+    """Turn an error inside the model, other than a lack of memory, into UnsupportedPrompter."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        raise UnsupportedPrompter(
+            f"{describe(model)}: it does not generate from rows of embeddings with a cache ({type(error).__name__}:"
+            f" {error}); choose another prompting LLM"
+        ) from error
+
+
 @torch.no_grad()
 def logit_scale(model: PreTrainedModel) -> float:
     """The constant c of logits = c · h E_outᵀ, found by running a few tokens.
@@ -155,19 +211,24 @@ def logit_scale(model: PreTrainedModel) -> float:
     Raises:
         UnsupportedPrompter: there is no such constant (a soft cap, a bias, no output embedding).
     """
-    name = f"{model.name_or_path or 'model'} ({model.config.model_type})"
+    name = describe(model)
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        raise UnsupportedPrompter(f"{name}: a recurrent or encoder-decoder model; use a pure attention decoder")
     head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedPrompter(f"{name}: no output embedding; a prompting LLM must be a causal language model")
+    if head is None or head.weight.shape != model.get_input_embeddings().weight.shape:
+        raise UnsupportedPrompter(
+            f"{name}: no output embedding of the input embedding's shape; use a causal language model with both"
+        )
     ids = torch.arange(4, device=model.device)[None]
     was_training = model.training
     model.eval()
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    logits, plain = model(ids, use_cache=False).logits.float(), (hidden @ head.weight.T).float()
+    with refused_if_it_fails(model):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        logits, plain = model(ids, use_cache=False).logits.float(), (hidden @ head.weight.T).float()
     model.train(was_training)
     scale = ((logits * plain).sum() / (plain * plain).sum()).item()
     error = ((logits - scale * plain).norm() / logits.norm()).item()
-    if not error < 1e-2 or scale <= 0:
+    if not error < TOLERANCE or scale <= 0:
         raise UnsupportedPrompter(
             f"{name}: its logits differ from a linear map of the hidden state by {error:.1e}; a soft cap or a bias on"
             " the logits is not supported in the prompting LLM, choose another one"

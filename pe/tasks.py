@@ -183,7 +183,9 @@ def _build(name: str, entry: TaskEntry, paths: list[Path]) -> AbsTask:
         "PairClassification": AbsTaskPairClassification,
         "Clustering": AbsTaskClustering,
     }
-    sides = {"query": entry.instruction, "document": entry.document_instruction}
+    prompt: Any = entry.instruction
+    if entry.document_instruction:
+        prompt = {"query": entry.instruction, "document": entry.document_instruction}
     metadata = TaskMetadata(
         name=name,
         description=f"{name.removeprefix('PE-')} from local files: {', '.join(entry.files)}",
@@ -193,7 +195,7 @@ def _build(name: str, entry: TaskEntry, paths: list[Path]) -> AbsTask:
         eval_splits=[entry.split],
         eval_langs=["eng-Latn"],
         dataset={"path": f"local/{name}", "revision": _content_hash(paths)},
-        prompt=sides if entry.document_instruction else entry.instruction,
+        prompt=prompt,
         license=entry.license,
         bibtex_citation="",
     )

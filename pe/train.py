@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
 from pe.card import model_card
-from pe.config import Recipe, RecipeError, TrainConfig, build_parser, load_recipe, to_dict
+from pe.config import Recipe, RecipeError, TrainConfig, build_parser, load_recipe, to_dict, write_yaml
 from pe.data import BatchPlan, DataError, load_dataset
 from pe.evaluate import Scores, comparison, score
 from pe.losses import backward, batch_requests
@@ -301,6 +301,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         scores["trained"] = measure(model)
     if accelerator.is_main_process:
         model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores))
+        write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
     return scores
 

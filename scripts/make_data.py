@@ -4,7 +4,7 @@
 
 SOURCE holds `manifest.json`, a list of `{"file", "rows", "sha256", "ship", ...}`, and the files it names. Every file is
 checked against its SHA-256 sum and must be marked as one that may ship. Rows are copied byte for byte; a capped set
-keeps rows spread evenly over the file. The same source gives the same bytes.
+keeps rows spread evenly over the file. The same source and xz library give the same bytes.
 """
 
 from __future__ import annotations

@@ -446,6 +446,17 @@ def test_no_row_twice_within_an_epoch_or_a_batch(tmp_path: Path, count: int, pro
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
+def test_every_set_of_a_mixture_follows_its_own_epochs(three: list[Dataset]) -> None:
+    plan = three_plan(three)
+    for which, dataset in enumerate(three):
+        steps = np.flatnonzero(plan.sets == which)
+        stream = np.concatenate([plan.rows(int(step))[1] for step in steps])
+        epochs = np.concatenate([plan.rows(int(step))[0] for step in steps])
+        np.testing.assert_array_equal(epochs, np.arange(len(stream)) // len(dataset))
+        for epoch in range(len(stream) // len(dataset)):
+            assert sorted(stream[epochs == epoch]) == list(range(len(dataset)))
+
+
 def test_orders_of_a_later_epoch_stay_uniform(tmp_path: Path) -> None:
     """Keeping a batch free of repeats must not favour any row over the seeds."""
     dataset = pairs(tmp_path / "set.jsonl", 12)

@@ -1,7 +1,8 @@
 """A text encoder with instructions as an mteb model.
 
-The instruction of a task is the caller's, else the task's own prompt, else the one of the task's type in mteb. Queries
-and documents follow mteb's prompt type; a symmetric task has none and takes the query side throughout.
+The instruction of a task is the caller's, else the task's own prompt, else the one of the task's type in mteb, else
+its description. Queries and documents follow mteb's prompt type; a symmetric task has none and takes the query side
+throughout.
 
 Legend: N texts, D embedding size.
 """
@@ -87,10 +88,11 @@ class MtebEncoder(AbsEncoder):
     def instruction(self, task: TaskMetadata, side: Side) -> str:
         """The sentence that texts of one side of a task are encoded under; documents without one take the queries'."""
         own: Mapping[str, Any] = task.prompt if isinstance(task.prompt, dict) else {"query": task.prompt}
-        if side == "document":
-            if sentence := self.instructions.get(f"{task.name}-document") or own.get("document"):
-                return str(sentence)
-        return str(self.instructions.get(task.name) or own.get("query") or get_abstask_prompt(task.name))
+        document = self.instructions.get(f"{task.name}-document") or own.get("document")
+        if side == "document" and document:
+            return str(document)
+        query = self.instructions.get(task.name) or own.get("query")
+        return str(query or get_abstask_prompt(task.name) or task.description)
 
     def get_instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
         return self.instruction(task_metadata, "document" if prompt_type is PromptType.document else "query")

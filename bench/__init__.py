@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of BENCHMARKS.md, measured side by side and recorded."""

@@ -1,0 +1,198 @@
+"""What is compared: model pairs (cases) and ways to train them on one batch (variants).
+
+Neither time nor memory of a step depends on the weights, so a model that is not in `models/` gets random ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe.alignment import AlignmentReport, LinearAlignment
+from pe.backbone import Backbone
+from pe.baselines.common import BARE, Templates
+from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
+from pe.config import LoraSettings, ModelConfig, PrompterConfig
+from pe.model import PromptEmbedder
+from pe.prompting import PromptingLLM
+
+ROOT = Path(__file__).parent.parent
+
+
+class IdTokenizer:
+    """Reads a text as the numbers in it: `"12 7"` is the tokens 12 and 7. Batches are made of token ids by it."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts: str | Sequence[str], **_: object) -> dict[str, Any]:
+        if isinstance(texts, str):
+            return {"input_ids": [int(number) for number in re.findall(r"\d+", texts)]}
+        return {"input_ids": [self._ids(text) for text in texts]}
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[int]] = {}
+
+    def _ids(self, text: str) -> list[int]:
+        """Parsed once: a step starts from a batch that is tokenised already."""
+        if text not in self._known:
+            self._known[text] = [int(number) for number in re.findall(r"\d+", text)]
+        return self._known[text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder: the checkpoint in `folder` where there is one, else random weights of these sizes."""
+
+    kind: str
+    sizes: Mapping[str, int]
+    folder: str | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config().vocab_size)
+
+    @property
+    def path(self) -> Path | None:
+        path = ROOT / self.folder if self.folder else None
+        return path if path and (path / "config.json").exists() else None
+
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(self.path) if self.path else AutoConfig.for_model(self.kind, **self.sizes)
+
+    def load(self, auto: type, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The model as `auto` (AutoModel, AutoModelForCausalLM) builds it."""
+        with torch.device(device):
+            if self.path and list(self.path.glob("*.safetensors")):
+                return auto.from_pretrained(self.path, dtype=dtype)  # type: ignore[attr-defined]
+            return auto.from_config(self.config(), dtype=dtype)  # type: ignore[attr-defined]
+
+
+def sizes(vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int, head: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pair of models and a batch.
+
+    Attributes:
+        prompter, backbone: the two language models.
+        queries: queries of a batch; as many positives come on top.
+        soft_tokens: K.
+        rank: of LoRA and of the reader.
+    """
+
+    name: str
+    prompter: Shape
+    backbone: Shape
+    queries: int
+    soft_tokens: int = 5
+    rank: int = 16
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids below this are in both vocabularies."""
+        return min(self.prompter.vocabulary, self.backbone.vocabulary)
+
+
+TINY_PROMPTER = Shape(kind="llama", sizes=sizes(4096, 192, 512, 4, 6, 3, 32), folder="models/tiny-prompter")
+CASES = {
+    "tiny": Case(
+        name="tiny",
+        prompter=TINY_PROMPTER,
+        backbone=Shape(kind="qwen3", sizes=sizes(8192, 256, 640, 6, 8, 4, 32), folder="models/tiny-qwen3"),
+        queries=64,
+    ),
+    "small": Case(
+        name="small",
+        prompter=TINY_PROMPTER,
+        backbone=Shape(kind="qwen3", sizes=sizes(8192, 512, 1536, 8, 8, 4, 64)),
+        queries=32,
+    ),
+}
+
+Embedder = PromptEmbedder | LoraEmbedder
+Build = Callable[[Case, bool, torch.device], Embedder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to train, under the name its records carry."""
+
+    title: str
+    build: Build
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """Type of the frozen weights: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_backbone(case: Case, device: torch.device) -> Backbone:
+    tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
+    return Backbone(case.backbone.load(AutoModel, dtype_of(device), device), tokenizer, case.name)
+
+
+def prompt_embedder(**options: Any) -> Build:
+    """PromptEmbedder with these options, as `PromptEmbedder.from_config` builds it."""
+
+    def build(case: Case, instructed: bool, device: torch.device) -> Embedder:
+        config = ModelConfig(
+            prompter=PrompterConfig(soft_tokens=case.soft_tokens),
+            reader_lora=LoraSettings(rank=case.rank),
+            **options,
+        )
+        tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
+        language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, device)
+        prompter = PromptingLLM(language_model, tokenizer, config.prompter)
+        backbone = load_backbone(case, device)
+        weight = torch.randn(prompter.hidden_size, backbone.hidden_size, device=device) / prompter.hidden_size**0.5
+        if config.reader == "activated_lora":
+            backbone.add_reader(config.reader_lora)
+        return PromptEmbedder(config, prompter, LinearAlignment(weight, AlignmentReport(0, None)), backbone)
+
+    return build
+
+
+def lora(form: Form) -> Build:
+    """The peer in one of its forms; it reads the instruction before queries where the batch is instructed."""
+
+    def build(case: Case, instructed: bool, device: torch.device) -> Embedder:
+        config = LoraBaselineConfig(
+            lora=LoraSettings(rank=case.rank, alpha=64.0, dropout=0.1),
+            form=form,
+            templates=Templates() if instructed else Templates(query=BARE),
+        )
+        return LoraEmbedder(config, load_backbone(case, device))
+
+    return build
+
+
+VARIANTS = {
+    "lora-padded": Variant(title="(a) LoRA, padded, SDPA", build=lora("padded")),
+    "lora-checkpointed": Variant(title="(b) LoRA, padded, activation checkpointing", build=lora("checkpointed")),
+    "lora-packed": Variant(title="(c) LoRA, packed, no padding", build=lora("packed")),
+    "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
+    "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
+    "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(layout="prefix", pooling="mean_text")),
+}
+BASELINE = "lora-padded"
+
+
+def trainable(model: Embedder) -> list[nn.Parameter]:
+    return [parameter for part in model.trainable_parameters().values() for parameter in part]

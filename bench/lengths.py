@@ -1,0 +1,180 @@
+"""Lengths of the recipe's training texts, and batches of random tokens of such lengths.
+
+    python -m bench.lengths [RECIPE.yaml]      writes bench/lengths.json
+
+A recipe's batches hold one data set each. So three distributions are timed: `fixed`, all texts of 128 tokens and no
+instruction for LoRA to read; `real`, one batch of every data set, the mean weighted as the recipe draws them, with the
+instruction before LoRA's queries; `mixed`, one batch drawn from all data sets together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoTokenizer
+
+from bench.cases import ROOT, Case
+from pe.config import load_recipe
+from pe.data import BatchPlan, load_dataset
+from pe.loading import TextTokenizer
+from pe.model import Instruction, Requests
+
+FILE = Path(__file__).parent / "lengths.json"
+FIXED = 128
+ROWS = 64
+Distribution = Literal["fixed", "real", "mixed"]
+DISTRIBUTIONS: tuple[Distribution, ...] = ("fixed", "real", "mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetLengths:
+    """Tokens of one data set's first batch: of each query, of its positive, and of both instructions."""
+
+    name: str
+    weight: float
+    instruction: int
+    document_instruction: int
+    queries: list[int]
+    documents: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries, then as many positives, as texts that `bench.cases.IdTokenizer` reads.
+
+    Attributes:
+        requests: what a model embeds.
+        weight: share of the batch in the distribution's mean.
+        lengths: tokens of the queries and of the positives, instructions left out.
+    """
+
+    requests: Requests
+    weight: float
+    lengths: tuple[list[int], list[int]]
+
+    @property
+    def queries(self) -> int:
+        return len(self.lengths[0])
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(sum, self.lengths))
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens when each side is padded to its longest."""
+        return sum(len(side) * max(side) for side in self.lengths)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The batches of a distribution, and whether LoRA reads the instruction before its queries."""
+
+    distribution: str
+    batches: list[Batch]
+    instructed: bool
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a step, in the weighted mean."""
+        return self.mean([batch.tokens for batch in self.batches])
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / self.mean([batch.padded_tokens for batch in self.batches])
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Mean of one value a batch, weighted as the batches are drawn."""
+        weights = [batch.weight for batch in self.batches]
+        return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+
+
+def measure(recipe_file: Path) -> dict[str, object]:
+    """Lengths of every data set's first batch under the recipe's templates, tokenizer and limit."""
+    recipe = load_recipe(recipe_file)
+    name = recipe.model.backbone.model
+    tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(name))
+    limit = recipe.model.max_length
+
+    def tokens(texts: Sequence[str]) -> list[int]:
+        return [min(len(ids), limit) for ids in tokenizer(texts)]
+
+    found = []
+    for item in recipe.data:
+        batch = BatchPlan([load_dataset(item)], [1.0], 1, ROWS, recipe.train.seed, hard_negatives=0).batch(0)
+        heads = [f"Instruct: {text}\nQuery:" for text in (batch.instruction, batch.document_instruction)]
+        instruction, document_instruction = tokens(heads)
+        found.append(
+            SetLengths(
+                name=Path(item.path).name.partition(".")[0],
+                weight=item.weight,
+                instruction=instruction,
+                document_instruction=document_instruction,
+                queries=tokens(batch.queries),
+                documents=tokens(batch.documents),
+            )
+        )
+    return {"recipe": recipe_file.name, "tokenizer": Path(name).name, "sets": [asdict(item) for item in found]}
+
+
+def read(file: Path = FILE) -> list[SetLengths]:
+    return [SetLengths(**item) for item in json.loads(file.read_text(encoding="utf-8"))["sets"]]
+
+
+def workload(distribution: Distribution, case: Case, sets: Sequence[SetLengths] | None = None) -> Workload:
+    """Batches of `case.queries` queries; the same tokens for everyone who asks."""
+    sets, rows = sets or read(), case.queries
+    generator = torch.Generator().manual_seed(0)
+
+    def text(count: int) -> str:
+        return " ".join(map(str, torch.randint(case.vocabulary, (count,), generator=generator).tolist()))
+
+    def batch(weight: float, heads: tuple[int, int], lengths: tuple[list[int], list[int]]) -> Batch:
+        instructions = [Instruction(text(heads[0]), "query"), Instruction(text(heads[1]), "document")]
+        texts = [text(count) for side in lengths for count in side]
+        return Batch(Requests(texts, instructions, [0] * rows + [1] * rows), weight, lengths)
+
+    heads = (sets[0].instruction, sets[0].document_instruction)
+    if distribution == "fixed":
+        return Workload("fixed", [batch(1.0, heads, ([FIXED] * rows, [FIXED] * rows))], instructed=False)
+    if distribution == "real":
+        batches = [
+            batch(
+                item.weight, (item.instruction, item.document_instruction), (item.queries[:rows], item.documents[:rows])
+            )
+            for item in sets
+        ]
+        return Workload("real", batches, instructed=True)
+    order = interleaved(sets, rows)
+    drawn = ([sets[i].queries[n] for i, n in order], [sets[i].documents[n] for i, n in order])
+    return Workload("mixed", [batch(1.0, heads, drawn)], instructed=True)
+
+
+def interleaved(sets: Sequence[SetLengths], count: int) -> list[tuple[int, int]]:
+    """(data set, row) of `count` rows drawn in proportion to the weights, always from the set that lags most."""
+    drawn = [0] * len(sets)
+    order = []
+    for _ in range(count):
+        place = min(range(len(sets)), key=lambda i: (drawn[i] + 1) / sets[i].weight)
+        order.append((place, drawn[place] % len(sets[place].queries)))
+        drawn[place] += 1
+    return order
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    recipe = Path(arguments[0]) if arguments else ROOT / "recipes" / "tiny.yaml"
+    FILE.write_text(json.dumps(measure(recipe), indent=None) + "\n", encoding="utf-8")
+    for item in read():
+        means = (sum(side) / len(side) for side in (item.queries, item.documents))
+        print(f"{item.name}: queries {next(means):.0f} tokens, documents {next(means):.0f}, weight {item.weight:g}")
+
+
+if __name__ == "__main__":
+    main()

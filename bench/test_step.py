@@ -1,0 +1,33 @@
+"""`pytest bench/ --benchmark-only`: one training step of every way to train, under pytest-benchmark's own options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import records
+from bench.cases import CASES, VARIANTS
+from bench.lengths import DISTRIBUTIONS, Distribution, workload
+from bench.step import describe, prepare
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:
+    """`real` takes one step on a batch of every data set; the others take a single step."""
+    load = workload(distribution, CASES[case])
+    step = prepare(CASES[case], variant, load, DEVICE)
+
+    def take() -> None:
+        for batch in load.batches:
+            step(batch)
+
+    benchmark.group = f"{case}, {distribution}"
+    benchmark(take)
+    benchmark.extra_info |= {**describe(CASES[case], load, DEVICE), "hardware": records.hardware()}
+    if DEVICE.type == "cuda":
+        benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated()

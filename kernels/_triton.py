@@ -1,0 +1,147 @@
+"""How the ops register and launch their Triton kernels, and the plain matrix product that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.library
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+LOG2E = 1.4426950408889634
+
+
+class _Interpreted:
+    """A kernel of Triton's interpreter, launched as `wrap_triton` would; on fake tensors a launch computes nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            if not any(isinstance(value, Tensor) and is_fake(value) for value in arguments.values()):
+                self.kernel[grid](**arguments)
+
+        return launch
+
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that allocates, launches and mutates nothing; torch.compile sees through to its kernels.
+
+    Interpreted kernels cannot be traced, so there the op is an opaque one with the same schema.
+    """
+    if not INTERPRETED:
+        return lambda fn: torch.library.triton_op(name, fn, mutates_args=())
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(name, fn, mutates_args=())
+        op.register_fake(fn)
+        return op
+
+    return register
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, for interpreted kernels too. The name is what torch looks for in an op's source."""
+    return _Interpreted(kernel) if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether the default tiles may use more than 64 KB of shared memory: data-centre NVIDIA chips, 163 KB and up."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return torch.version.hip is None
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def tile(size: int, smallest: int, largest: int) -> int:
+    """The smallest power of two that covers `size`, kept within [smallest, largest]."""
+    return min(largest, max(smallest, triton.next_power_of_2(size)))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is contiguous, else a copy: the kernels take every other stride as it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+@triton.jit
+def _matmul_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    scale_ptr,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_cm,
+    ACCUMULATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns a tile of c = a b scale, or of c += a b; operands of two dtypes meet in float32."""
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    pid_m = (tl.program_id(0) // n_tiles).to(tl.int64)
+    pid_n = (tl.program_id(0) % n_tiles).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
+    if ACCUMULATE:
+        acc = tl.load(c_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        a_ptrs = a_ptr + offs_m[:, None] * stride_am + (k + offs_k)[None, :] * stride_ak
+        b_ptrs = b_ptr + (k + offs_k)[:, None] * stride_bk + offs_n[None, :] * stride_bn
+        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
+        if a_ptr.dtype.element_ty != b_ptr.dtype.element_ty:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_SCALE:
+        acc = acc * tl.load(scale_ptr)
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def matmul_into(c: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, scale: Tensor | None = None) -> None:
+    """c [M, N] = a [M, K] b [K, N] times a scale [1], or c += a b; float32 inside, one cast at the store.
+
+    c has unit column stride.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    if M == 0 or N == 0:
+        return
+    block_m, block_n = tile(M, 16, 128), tile(N, 16, 128)
+    wrap_triton(_matmul_kernel)[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        a_ptr=a,
+        b_ptr=b,
+        c_ptr=c,
+        scale_ptr=c if scale is None else scale,
+        M=M,
+        N=N,
+        K=K,
+        stride_am=a.stride(0),
+        stride_ak=a.stride(1),
+        stride_bk=b.stride(0),
+        stride_bn=b.stride(1),
+        stride_cm=c.stride(0),
+        ACCUMULATE=accumulate,
+        HAS_SCALE=scale is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=64 if a.element_size() == 2 and b.element_size() == 2 else 32,
+        num_warps=8 if block_m * block_n > 64 * 128 else 4,
+        num_stages=3 if has_large_shared_memory(a.device) else 1,
+    )

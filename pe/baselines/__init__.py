@@ -1,0 +1,1 @@
+"""What PromptEmbedder is measured against: the frozen backbone, PEFT LoRA, and static learned prompts."""

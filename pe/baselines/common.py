@@ -1,0 +1,125 @@
+"""What the baselines share: how a text is read under an instruction, and encoding by a token budget.
+
+Legend: N texts, D embedding size, T tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pe.kernels.pool_normalize import pool_normalize
+from pe.loading import TextTokenizer
+from pe.model import Requests, Truncation
+from pe.packing import Segments, token_batches
+
+Floats = npt.NDArray[np.float32]
+Pooling = Literal["mean", "last"]
+
+INSTRUCT = "Instruct: {instruction}\nQuery:{text}"
+BARE = "{text}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids of one text behind its instruction, and the place where the text begins."""
+
+    ids: list[int]
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Templates:
+    """What stands before a text; `{text}` comes last and `{instruction}` is filled in."""
+
+    query: str = INSTRUCT
+    document: str = BARE
+
+    def __post_init__(self) -> None:
+        for name in ("query", "document"):
+            template = getattr(self, name)
+            if not template.endswith("{text}"):
+                raise ValueError(f"templates.{name}: expected a template that ends with {{text}}, got {template!r}")
+
+    def read(
+        self, tokenizer: TextTokenizer, requests: Requests, max_length: int, truncation: Truncation
+    ) -> list[Reading]:
+        """The texts' token ids behind their instructions' ids; only the text is cut, to `max_length` tokens.
+
+        Texts are tokenised apart from the instruction, as PromptEmbedder does, so all read the same tokens.
+        """
+        filled = [
+            getattr(self, item.side).removesuffix("{text}").replace("{instruction}", item.text)
+            for item in requests.instructions
+        ]
+        written = [text for text in dict.fromkeys(filled) if text]
+        heads = dict(zip(written, tokenizer(written), strict=True))
+        bare = [not filled[place] for place in requests.index]
+        readings: list[Reading | None] = [None] * len(requests.texts)
+        for lead in (True, False):
+            places = [i for i, is_bare in enumerate(bare) if is_bare == lead]
+            for i, ids in zip(places, tokenizer([requests.texts[i] for i in places], lead=lead), strict=True):
+                truncation.texts += 1
+                truncation.cut += len(ids) > max_length
+                head = heads.get(filled[requests.index[i]], [])
+                readings[i] = Reading(head + ids[:max_length], len(head))
+        return [reading for reading in readings if reading is not None]
+
+
+def pool(hidden: Tensor, readings: Sequence[Reading], pooling: Pooling) -> Tensor:
+    """L2-normalised embeddings `[N, D]` of packed states `[T, D]`: mean over the text alone, or the last token."""
+    segments = Segments(tuple(map(len, readings)), hidden.device)
+    if pooling == "last":
+        return pool_normalize(hidden, segments.cu_seqlens, mode="last")
+    if not any(reading.start for reading in readings):
+        return pool_normalize(hidden, segments.cu_seqlens, mode="mean")
+    starts = torch.tensor([reading.start for reading in readings], device=hidden.device)
+    lengths = torch.tensor(segments.lengths, device=hidden.device)
+    first = starts.repeat_interleave(lengths, output_size=segments.total)
+    weights = (segments.positions >= first).float()
+    return pool_normalize(hidden, segments.cu_seqlens, mode="weighted", token_weights=weights)
+
+
+def encode(
+    embed: Callable[[list[Reading]], Tensor],
+    readings: Sequence[Reading],
+    dimensions: int,
+    *,
+    batch_tokens: int,
+    progress: bool,
+) -> Floats:
+    """Embeddings `[N, D]` in the order of the readings, in batches of up to `batch_tokens` tokens."""
+    embeddings = np.empty((len(readings), dimensions), dtype=np.float32)
+    bar = tqdm(total=len(readings), unit="text", disable=not progress, desc="encode")
+    for batch in token_batches([len(reading) for reading in readings], batch_tokens):
+        embeddings[batch] = embed([readings[i] for i in batch]).float().numpy(force=True)
+        bar.update(len(batch))
+    bar.close()
+    return embeddings
+
+
+def short_name(model: str) -> str:
+    """`tiny-qwen3` of `models/tiny-qwen3`."""
+    return Path(model).name
+
+
+def content_hash(state: Mapping[str, Tensor], *options: object) -> str:
+    """A hash of named tensors and options: what an embedder's scores are kept under."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(repr(options).encode())
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""The frozen backbone without prompts: what a prompt has to beat.
+
+Legend: N texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pe.backbone import Backbone
+from pe.baselines.common import BARE, Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
+from pe.config import BackboneConfig
+from pe.model import Instruction, Requests, Side, Truncation
+from pe.packing import by_length, inverse, pack
+
+
+class FrozenEncoder:
+    """Pooled final states of the unchanged backbone, packed.
+
+    Attributes:
+        backbone: the frozen decoder.
+        name: what tables call it.
+        pooling: mean over the text's tokens, or the last token.
+        templates: bare texts by default; `Templates()` puts the instruction before queries.
+        truncation: counts since the encoder was made.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        pooling: Pooling = "mean",
+        templates: Templates | None = None,
+        max_length: int = 256,
+    ) -> None:
+        self.backbone, self.pooling, self.max_length = backbone, pooling, max_length
+        self.templates = templates or Templates(query=BARE)
+        self.name = f"frozen-{short_name(backbone.name)}-{pooling}"
+        self.truncation = Truncation()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: BackboneConfig,
+        device: torch.device | str = "cpu",
+        *,
+        pooling: Pooling = "mean",
+        templates: Templates | None = None,
+        max_length: int = 256,
+    ) -> FrozenEncoder:
+        """Load the backbone that `config` names."""
+        backbone = Backbone.from_pretrained(config, torch.device(device))
+        return cls(backbone, pooling=pooling, templates=templates, max_length=max_length)
+
+    @property
+    def revision(self) -> str:
+        return content_hash({}, self.backbone.revision, self.pooling, self.templates, self.max_length)
+
+    @torch.no_grad()
+    def __call__(self, requests: Requests) -> Tensor:
+        """L2-normalised embeddings `[N, D]` float32, in the order of the texts."""
+        readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
+        order = by_length([reading.ids for reading in readings])
+        return self._embed([readings[i] for i in order])[inverse(order)]
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str,
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> Floats:
+        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; see `PromptEmbedder.encode`."""
+        requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
+        readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
+        size = self.backbone.hidden_size
+        return encode(self._embed, readings, size, batch_tokens=batch_tokens, progress=progress)
+
+    @torch.no_grad()
+    def _embed(self, readings: Sequence[Reading]) -> Tensor:
+        """`[N, D]` of readings that stand sorted by length."""
+        ids, segments = pack([reading.ids for reading in readings], self.backbone.device)
+        with self.backbone.reader_off():
+            hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
+        return pool(hidden, readings, self.pooling)

@@ -1,0 +1,197 @@
+"""The peer: LoRA fine-tuning of the same backbone (PEFT, all linear layers), in three forms that compute the same.
+
+padded        queries and documents each padded to their longest text, scaled_dot_product_attention: common practice
+checkpointed  the same with activation checkpointing, as for large models (the recipe of arXiv 2509.24291)
+packed        no padding at all: one row of tokens through PromptEmbedder's own attention function
+
+Legend: B texts, L tokens of the longest, D the backbone's width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pe.backbone import Backbone
+from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
+from pe.config import BackboneConfig, LoraSettings
+from pe.model import Instruction, Requests, Side, Truncation
+from pe.packing import by_length, inverse, pack
+
+ADAPTER = "lora"
+Form = Literal["padded", "checkpointed", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraBaselineConfig:
+    """The peer's options; the defaults are those of arXiv 2509.24291."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=64.0, dropout=0.1))
+    form: Form = "padded"
+    pooling: Pooling = "mean"
+    """mean: over the text's tokens, the instruction left out; last: the last token."""
+    max_length: int = 256
+    """Tokens of a text, its instruction not counted."""
+    templates: Templates = field(default_factory=Templates)
+
+
+class LoraEmbedder(nn.Module):
+    """A decoder with LoRA adapters on every linear layer, trained through all text tokens.
+
+    Attributes:
+        config: the options.
+        name: what tables call it.
+        backbone: the decoder; its adapters alone train.
+        truncation: counts since the model was made.
+    """
+
+    def __init__(self, config: LoraBaselineConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        self.name = f"lora-{short_name(backbone.name)}-{config.pooling}"
+        self.truncation = Truncation()
+        settings = config.lora
+        backbone.model.add_adapter(
+            peft.LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                target_modules="all-linear",
+            ),
+            ADAPTER,
+        )
+        if config.form == "checkpointed":
+            backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.train(self.training)
+
+    @classmethod
+    def from_config(cls, config: LoraBaselineConfig, device: torch.device | str = "cpu") -> LoraEmbedder:
+        """Load the backbone that `config` names and give it fresh adapters."""
+        return cls(config, Backbone.from_pretrained(config.backbone, torch.device(device)))
+
+    @property
+    def revision(self) -> str:
+        return content_hash(self.trainable_state(), self.backbone.revision, self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dimensions(self) -> int:
+        """D, the size of an embedding."""
+        return self.backbone.hidden_size
+
+    def train(self, mode: bool = True) -> LoraEmbedder:
+        """The whole decoder follows `mode`, as in common practice; checkpointing acts in training mode alone."""
+        super().train(mode)
+        self.backbone.model.train(mode)
+        return self
+
+    # From texts to embeddings.
+
+    def forward(self, requests: Requests) -> Tensor:
+        """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
+        readings = self.read(requests)
+        if self.config.form == "packed":
+            order = by_length([reading.ids for reading in readings])
+            return self._packed([readings[i] for i in order])[inverse(order)]
+        sides: dict[Side, list[int]] = {}
+        for place in range(len(readings)):
+            sides.setdefault(requests.instruction(place).side, []).append(place)
+        order = [place for places in sides.values() for place in places]
+        parts = [self._padded([readings[i] for i in places]) for places in sides.values()]
+        return torch.cat(parts)[inverse(order)]
+
+    def read(self, requests: Requests) -> list[Reading]:
+        """Instruction and text of each request as token ids, the text cut to `max_length` and counted."""
+        tokenizer = self.backbone.text_tokenizer
+        return self.config.templates.read(tokenizer, requests, self.config.max_length, self.truncation)
+
+    def tokenize(self, requests: Requests) -> list[list[int]]:
+        """Token ids of each request."""
+        return [reading.ids for reading in self.read(requests)]
+
+    def _packed(self, readings: Sequence[Reading]) -> Tensor:
+        """`[B, D]` of readings that stand sorted by length, without padding."""
+        ids, segments = pack([reading.ids for reading in readings], self.device)
+        hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
+        return pool(hidden, readings, self.config.pooling)
+
+    def _padded(self, readings: Sequence[Reading]) -> Tensor:
+        """`[B, D]` of readings padded on the right to the longest."""
+        longest, model = max(map(len, readings)), self.backbone.model
+        ids = torch.tensor([reading.ids + [0] * (longest - len(reading)) for reading in readings], device=self.device)
+        lengths = torch.tensor(list(map(len, readings)), device=self.device)
+        places = torch.arange(longest, device=self.device)
+        mask = places < lengths[:, None]
+        if model.config._attn_implementation != "sdpa":
+            model.set_attn_implementation("sdpa")
+        states = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [B, L, D]
+        if self.config.pooling == "last":
+            return F.normalize(states[torch.arange(len(readings), device=self.device), lengths - 1].float(), dim=-1)
+        starts = torch.tensor([reading.start for reading in readings], device=self.device)
+        weights = (mask & (places >= starts[:, None])).float()
+        mean = torch.einsum("bl,bld->bd", weights, states.float()) / weights.sum(1, keepdim=True)
+        return F.normalize(mean, dim=-1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str,
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> Floats:
+        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; packed, whatever the form."""
+        was_training = self.training
+        self.eval()
+        readings = self.read(Requests(texts, [Instruction(instruction, side)], [0] * len(texts)))
+        found = encode(self._packed, readings, self.dimensions, batch_tokens=batch_tokens, progress=progress)
+        self.train(was_training)
+        return found
+
+    # What trains, and what is saved.
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that train: the adapters."""
+        return {"lora": [p for p in self.parameters() if p.requires_grad]}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Named tensors of everything that trains."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `trainable_state` gave.
+
+        Raises:
+            ValueError: other names than this model's.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            difference = sorted(own.keys() ^ state.keys())[:5]
+            raise ValueError(f"state: expected {len(own)} tensors, got {len(state)}; not on both sides: {difference}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
+        """Write the adapters as a PEFT adapter, and the options beside them."""
+        path = Path(path)
+        self.backbone.model.save_pretrained(path)
+        options = {"baseline": "lora", "config": dataclasses.asdict(self.config)}
+        (path / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
+        if card:
+            (path / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,133 @@
+"""The control: one learned prompt for each instruction, without a prompting LLM.
+
+All that PromptEmbedder does with a prompt is inherited; only who writes it differs. An instruction that has no prompt
+of its own gets the mean of the learned ones.
+
+Legend: I instructions, K soft tokens, D the backbone's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pe.alignment import AlignedPrompts, Alignment
+from pe.backbone import Backbone
+from pe.baselines.common import content_hash, short_name
+from pe.config import ModelConfig
+from pe.model import Instruction, PromptEmbedder
+from pe.prompting import PromptingLLM
+
+Start = Literal["vocabulary", "instruction"]
+
+
+class StaticPrompts(nn.Module):
+    """A prompt `[K, D]` for each known text, in the backbone's input space.
+
+    Every prompt is a parameter of its own, so that the optimiser leaves alone those without a gradient.
+    """
+
+    def __init__(self, texts: Sequence[str], prompts: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {text: place for place, text in enumerate(texts)}
+        self.prompts = nn.ParameterList(nn.Parameter(prompt) for prompt in prompts)
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Prompts `[len(texts), K, D]`; an unknown text gets the mean of all."""
+        places = [self.known.get(text) for text in texts]
+        mean = torch.stack(list(self.prompts)).mean(0) if None in places else torch.empty(0)
+        return torch.stack([mean if place is None else self.prompts[place] for place in places])
+
+
+class StaticPromptEmbedder(PromptEmbedder):
+    """A frozen decoder that embeds texts under learned prompts; suffix layout, optional reader."""
+
+    def __init__(self, config: ModelConfig, prompts: StaticPrompts, backbone: Backbone) -> None:
+        """Raises ValueError for a layout or conditioning that a static prompt does not have."""
+        if config.layout != "suffix" or config.conditioning != "instruction":
+            got = f"{config.layout!r} and {config.conditioning!r}"
+            raise ValueError(f"layout, conditioning: a static prompt needs 'suffix' and 'instruction', got {got}")
+        super().__init__(config, cast(PromptingLLM, prompts), cast(Alignment, nn.Identity()), backbone)
+        self.name = f"static-{short_name(backbone.name)}"
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        *,
+        instructions: Sequence[Instruction] = (),
+        start: Start = "vocabulary",
+        seed: int = 0,
+    ) -> StaticPromptEmbedder:
+        """Untrained prompts for these instructions on the backbone that `config` names; see `fresh`."""
+        backbone = Backbone.from_pretrained(config.backbone, torch.device(device))
+        if config.reader == "activated_lora":
+            backbone.add_reader(config.reader_lora)
+        return cls.fresh(config, backbone, instructions, start=start, seed=seed)
+
+    @classmethod
+    def fresh(
+        cls,
+        config: ModelConfig,
+        backbone: Backbone,
+        instructions: Sequence[Instruction],
+        *,
+        start: Start = "vocabulary",
+        seed: int = 0,
+    ) -> StaticPromptEmbedder:
+        """Untrained prompts of `config.prompter.soft_tokens` tokens each.
+
+        Args:
+            config: the options; of `prompter` only K is used.
+            backbone: the frozen decoder.
+            instructions: what the training set asks for.
+            start: rows of random vocabulary tokens, or of the instruction's own tokens (repeated, or its first K).
+            seed: of the random tokens.
+        """
+        if not instructions:
+            raise ValueError("instructions: expected at least one, got none")
+        embedder = cls(config, StaticPrompts([], []), backbone)
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary, k = backbone.embedding.shape[0], config.prompter.soft_tokens
+        prompts: dict[str, Tensor] = {}
+        for item in instructions:
+            if start == "instruction":
+                own = backbone.text_tokenizer([item.text], lead=False)[0]
+                ids = (own * k)[:k]
+            else:
+                ids = torch.randint(vocabulary, (k,), generator=generator).tolist()
+            rows = backbone.token_rows(torch.tensor(ids, device=backbone.device))
+            prompts.setdefault(embedder.prompter_text(item), rows.detach().float().clone())
+        return cls(config, StaticPrompts(list(prompts), list(prompts.values())), backbone)
+
+    @property
+    def static(self) -> StaticPrompts:
+        """The learned prompts, which stand in the prompting LLM's place."""
+        return cast(StaticPrompts, self.prompter)
+
+    @property
+    def revision(self) -> str:
+        return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
+
+    def _align(self, texts: Sequence[str]) -> AlignedPrompts:
+        return AlignedPrompts(self.static(texts), None)
+
+    def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
+        """Write what trains; the control is not meant to be loaded elsewhere.
+
+        Raises:
+            ValueError: `include_backbone`, which the control does not offer.
+        """
+        if include_backbone:
+            raise ValueError("include_backbone: expected False for a static prompt, got True")
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.trainable_state().items()}
+        save_file(state, path / "static.safetensors")
+        (path / "README.md").write_text(card or "Static prompts.\n", encoding="utf-8")

@@ -1,0 +1,256 @@
+"""Compile every kernel as its launcher would launch it, without a GPU: `python tests/kernels/aot.py [--markdown FILE]`.
+
+The launchers run on meta tensors; `wrap_triton` is replaced by a recorder, so block sizes, warps and specialisations are
+those of a real call. Each distinct launch is compiled ahead of time for a target and its registers, shared memory,
+spills and matrix instructions are read from what the compiler wrote. Must run without TRITON_INTERPRET; prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.library
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+OPS = ("vocab_mixture", "prompt_rows", "context_attention", "pool_normalize", "info_nce")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One distinct kernel launch, still to be compiled."""
+
+    op: str
+    case: str
+    kernel: str
+    target: str
+    dtype: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the compiler made of a launch; `spills` in bytes a thread (NVIDIA: stack and local), shared in bytes."""
+
+    op: str
+    case: str
+    kernel: str
+    target: str
+    dtype: str
+    blocks: str
+    num_warps: int
+    registers: int
+    shared: int
+    spills: int
+    has_dot: bool
+    matrix: str
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def vocab_mixture(module: Any, dtype: torch.dtype, m: int, v: int, d: int) -> None:
+    h, e = empty(m, d, dtype=dtype), empty(v, d, dtype=dtype)
+    s, lse = module._vocab_mixture_fwd(h, e, e, 1.0)
+    module._vocab_mixture_bwd(s, h, e, e, s, lse, 1.0, True, True, True)
+
+
+def prompt_rows(module: Any, dtype: torch.dtype, t: int, de: int, n_soft: int, dp: int) -> None:
+    ids, embedding = empty(t, dtype=torch.int64), empty(32000, de, dtype=dtype)
+    soft, weight = empty(n_soft, dp, dtype=dtype), empty(dp, de, dtype=dtype)
+    x = module._prompt_rows_fwd(ids, embedding, soft, weight, 1.0)
+    module._prompt_rows_bwd(x, ids, soft, weight, True, True)
+
+
+def context_attention(
+    module: Any, dtype: torch.dtype, b: int, lq: int, lc: int, heads: tuple[int, int], d: int, n: int, extras: bool
+) -> None:
+    (h, hkv), t, c = heads, b * lq, n * lc
+    q, k, v = (empty(t, heads_, d, dtype=dtype) for heads_ in (h, hkv, hkv))
+    ck, cv = (empty(c, hkv, d, dtype=dtype) for _ in range(2))
+    cu, cu_context = empty(b + 1, dtype=torch.int32), empty(n + 1, dtype=torch.int32)
+    index = None if n == b else empty(b, dtype=torch.int64)
+    sinks = empty(h, dtype=dtype) if extras else None
+    options = (lq, lc, 0.125, 128 if extras else None, 30.0 if extras else None)
+    tensors = (q, k, v, cu, ck, cv, cu_context, index, sinks)
+    o, lse = module._context_attention_fwd(*tensors, *options)
+    module._context_attention_bwd(o, *tensors, o, lse, *options, True, True, extras)
+
+
+def pool_normalize(module: Any, dtype: torch.dtype, t: int, d: int, b: int, mode: str, norm: str) -> None:
+    h, cu = empty(t, d, dtype=dtype), empty(b + 1, dtype=torch.int32)
+    weight, bias = empty(d, dtype=dtype), empty(d, dtype=dtype) if norm == "layer" else None
+    token_weights = empty(t, dtype=torch.float32) if mode == "weighted" else None
+    y, inverse = module._pool_normalize_fwd(h, cu, weight, bias, token_weights, mode, norm, 1e-6, True)
+    module._pool_normalize_bwd(y, h, cu, weight, token_weights, y, inverse, mode, norm, 1e-6, True)
+
+
+def info_nce(module: Any, dtype: torch.dtype, b: int, n: int, d: int, masked: bool) -> None:
+    q, docs, positive = empty(b, d, dtype=dtype), empty(n, d, dtype=dtype), empty(b, dtype=torch.int64)
+    rows, columns = (empty(size, dtype=torch.int64) for size in (b, n))
+    ids = (rows, rows, rows, columns, columns, columns) if masked else (None,) * 6
+    loss, lse = module._info_nce_fwd(q, docs, positive, *ids, 0.02)
+    module._info_nce_bwd(loss, q, docs, positive, *ids, lse, 0.02, True, True)
+
+
+# The default case of an op runs for every target and dtype; each further case for the targets named.
+CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...]]] = [
+    ("vocab_mixture", "default", tuple(TARGETS), vocab_mixture, (1024, 151936, 1024)),
+    ("vocab_mixture", "few rows", ("sm_90", "gfx942"), vocab_mixture, (5, 32000, 896)),
+    ("prompt_rows", "default", tuple(TARGETS), prompt_rows, (8192, 4096, 1280, 1024)),
+    ("prompt_rows", "few rows", ("sm_100",), prompt_rows, (64, 896, 5, 640)),
+    ("context_attention", "default", tuple(TARGETS), context_attention, (256, 5, 512, (32, 8), 128, 256, False)),
+    ("context_attention", "many queries", tuple(TARGETS), context_attention, (64, 512, 32, (32, 8), 128, 4, False)),
+    ("context_attention", "every option", ("sm_80", "sm_90"), context_attention, (8, 5, 512, (16, 4), 64, 2, True)),
+    ("context_attention", "width 256", ("sm_100", "gfx942"), context_attention, (16, 256, 64, (8, 4), 256, 16, True)),
+    ("pool_normalize", "default", tuple(TARGETS), pool_normalize, (65536, 4096, 256, "mean", "rms")),
+    ("pool_normalize", "one a program", ("sm_80",), pool_normalize, (1280, 1024, 1024, "last", "layer")),
+    ("pool_normalize", "weighted", ("sm_100",), pool_normalize, (8192, 896, 16, "weighted", "layer")),
+    ("info_nce", "default", tuple(TARGETS), info_nce, (4096, 8192, 1024, True)),
+    ("info_nce", "small", ("sm_80", "gfx942"), info_nce, (16, 48, 384, False)),
+]
+
+
+def record(target: str) -> Iterator[Launch]:
+    """Every distinct launch of the cases of `target`."""
+    calls: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    class Recorder:
+        def __init__(self, kernel: JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(0 < size for size in grid), (self.kernel, grid)
+            assert grid[0] < 2**31 and all(size < 2**16 for size in grid[1:]), (self.kernel, grid)
+            return lambda **arguments: calls.append((self.kernel, arguments))
+
+    torch.library.triton_op = lambda name, fn, mutates_args: fn  # type: ignore[assignment]
+    torch.library.wrap_triton = Recorder
+    for op, case, targets, call, arguments in CASES:
+        module = importlib.import_module(f"pe.kernels.{op}")
+        for name in ("pe.kernels._triton", f"pe.kernels.{op}"):
+            owner = importlib.import_module(name)
+            if hasattr(owner, "has_large_shared_memory"):
+                owner.has_large_shared_memory = lambda device: target != "gfx942"  # type: ignore[attr-defined]
+        if target not in targets:
+            continue
+        for dtype_name, dtype in DTYPES.items():
+            if case != "default" and dtype_name == "fp16":
+                continue
+            calls.clear()
+            call(module, dtype, *arguments)
+            seen = set()
+            for kernel, kwargs in calls:
+                kwargs = {k: str(v.dtype) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                # Launches that differ in plain numbers only share a binary but for divisibility: one stands for all.
+                key = (kernel.__name__, *((k, v) for k, v in kwargs.items() if k.isupper() and len(k) > 1))
+                if key not in seen:
+                    seen.add(key)
+                    name = f"{kernel.fn.__module__}:{kernel.__name__}"
+                    yield Launch(op=op, case=case, kernel=name, target=target, dtype=dtype_name, arguments=kwargs)
+
+
+def compile_launch(launch: Launch) -> Result:
+    module_name, kernel_name = launch.kernel.split(":")
+    kernel: JITFunction = getattr(importlib.import_module(module_name), kernel_name)
+    target = TARGETS[launch.target]
+    backend = make_backend(target)
+    kwargs = {
+        name: MockTensor(getattr(torch, value.removeprefix("torch."))) if name.endswith("_ptr") else value
+        for name, value in launch.arguments.items()
+    }
+    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, None)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    has_dot = "tt.dot" in compiled.asm["ttir"]
+    if launch.target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        kinds = ("v_mfma",)
+    else:
+        text = compiled.asm["ptx"]
+        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    blocks = " ".join(f"{k[6:]}={v}" for k, v in launch.arguments.items() if k.startswith("BLOCK_"))
+    return Result(
+        op=launch.op, case=launch.case, kernel=kernel_name, target=launch.target, dtype=launch.dtype, blocks=blocks,
+        num_warps=launch.arguments["num_warps"], registers=registers, shared=compiled.metadata.shared, spills=spills,
+        has_dot=has_dot, matrix=next((kind for kind in kinds if kind in text), ""),
+    )  # fmt: skip
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return int(found.group(1))
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+
+
+def markdown(results: list[Result]) -> str:
+    """One row a kernel, case and dtype; a cell a target: registers / shared KiB / spilled bytes."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in results:
+        cell = f"{r.registers} / {r.shared / 1024:.1f} / {r.spills}" + (f" {r.matrix}" if r.matrix else "")
+        key = (r.op, r.kernel, r.case, r.dtype)
+        rows.setdefault(key, {}).setdefault(r.target, f"{cell} ({r.blocks} w={r.num_warps})")
+    lines = [f"| op | kernel | case | dtype | {' | '.join(TARGETS)} |", "|" + " --- |" * (4 + len(TARGETS))]
+    for key, cells in rows.items():
+        lines.append(f"| {' | '.join(key)} | {' | '.join(cells.get(target, '') for target in TARGETS)} |")
+    head = "Each cell: registers a thread / shared memory in KiB / spilled bytes, the matrix instruction, blocks, warps."
+    return "\n".join([head, "", *lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--op", help="only this op")
+    arguments = parser.parse_args()
+    assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET"
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    launches = [launch for target in TARGETS for launch in record(target)]
+    if arguments.op:
+        launches = [launch for launch in launches if launch.op == arguments.op]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        results = pool.map(compile_launch, launches, chunksize=1)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(results))
+    json.dump([asdict(result) for result in results], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Recipes: every mistake is one clear error, and what is right survives a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pe.config import (
+    AlignmentConfig,
+    DatasetConfig,
+    LossConfig,
+    ModelConfig,
+    PrompterConfig,
+    Recipe,
+    RecipeError,
+    SideTemplates,
+    TemplatesConfig,
+    load_recipe,
+    model_config_from_dict,
+    nearest,
+    to_dict,
+    write_yaml,
+)
+
+GOOD = """\
+output: runs/x
+model:
+  layout: prefix
+  pooling: last
+  prompter: {soft_tokens: 3, temperature: 0.5}
+  templates:
+    query: {prefix: "Task: {instruction}\\nQuery:"}
+data:
+  - path: a.jsonl
+    instruction: find it
+    weight: 2
+loss: {matryoshka: [16, 8]}
+train:
+  lr: 1e-4
+  micro_batch_size: null
+evaluate:
+  tasks: [one, two]
+  instructions: {one: do it}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def error_of(file: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, overrides)
+    return str(caught.value)
+
+
+def test_values_arrive_with_their_types(recipe: Path) -> None:
+    got = load_recipe(recipe)
+    assert got.output == "runs/x"
+    assert got.model.prompter == PrompterConfig(soft_tokens=3, temperature=0.5)
+    assert got.model.templates.query.prefix == "Task: {instruction}\nQuery:"
+    assert got.model.templates.document == SideTemplates()
+    assert got.data == [DatasetConfig(path="a.jsonl", instruction="find it", weight=2.0)]
+    assert got.loss.matryoshka == (16, 8)
+    assert got.train.lr == 1e-4
+    assert isinstance(got.train.lr, float)
+    assert got.evaluate.tasks == ("one", "two")
+    assert got.evaluate.instructions == {"one": "do it"}
+
+
+def test_overrides_win(recipe: Path) -> None:
+    got = load_recipe(recipe, ["--train.steps=7", "--model.pooling=mean_text", "--loss.matryoshka=[4]"])
+    assert (got.train.steps, got.model.pooling, got.loss.matryoshka) == (7, "mean_text", (4,))
+    assert got.model.prompter.soft_tokens == 3
+
+
+def test_yaml_round_trip(recipe: Path, tmp_path: Path) -> None:
+    first = load_recipe(recipe)
+    write_yaml(first, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == first
+
+
+def test_model_config_round_trip_is_plain_yaml() -> None:
+    config = ModelConfig(
+        prompter=PrompterConfig(temperature=0.25, trainable="lora"),
+        alignment=AlignmentConfig(kind="vocabulary"),
+        reader="activated_lora",
+        templates=TemplatesConfig(document=SideTemplates(text="passage: {text}")),
+    )
+    values = yaml.safe_load(yaml.safe_dump(to_dict(config)))
+    assert model_config_from_dict(values, "here") == config
+
+
+def test_saved_config_with_an_unknown_key_names_its_place() -> None:
+    with pytest.raises(RecipeError, match=r"saved/config\.json: .*layuot"):
+        model_config_from_dict({"layuot": "suffix"}, "saved/config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("train:\n  stps: 5\n", 2, "unknown key 'stps' in train; did you mean 'steps'? Known keys: steps, batch_size"),
+        ("modl: {}\n", 1, "unknown key 'modl' in the recipe; did you mean 'model'? Known keys: output, model"),
+        ("output: x\nzzzz: 1\n", 2, "unknown key 'zzzz' in the recipe. Known keys: output"),
+        ("data:\n  - path: a\n    instruction: b\n  - path: a\n    wieght: 1\n", 5, "unknown key 'wieght' in data[1];"),
+        (
+            "model:\n  templates:\n    query:\n      prefx: a\n",
+            4,
+            "unknown key 'prefx' in model.templates.query; did you mean 'prefix'?",
+        ),
+        ("model:\n  prompter:\n    lora: {rnak: 4}\n", 3, "in model.prompter.lora; did you mean 'rank'?"),
+        ("train: {steps: 3}\n? [a, b]\n: 5\n", 2, "expected a key in the recipe, got a list or mapping"),
+        ("train:\n  steps: 3\n  steps: 4\n", 3, "key 'steps' stands twice in train"),
+        ("- 1\n- 2\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got a list"),
+        ("hello\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got 'hello'"),
+        ("# nothing\n", 1, "expected a mapping of output, model, data, loss, train, evaluate, got nothing"),
+        ("output: x\ntrain: 5\n", 2, "train: expected a mapping of steps, batch_size"),
+        ("train:\n  steps: many\n", 2, "Expected a <class 'int'>. Got value: many"),
+        ("train:\n  lr: yes\n", 2, "Expected a <class 'float'>. Got value: True"),
+        ("output: x\nmodel:\n  layout: sufix\n", 3, "'suffix', 'prefix'"),
+        ("data: {path: a, instruction: b}\n", 1, "Expected a <class 'list'>"),
+        ("data:\n  - path: a\n", 1, "the following arguments are required: instruction"),
+        ("train:\n  batch_size: 0\n", 2, "train.batch_size: expected at least 1, got 0"),
+        ("model:\n  prompter:\n    temperature: 0\n", 3, "prompter.temperature: expected a positive number, got 0.0"),
+        ("loss:\n  matryoshka: [0, 8]\n", 2, "loss.matryoshka: expected sizes of 1 or more, got (0, 8)"),
+        (
+            "model:\n  layout: suffix\n  pooling: mean_text\n",
+            3,
+            "pooling: expected one of ('mean_prompt', 'last') in the suffix layout, got 'mean_text'",
+        ),
+    ],
+)
+def test_error_in_the_file(tmp_path: Path, text: str, line: int, said: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    message = error_of(file)
+    assert message.startswith(f"{file}:{line}: ")
+    assert said in message
+
+
+def test_broken_yaml_tells_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("train:\n  steps: [\n")
+    message = error_of(file)
+    assert message.startswith(f"{file}: not valid YAML")
+    assert "line 2" in message
+
+
+@pytest.mark.parametrize("place", ["absent.yaml", "."])
+def test_unreadable_file(tmp_path: Path, place: str) -> None:
+    assert error_of(tmp_path / place).startswith(f"{tmp_path / place}: the recipe cannot be read")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in error_of(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--train.stps=7", "unknown option --train.stps; did you mean '--train.steps'?"),
+        ("--trane.steps=7", "unknown option --trane.steps; did you mean '--train.steps'?"),
+        ("--model.prompter.softtokens=7", "did you mean '--model.prompter.soft_tokens'?"),
+        ("--train.steps=abc", "--train.steps=abc: "),
+        ("--train.batch_size=0", "--train.batch_size=0: train.batch_size: expected at least 1, got 0"),
+        ("--model.max_length=0", "--model.max_length=0: max_length: expected at least 1, got 0"),
+        ("--train.steps", "--train.steps: "),
+        ("train.steps=7", "unrecognized arguments: train.steps=7"),
+    ],
+)
+def test_error_in_an_override(recipe: Path, override: str, said: str) -> None:
+    assert said in error_of(recipe, override)
+
+
+def test_unknown_override_with_a_separate_value(recipe: Path) -> None:
+    assert "did you mean '--train.steps'?" in error_of(recipe, "--train.stps", "7")
+
+
+def test_nearest_is_silent_about_strangers() -> None:
+    assert nearest("qqqq", ["steps", "lr"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("layout", "pooling", "allowed"),
+    [
+        ("suffix", "mean_prompt", True),
+        ("suffix", "last", True),
+        ("suffix", "mean_text", False),
+        ("prefix", "mean_text", True),
+        ("prefix", "last", True),
+        ("prefix", "mean_prompt", False),
+    ],
+)
+def test_layout_and_pooling(layout: str, pooling: str, allowed: bool) -> None:
+    if allowed:
+        assert ModelConfig(layout=layout, pooling=pooling).pooling == pooling  # type: ignore[arg-type]
+    else:
+        with pytest.raises(RecipeError, match=f"in the {layout} layout, got '{pooling}'"):
+            ModelConfig(layout=layout, pooling=pooling)  # type: ignore[arg-type]
+
+
+def test_a_reader_needs_the_suffix_layout() -> None:
+    with pytest.raises(RecipeError, match="reader: expected 'none' in the prefix layout, got 'activated_lora'"):
+        ModelConfig(layout="prefix", pooling="last", reader="activated_lora")
+
+
+def test_stepwise_loss_needs_the_suffix_layout() -> None:
+    with pytest.raises(RecipeError, match=r"loss\.stepwise: expected false in the prefix layout"):
+        Recipe(model=ModelConfig(layout="prefix", pooling="last"), loss=LossConfig(stepwise=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text": "no place"}, "templates.text: expected a template with {text}"),
+        ({"text": "{instruction} {text}"}, "templates.text: expected no {instruction}"),
+        ({"prefix": "{text}"}, "templates.prefix: expected no {text}"),
+        ({"prompter": "{text}"}, "templates.prompter: expected a template with {instruction}"),
+    ],
+)
+def test_templates_name_their_fields(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        SideTemplates(**changes)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"instruction": " "}, "a.jsonl: instruction: expected a sentence"),
+        ({"weight": 0.0}, "a.jsonl: weight: expected a positive number"),
+        ({"query_template": "q"}, "a.jsonl: query_template: expected {text} in it"),
+    ],
+)
+def test_a_data_set_names_itself(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        DatasetConfig(**({"path": "a.jsonl", "instruction": "i"} | changes))  # type: ignore[arg-type]
+    assert said in str(caught.value)
