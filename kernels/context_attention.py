@@ -712,12 +712,19 @@ def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages of a tile of rows against keys: the default a target."""
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of a program that owns rows and walks over keys."""
     width, is_large = max(q.shape[2], v.shape[2]), has_large_shared_memory(q.device)
     is_wide, is_half = width > 128, q.element_size() == 2
     block_m = tile(n_rows, 16, largest_m // 2 if is_wide or not is_large else largest_m)
     block_n = tile(n_keys, 16, 32 if is_wide or not is_half or (not is_large and width > 64) else 64)
     return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if is_large else 1
+
+
+def _key_blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int) -> tuple[int, int, int, int]:
+    """The same of a program that owns keys and walks over rows; it holds two accumulators, so its rows are few."""
+    block_m, block_n, _, num_stages = _blocks(q, v, n_rows, n_keys, 32)
+    is_full = block_n * max(q.shape[2], v.shape[2]) >= 64 * 128 and has_large_shared_memory(q.device)
+    return block_m, block_n, 8 if is_full else 4, num_stages
 
 
 @triton_op("pe::context_attention_fwd")
@@ -893,7 +900,7 @@ def _context_attention_bwd(
     dk, dv, dck, dcv, dsinks = (q.new_empty(0) for _ in range(5))
     if needs_own:
         dk, dv = k.new_empty(T, Hkv, D), v.new_empty(T, Hkv, Dv)
-        own_n = tile(max_seqlen, 16, block_n)
+        block_m, own_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * G, max_seqlen)
         wrap_triton(_context_attention_bwd_own_kernel)[(B * Hkv, triton.cdiv(max_seqlen, own_n))](
             q_ptr=q,
             k_ptr=k,
@@ -933,7 +940,7 @@ def _context_attention_bwd(
         if context_index is not None:
             key, users = torch.sort(context_index, stable=True)
             user_begin = torch.searchsorted(key, torch.arange(N + 1, device=q.device, dtype=key.dtype))
-        context_n = tile(max_context, 16, block_n)
+        block_m, context_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * G, max_context)
         key_tiles = triton.cdiv(max_context, context_n)
         user_splits = max(1, min(PROGRAMS // max(1, N * Hkv * key_tiles), B // max(1, N)))
         dtype = torch.float32 if user_splits > 1 else q.dtype

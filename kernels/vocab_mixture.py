@@ -107,7 +107,6 @@ def _vocab_mixture_mix_kernel(
     stride_as,
     stride_am,
     HAS_OFFSET: tl.constexpr,
-    FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,9 +128,8 @@ def _vocab_mixture_mix_kernel(
         before = _row_offset(offset_ptrs, mask_m, 0, first_tile, before, BLOCK_T)
         last_tile = first_tile + tl.cdiv(n_entries, BLOCK_V)
         now = tl.where(mask_m, _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_T), 0.0)
-    if FIRST:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if first_tile > 0:
         acc = tl.load(partial_ptrs, mask=mask_out, other=0.0)
         if HAS_OFFSET:
             acc = acc * tl.exp2(before - now)[:, None]
@@ -290,7 +288,6 @@ def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_til
         stride_as=partial.stride(0),
         stride_am=partial.stride(1),
         HAS_OFFSET=offset is not None,
-        FIRST=first_tile == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=64 if p.element_size() == 2 else 32,

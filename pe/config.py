@@ -313,7 +313,8 @@ def read_yaml(path: Path, kind: type) -> yaml.Node:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        raise RecipeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {error}") from error
     if node is None:
         raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}, got nothing")
     for line, problem in _problems(node, kind, ""):

@@ -22,6 +22,7 @@ import torch
 from jsonargparse import auto_cli
 
 from pe.data import DataError, read_jsonl
+from pe.loading import quiet
 from pe.model import PromptEmbedder
 
 Embeddings = npt.NDArray[np.float32]
@@ -126,6 +127,7 @@ def encode_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says; bad input ends with one message and exit code 2."""
+    quiet()
     try:
         auto_cli(encode_file, args=None if argv is None else list(argv), prog="python -m pe.encode")
     except (OSError, ValueError) as error:

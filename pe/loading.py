@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -28,6 +29,12 @@ class TextTokenizer:
             return []
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [(self.lead + row if lead else row) or [self.filler] for row in ids]
+
+
+def quiet() -> None:
+    """For the command lines: transformers without bars and load reports; errors still come through."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def embedding_scale(model: PreTrainedModel) -> float:

@@ -6,8 +6,10 @@ Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N docume
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
@@ -79,12 +81,25 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
     """
     counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     filled = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
-    if rows.requires_grad:
-        parts = torch.distributed.nn.functional.all_gather(filled)
-    else:
-        parts = list(accelerator.gather(filled).split(max(counts)))
+    parts = _Gather.apply(filled)
     together = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     return together, sum(counts[: accelerator.process_index])
+
+
+class _Gather(torch.autograd.Function):
+    """Equal shards of all processes, `[P, ...]`; a shard's gradient is the sum over the processes that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor) -> Tensor:
+        parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, shard)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[torch.distributed.get_rank()]
 
 
 def backward(

@@ -28,6 +28,7 @@ from pe.card import model_card
 from pe.config import Recipe, RecipeError, TrainConfig, build_parser, load_recipe, to_dict, write_yaml
 from pe.data import BatchPlan, DataError, load_dataset
 from pe.evaluate import Scores, comparison, score
+from pe.loading import quiet
 from pe.losses import backward, batch_requests
 from pe.model import PromptEmbedder, Requests
 from pe.runs import RunError, RunFolder, flatten
@@ -283,11 +284,15 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
 
     options = recipe.evaluate
     measure = functools.partial(
-        score, tasks=options.tasks, data=Path(options.data), instructions=options.instructions
+        score,
+        tasks=options.tasks,
+        data=Path(options.data),
+        instructions=options.instructions,
+        batch_tokens=options.batch_tokens,
     )
     scores: dict[str, Scores] = {}
     if options.tasks:
-        scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone))
+        scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
     evaluate = (lambda: measure(model).mean) if options.tasks else None
     history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
@@ -315,6 +320,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[Path, list[str], bool, bool]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; bad input ends with one message and exit code 2."""
+    quiet()
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)

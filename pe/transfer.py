@@ -25,6 +25,7 @@ from pe.backbone import Backbone
 from pe.card import model_card
 from pe.config import Recipe, RecipeError, load_recipe, write_yaml
 from pe.evaluate import Scores, comparison, score
+from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.runs import RunFolder
 from pe.train import History, build_accelerator, build_plan, describe, fit
@@ -105,7 +106,13 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
     target.name = run.path.name
     console.print(describe(target), highlight=False)
     options = recipe.evaluate
-    measure = functools.partial(score, tasks=options.tasks, data=Path(options.data), instructions=options.instructions)
+    measure = functools.partial(
+        score,
+        tasks=options.tasks,
+        data=Path(options.data),
+        instructions=options.instructions,
+        batch_tokens=options.batch_tokens,
+    )
     scores = {"source": measure(source), "moved, untrained": measure(target)}
     source_score = scores["source"].mean
     curve = [(0, 0.0, scores["moved, untrained"].mean)]
@@ -160,6 +167,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Transfer as the command line says; bad input ends with one message and exit code 2."""
+    quiet()
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     try:
         result = transfer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,3 +34,13 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a random `prompter` and two random backbones, `one` and `two`, saved as on a hub."""
+    from tests.tiny import save_models
+
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder

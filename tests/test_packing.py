@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -56,7 +57,7 @@ def test_token_batches_keep_the_budget_and_lose_nothing(budget: int) -> None:
     assert [lengths[i] for i in flat] == sorted(lengths)
     for batch in batches:
         assert sum(lengths[i] for i in batch) <= budget or len(batch) == 1
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in itertools.pairwise(batches):
         filled = sum(lengths[i] for i in batch)
         assert filled + lengths[following[0]] > budget, "a batch was closed although the next text still fitted"
 

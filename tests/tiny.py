@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,3 +95,36 @@ def decoder(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel
 def language_model(architecture: str, seed: int = 1, **changes: Any) -> PreTrainedModel:
     """A prompting LLM, float32."""
     return randomise(AutoModelForCausalLM.from_config(config_of(architecture, **changes), dtype=torch.float32), seed)
+
+
+def save_models(folder: Path) -> None:
+    """A prompting LLM and two backbones of different families, widths and tokenizers, saved with their tokenizers."""
+    models = {
+        "prompter": (language_model("llama", 1, hidden_size=24, head_dim=6), byte_tokenizer()),
+        "one": (language_model("qwen3", 2), byte_tokenizer()),
+        "two": (language_model("mistral_window", 3, hidden_size=40, head_dim=10), byte_tokenizer(bos=True)),
+    }
+    for name, (model, tokenizer) in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+WORDS = ("river", "moon", "bread", "glass", "horse", "train", "cloud", "stone", "paper", "honey")
+
+
+def write_training_data(folder: Path, rows: int = 40) -> dict[str, Path]:
+    """Small learnable sets: pairs that share a word, and texts labelled by their word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [
+        {
+            "query": f"{WORDS[n % 10]} {n}?",
+            "positive": f"the {WORDS[n % 10]} number {n}",
+            "negatives": [f"no {WORDS[(n + 1) % 10]} {n}"],
+        }
+        for n in range(rows)
+    ]
+    labelled = [{"text": f"{WORDS[n % 10]} item {n}", "label": WORDS[n % 10]} for n in range(rows)]
+    paths = {"pairs": folder / "pairs.jsonl", "labelled": folder / "labelled.jsonl"}
+    for name, records in (("pairs", pairs), ("labelled", labelled)):
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+    return paths

@@ -152,6 +152,7 @@ def record(target: str) -> Iterator[Launch]:
 
     torch.library.triton_op = lambda name, fn, mutates_args: fn  # type: ignore[assignment]
     torch.library.wrap_triton = Recorder
+    seen = set()
     for op, case, targets, call, arguments in CASES:
         module = importlib.import_module(f"pe.kernels.{op}")
         for name in ("pe.kernels._triton", f"pe.kernels.{op}"):
@@ -165,11 +166,10 @@ def record(target: str) -> Iterator[Launch]:
                 continue
             calls.clear()
             call(module, dtype, *arguments)
-            seen = set()
             for kernel, kwargs in calls:
                 kwargs = {k: str(v.dtype) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
                 # Launches that differ in plain numbers only share a binary but for divisibility: one stands for all.
-                key = (kernel.__name__, *((k, v) for k, v in kwargs.items() if k.isupper() and len(k) > 1))
+                key = (kernel.__name__, dtype, *((k, v) for k, v in kwargs.items() if len(k) > 1 and k == k.upper()))
                 if key not in seen:
                     seen.add(key)
                     name = f"{kernel.fn.__module__}:{kernel.__name__}"

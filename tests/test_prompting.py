@@ -1,0 +1,214 @@
+"""The prompting LLM: what it writes, what trains, and which models it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pe.config import LoraSettings, PrompterConfig
+from pe.prompting import PromptingLLM, UnsupportedPrompter, left_padded
+from tests.tiny import byte_tokenizer, language_model
+
+REQUESTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9, 9, 11], [12], [40, 41, 42]]
+FAMILIES = ["llama", "qwen3", "gemma3", "granite", "gpt_neox", "gpt2", "mistral_window"]
+
+
+def prompter(architecture: str = "llama", **options: object) -> PromptingLLM:
+    config = PrompterConfig(**({"soft_tokens": 3, "temperature": 0.7} | options))  # type: ignore[arg-type]
+    return PromptingLLM(language_model(architecture), byte_tokenizer(), config).eval()
+
+
+def uncached(model: PromptingLLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Soft tokens and hidden states `[K, D]` of one request by whole stock forwards, from logits."""
+    lm, rows, tokens, hidden = model.model, model.model.get_input_embeddings()(torch.tensor(ids)), [], []
+    scale = rows.norm() / model.embedding[ids].norm()
+    for _ in range(model.config.soft_tokens):
+        output = lm(inputs_embeds=rows[None], use_cache=False, output_hidden_states=True)
+        token = torch.softmax(output.logits[0, -1] / model.config.temperature, -1) @ model.embedding * scale
+        rows = torch.cat([rows, token[None]])
+        tokens.append(token)
+        hidden.append(output.hidden_states[-1][0, -1])
+    return torch.stack(tokens), torch.stack(hidden)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_left_padding_aligns_the_last_tokens() -> None:
+    ids, mask, positions = left_padded([[1, 2, 3], [9]], torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 9]]
+    assert mask is not None
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert left_padded([[1, 2], [3, 4]], torch.device("cpu"))[1] is None
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_padded_generation_equals_each_request_alone(architecture: str) -> None:
+    model = prompter(architecture)
+    together = model(REQUESTS)
+    assert together.tokens.shape == together.hidden.shape == (4, 3, 32)
+    for place, request in enumerate(REQUESTS):
+        alone = model([request])
+        assert relative(together.tokens[place], alone.tokens[0]) < 1e-5
+        assert relative(together.hidden[place], alone.hidden[0]) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_cached_generation_equals_whole_forwards_with_gradients(architecture: str) -> None:
+    model = prompter(architecture)
+    weights = torch.randn(4, 3, 32)
+    cached = model(REQUESTS)
+    plain = [uncached(model, request) for request in REQUESTS]
+    tokens, hidden = (torch.stack(parts) for parts in zip(*plain, strict=True))
+    assert relative(cached.tokens, tokens) < 1e-5
+    assert relative(cached.hidden, hidden) < 1e-5
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad((t * weights).sum(), parameters) for t in (cached.tokens, tokens))
+    ours, theirs = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, theirs))
+    assert relative(ours, theirs) < 1e-5
+
+
+def test_the_first_soft_token_is_the_expected_embedding() -> None:
+    model = prompter("llama", temperature=0.3)
+    probabilities = torch.softmax(model.model(torch.tensor([REQUESTS[0]])).logits[0, -1] / 0.3, -1)
+    assert relative(model([REQUESTS[0]]).tokens[0, 0], probabilities @ model.embedding) < 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("llama", True), ("gemma3", True)])
+def test_gradients_reach_all_but_the_vocabulary(architecture: str, tied: bool) -> None:
+    config = PrompterConfig(soft_tokens=3)
+    model = PromptingLLM(language_model(architecture, tie_word_embeddings=tied), byte_tokenizer(), config)
+    embeddings = {id(model.embedding), id(model.output_embedding)}
+    assert len(embeddings) == (1 if tied else 2)
+    model(REQUESTS).tokens.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_every_soft_token_reaches_the_loss() -> None:
+    """The first soft token's own hidden state gets gradient from the last soft token alone: through the cache."""
+    model = prompter()
+    written = model(REQUESTS[:1])
+    (gradient,) = torch.autograd.grad(written.tokens[0, -1].square().sum(), written.hidden)
+    assert gradient.abs().sum() == 0  # the stacked copy is not on the path
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parts = [torch.autograd.grad(model(REQUESTS[:1]).tokens[0, k].sum(), parameter)[0] for k in range(3)]
+    assert all(relative(a, b) > 1e-3 for a, b in zip(parts, parts[1:], strict=False))
+
+
+def test_more_soft_tokens_extend_the_prompt() -> None:
+    short, long = prompter(soft_tokens=2)(REQUESTS).tokens, prompter(soft_tokens=5)(REQUESTS).tokens
+    assert long.shape == (4, 5, 32)
+    assert relative(long[:, :2], short) < 1e-6
+    assert relative(long[:, 2:4], short) > 1e-2
+
+
+def test_temperature_changes_the_mixture() -> None:
+    cold, warm = (prompter(temperature=t)(REQUESTS[:1]).tokens[0, 0] for t in (1e-3, 100.0))
+    model = prompter()
+    best = model.model(torch.tensor([REQUESTS[0]])).logits[0, -1].argmax()
+    assert relative(cold, model.embedding[best]) < 1e-4  # one word
+    assert relative(warm, model.embedding.mean(0)) < 0.2  # all of them
+
+
+def test_lora_trains_adapters_only_and_starts_where_the_model_is() -> None:
+    model = prompter(trainable="lora", lora=LoraSettings(rank=2))
+    assert relative(model(REQUESTS).tokens, prompter()(REQUESTS).tokens) < 1e-6
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model(REQUESTS).tokens.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+        if "lora_B" in name:
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_lora_adapter_round_trip(tmp_path: Path) -> None:
+    options = {"trainable": "lora", "lora": LoraSettings(rank=2)}
+    model = prompter(**options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    again = prompter(**options)
+    assert relative(again(REQUESTS).tokens, model(REQUESTS).tokens) > 1e-3
+    again.load_adapter(tmp_path)
+    again.eval()
+    assert torch.equal(again(REQUESTS).tokens, model(REQUESTS).tokens)
+    trainable = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, again)]
+    assert trainable[0] == trainable[1]
+
+
+def test_granite_logit_scale_is_folded_into_the_temperature() -> None:
+    model = prompter("granite", temperature=1.0)  # logits = h Eᵀ / 2
+    assert model.logit_scale == pytest.approx(0.5, rel=1e-5)
+    assert model.mixture_temperature == pytest.approx(2.0, rel=1e-5)
+
+
+def test_logit_soft_cap_is_refused() -> None:
+    with pytest.raises(UnsupportedPrompter, match=r"\(gemma2\): its logits differ from a linear map .* soft cap"):
+        prompter("gemma2")
+
+
+def test_a_wide_logit_soft_cap_is_refused_too() -> None:
+    """A cap of 30 bends these small logits by half a thousandth: enough to refuse, easy to overlook."""
+    model = language_model("gemma2", final_logit_softcapping=30.0)
+    with pytest.raises(UnsupportedPrompter, match="soft cap"):
+        PromptingLLM(model, byte_tokenizer(), PrompterConfig())
+
+
+def test_without_the_cap_the_same_architecture_works() -> None:
+    model = PromptingLLM(language_model("gemma2", final_logit_softcapping=None), byte_tokenizer(), PrompterConfig())
+    assert model.logit_scale == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_head_with_a_bias_is_refused() -> None:
+    model = language_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    with pytest.raises(UnsupportedPrompter, match=r"\(llama\): its logits differ .* a bias"):
+        PromptingLLM(model, byte_tokenizer(), PrompterConfig())
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    from tests.tiny import decoder
+
+    with pytest.raises(UnsupportedPrompter, match="no output embedding"):
+        PromptingLLM(decoder("llama"), byte_tokenizer(), PrompterConfig())
+
+
+def test_an_embedding_scaled_in_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows handed in without a factor that the embedding layer applies would be another input than token ids."""
+    model = language_model("llama")
+    model.get_input_embeddings().register_forward_hook(lambda module, args, rows: rows * 3)
+    with pytest.raises(UnsupportedPrompter, match="its padded, cached generation differs from the plain forward"):
+        PromptingLLM(model, byte_tokenizer(), PrompterConfig())
+
+
+def test_a_recurrent_model_is_refused() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.tiny import SIZES
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **SIZES))
+    with pytest.raises(UnsupportedPrompter, match=r"\(mamba\): a recurrent or encoder-decoder model"):
+        PromptingLLM(model, byte_tokenizer(), PrompterConfig())
+
+
+def test_check_leaves_train_mode_alone() -> None:
+    model = language_model("llama").train()
+    assert PromptingLLM(model, byte_tokenizer(), PrompterConfig()).model.training

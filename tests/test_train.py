@@ -1,0 +1,358 @@
+"""Training: the loss, its cached gradient, several processes, resuming, and what stops a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+
+from pe import train as training
+from pe.config import LossConfig, Recipe, TrainConfig, load_recipe
+from pe.data import Batch, BatchPlan
+from pe.losses import backward, batch_requests, contrastive_loss, cut
+from pe.model import PromptEmbedder
+from pe.runs import RunError, RunFolder, flatten
+from pe.train import TrainingError, embeddings_of, fit, main, rate, train
+from tests.tiny import write_training_data
+
+
+def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
+    paths = write_training_data(folder / "data")
+    recipe = {
+        "output": str(folder / "run"),
+        "model": {
+            "prompter": {"model": str(models / "prompter"), "soft_tokens": 3},
+            "backbone": {"model": str(models / "one")},
+            "reader": "activated_lora",
+            "reader_lora": {"rank": 2, "alpha": 8},
+            "max_length": 32,
+        },
+        "data": [
+            {"path": str(paths["pairs"]), "instruction": "Find the same thing"},
+            {"path": str(paths["labelled"]), "instruction": "Find the kind", "document_instruction": "A thing"},
+        ],
+        "train": {"steps": 6, "batch_size": 6, "lr": 0.003, "save_every": 3, "log_every": 2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        recipe[section] = {**recipe[section], name: value} if name else value  # type: ignore[dict-item]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_models: Path, tmp_path: Path) -> Recipe:
+    return load_recipe(write_recipe(tiny_models, tmp_path))
+
+
+def new_model(recipe: Recipe) -> PromptEmbedder:
+    torch.manual_seed(recipe.train.seed)
+    model = PromptEmbedder.from_config(recipe.model)
+    with torch.no_grad():
+        for parameter in model.backbone.reader_parameters():  # the adapters start as the identity; let them act
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return model
+
+
+def plan_of(recipe: Recipe) -> BatchPlan:
+    return training.build_plan(recipe, training.Console(quiet=True))
+
+
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def gradients(model: PromptEmbedder) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(embeddings: Tensor, batch: Batch, temperature: float) -> float:
+    """InfoNCE with its masks, one pair of texts at a time."""
+    count, losses = len(batch.queries), []
+    queries, documents = embeddings[:count], embeddings[count:]
+    for i in range(count):
+        terms = []
+        for j in range(len(documents)):
+            same_label = batch.labels[i] >= 0 and batch.document_labels[j] == batch.labels[i]
+            same_text = batch.document_ids[j] in (batch.document_ids[i], batch.query_ids[i])
+            if j == i or not (same_label or same_text):
+                terms.append((queries[i] @ documents[j] / temperature).double())
+        losses.append(torch.logsumexp(torch.stack(terms), 0) - (queries[i] @ documents[i] / temperature).double())
+    return torch.stack(losses).mean().item()
+
+
+def test_loss_equals_the_plain_one_and_masks_labels(recipe: Recipe) -> None:
+    plan = plan_of(recipe)
+    batches = (plan.batch(int(step)) for step in np.flatnonzero(plan.sets == 1))
+    batch = next(batch for batch in batches if (np.bincount(batch.labels) > 1).any())
+    embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
+    config = LossConfig(temperature=0.1)
+    got = contrastive_loss(embeddings, batch, config, accelerator()).item()
+    assert got == pytest.approx(plain_loss(embeddings[0], batch, 0.1), rel=1e-5)
+    unmasked = dataclasses.replace(config, mask_false_negatives=False)
+    assert contrastive_loss(embeddings, batch, unmasked, accelerator()).item() > got + 1e-3
+
+
+def test_stepwise_and_matryoshka_are_means(recipe: Recipe) -> None:
+    batch = plan_of(recipe).batch(0)
+    count = len(batch.queries) + len(batch.documents)
+    embeddings = torch.nn.functional.normalize(torch.randn(2, count, 16), dim=-1)
+    config = LossConfig(matryoshka=(4,), temperature=0.1)
+    single = LossConfig(temperature=0.1)
+    expected = [
+        contrastive_loss(cut(embeddings[step], width)[None], batch, single, accelerator()).item()
+        for step in range(2)
+        for width in (16, 4)
+    ]
+    assert contrastive_loss(embeddings, batch, config, accelerator()).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    with pytest.raises(ValueError, match=r"matryoshka: expected sizes up to 16.*\[99\]"):
+        contrastive_loss(embeddings, batch, LossConfig(matryoshka=(99,)), accelerator())
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_cached_gradient_equals_the_whole_batch(recipe: Recipe, stepwise: bool, micro: int) -> None:
+    batch = plan_of(recipe).batch(0)
+    found = []
+    for size in (None, micro):
+        model = new_model(recipe).eval()
+        embed = training.functools.partial(embeddings_of, model, stepwise)
+        loss = backward(embed, batch, recipe.loss, accelerator(), size)
+        found.append((loss.item(), gradients(model)))
+    (loss, whole), (cached_loss, cached) = found
+    assert cached_loss == pytest.approx(loss, rel=1e-5)
+    assert whole.keys() == cached.keys()
+    scale = max(g.norm().item() for g in whole.values())
+    assert all((whole[name] - cached[name]).norm().item() < 1e-4 * scale for name in whole)
+
+
+def test_cached_gradient_replays_dropout(tiny_models: Path, tmp_path: Path) -> None:
+    path = write_recipe(tiny_models, tmp_path, model__reader_lora={"rank": 2, "alpha": 8, "dropout": 0.5})
+    recipe = load_recipe(path)
+    batch = plan_of(recipe).batch(0)
+    model = new_model(recipe).train()
+    seen: list[Tensor] = []
+
+    def embed(requests: object) -> Tensor:
+        seen.append(model(requests)[None])  # type: ignore[arg-type]
+        return seen[-1]
+
+    torch.manual_seed(1)
+    backward(embed, batch, recipe.loss, accelerator(), 3)
+    half = len(seen) // 2
+    assert half > 1
+    assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+    assert not torch.equal(model(batch_requests(batch)), model(batch_requests(batch))), "dropout does not act"
+
+
+def test_training_lowers_the_loss_and_changes_every_part(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=25, save_every=25))
+    model = new_model(recipe)
+    before = {name: value.clone() for name, value in model.trainable_state().items()}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    history = fit(model, plan_of(recipe), recipe, accelerator())
+    assert np.mean(history.losses[-5:]) < 0.7 * np.mean(history.losses[:5])
+    assert all(not torch.equal(before[name], value) for name, value in model.trainable_state().items())
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if not p.requires_grad)
+    assert 0 < history.padding_share < 1
+    assert history.tokens > 0
+
+
+def test_resume_is_bitwise_the_uninterrupted_run(recipe: Recipe, tmp_path: Path) -> None:
+    whole = new_model(recipe)
+    fit(whole, plan_of(recipe), recipe, accelerator())
+    run = RunFolder(tmp_path / "interrupted")
+    run.start(recipe, resume=False, fresh=False)
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_four() -> float:
+        raise Stopped
+
+    stopping = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, eval_every=4))
+    with pytest.raises(Stopped):
+        fit(new_model(recipe), plan_of(recipe), stopping, accelerator(), run, evaluate=stop_at_four)
+    assert [path.name for path in run.checkpoints] == ["step-000003.pt"]
+    resumed = new_model(recipe)
+    history = fit(resumed, plan_of(recipe), recipe, accelerator(), run, resume=True)
+    assert len(history.losses) == 6
+    for name, value in whole.trainable_state().items():
+        assert torch.equal(value, resumed.trainable_state()[name]), name
+
+
+def test_checkpoints_are_pruned_and_atomic(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    for step in (1, 2, 3):
+        run.save_checkpoint(step, {"step": step}, keep=2)
+    assert [path.name for path in run.checkpoints] == ["step-000002.pt", "step-000003.pt"]
+
+    def torn(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        run.save_checkpoint(4, {"step": 4}, keep=2)
+    assert run.load_checkpoint(torch.device("cpu"))["step"] == 3
+
+
+def test_a_run_is_never_overwritten(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    with pytest.raises(RunError, match="--resume continues.*--fresh moves it aside"):
+        run.start(recipe, resume=False, fresh=False)
+    with pytest.raises(RunError, match="nothing to resume"):
+        run.start(recipe, resume=True, fresh=False)
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=0.5))
+    with pytest.raises(RunError, match=r"train.lr \(was 0.003, now 0.5\)"):
+        run.start(other, resume=True, fresh=False)
+    run.start(other, resume=False, fresh=True)
+    assert (tmp_path / "r.1" / "checkpoints" / "step-000001.pt").exists()
+    assert load_recipe(run.path / "recipe.yaml") == other
+
+
+def test_stops_when_a_part_gets_no_gradient(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(recipe)
+    monkeypatch.setattr(
+        training, "embeddings_of", lambda model, stepwise, requests: model(requests)[None].detach().requires_grad_()
+    )
+    with pytest.raises(TrainingError, match="no parameter of the prompter got a gradient"):
+        fit(model, plan_of(recipe), recipe, accelerator())
+
+
+def test_stops_when_outputs_do_not_change(recipe: Recipe) -> None:
+    tiny_rate = TrainConfig(steps=6, batch_size=6, lr=1e-30, weight_decay=0.0)
+    with pytest.raises(TrainingError, match="the embeddings are what they were at the start"):
+        fit(new_model(recipe), plan_of(recipe), dataclasses.replace(recipe, train=tiny_rate), accelerator())
+
+
+def test_stops_when_nothing_trains_or_the_loss_is_not_finite(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(recipe)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+        fit(model, plan_of(recipe), recipe, accelerator())
+    with pytest.raises(TrainingError, match="nothing to train"):
+        training.check_gradients({}, torch.tensor(1.0), 0)
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])
+def test_rate_warms_up_and_decays(schedule: str, end: float) -> None:
+    options = TrainConfig(steps=200, warmup=0.1, schedule=schedule)  # type: ignore[arg-type]
+    values = [rate(step, options) for step in range(200)]
+    assert values[0] == pytest.approx(0.05)
+    assert max(values) == pytest.approx(1.0)
+    assert values.index(max(values)) == 19
+    assert values[-1] == pytest.approx(end, abs=0.01)
+    assert values[-1] > 0
+
+
+TWO_PROCESSES = """
+import sys, json, torch, dataclasses
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from accelerate import Accelerator
+from pe.config import load_recipe
+from pe.losses import backward
+from pe import train as training
+from tests.test_train import new_model, plan_of
+recipe = load_recipe({recipe!r})
+accelerator = Accelerator(cpu=True)
+model = new_model(recipe).eval()
+embed = training.functools.partial(training.embeddings_of, model, False)
+batch = plan_of(recipe).batch(0, accelerator.process_index, accelerator.num_processes)
+loss = backward(embed, batch, recipe.loss, accelerator)
+for p in model.parameters():
+    if p.grad is not None:
+        p.grad = accelerator.reduce(p.grad, "mean")
+if accelerator.is_main_process:
+    torch.save({{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
+"""
+
+
+def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path) -> None:
+    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1})
+    script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
+    root = str(Path(__file__).parent.parent)
+    script.write_text(TWO_PROCESSES.format(root=root, recipe=str(path), out=str(out)), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    recipe = load_recipe(path, ["--train.batch_size=12"])
+    model = new_model(recipe).eval()
+    embed = training.functools.partial(embeddings_of, model, False)
+    backward(embed, plan_of(recipe).batch(0), recipe.loss, accelerator())
+    together = torch.load(out, weights_only=True)
+    expected = gradients(model)
+    scale = max(g.norm().item() for g in expected.values())
+    assert together.keys() == expected.keys()
+    assert all((together[name] - expected[name]).norm().item() < 1e-4 * scale for name in expected)
+
+
+def test_a_whole_run_writes_what_it_promises(tiny_models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tiny_models, tmp_path))
+    assert train(recipe) == {}
+    run = RunFolder(tmp_path / "run")
+    assert load_recipe(run.path / "recipe.yaml") == recipe
+    assert list((run.path / "logs").rglob("events.*"))
+    assert [path.name for path in run.checkpoints] == ["step-000003.pt", "step-000006.pt"]
+    assert "Find the same thing" in (run.model / "README.md").read_text(encoding="utf-8")
+    loaded = PromptEmbedder.from_pretrained(run.model)
+    embeddings = loaded.encode(["the river", "moon"], instruction="Find the same thing")
+    assert embeddings.shape == (2, 32)
+    assert not list(run.model.glob("backbone*"))
+
+
+def test_command_line(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_recipe(tiny_models, tmp_path))
+    main([path, "--train.steps=2"])
+    main([path, "--train.steps=2", "--resume"])
+    main([path, "--train.steps=2", "--fresh"])
+    assert (tmp_path / "run.1").exists()
+    for arguments, message in (
+        ([path], "--fresh moves it aside"),
+        ([path, "--train.stps=2"], "train.stps"),
+        ([str(tmp_path / "absent.yaml")], "absent.yaml"),
+        ([path, "--fresh", "--model.backbone.model=nowhere/at-all"], "nowhere/at-all: no model there"),
+        ([path, "--fresh", "--data=[]"], "expected at least one data set"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    main(["--help"])
+    assert "--train.steps" in capsys.readouterr().out
+
+
+def test_default_recipe_and_flatten() -> None:
+    recipe = load_recipe(training.DEFAULT_RECIPE)
+    assert recipe.data
+    assert all(Path(item.path).exists() for item in recipe.data)
+    assert flatten({"a": [{"b": 1}], "c": 2}) == {"a[0].b": 1, "c": 2}
+    assert json.dumps(training.to_dict(recipe))
