@@ -124,7 +124,17 @@ CASES = {
         backbone=Shape(kind="qwen3", sizes=sizes(8192, 512, 1536, 8, 8, 4, 64)),
         queries=32,
     ),
+    "toy": Case(
+        name="toy",
+        prompter=Shape(kind="llama", sizes=sizes(64, 16, 24, 1, 2, 1, 8)),
+        backbone=Shape(kind="qwen3", sizes=sizes(80, 24, 32, 2, 2, 1, 12)),
+        queries=3,
+        soft_tokens=2,
+        rank=2,
+    ),
 }
+MEASURED = ("tiny", "small")
+"""Cases that are on the page; `toy` is for the tests."""
 
 Embedder = PromptEmbedder | LoraEmbedder
 Build = Callable[[Case, bool, torch.device], Embedder]
@@ -174,7 +184,7 @@ def lora(form: Form) -> Build:
 
     def build(case: Case, instructed: bool, device: torch.device) -> Embedder:
         config = LoraBaselineConfig(
-            lora=LoraSettings(rank=case.rank, alpha=64.0, dropout=0.1),
+            lora=LoraSettings(rank=case.rank, alpha=64, dropout=0.1),
             form=form,
             templates=Templates() if instructed else Templates(query=BARE),
         )

@@ -1,4 +1,4 @@
-"""`python -m bench.step [--cases tiny small] [--distributions fixed real mixed] [--rounds N]`
+"""`python -m bench.step [--cases tiny small] [--distributions fixed real mixed] [--variants ...] [--rounds N]`
 
 Time of one whole training step: a tokenised batch, loss, backward, clipping, AdamW. Every way to train sees the same
 backbone, texts, batch, type and loss; they take turns round by round, so that a machine that slows down slows all.
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.cases import BASELINE, CASES, VARIANTS, Case, Embedder, dtype_of, trainable
+from bench.cases import BASELINE, CASES, MEASURED, VARIANTS, Case, Embedder, dtype_of, trainable
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from pe.kernels.info_nce import info_nce
 
@@ -134,7 +134,7 @@ def table(found: Sequence[records.Record]) -> Table:
 def parser(description: str) -> argparse.ArgumentParser:
     """Options that every benchmark of steps has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--cases", nargs="+", choices=CASES, default=list(MEASURED))
     options.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS))
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

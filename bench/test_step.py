@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
-from bench.cases import CASES, VARIANTS
+from bench.cases import CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS, Distribution, workload
 from bench.step import describe, prepare
 
@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MEASURED)
 def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:
     """`real` takes one step on a batch of every data set; the others take a single step."""
     load = workload(distribution, CASES[case])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +73,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = segments.cu_seqlens, segments.longest
-        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)
+        attended = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)
+        return cast(Tensor, attended)
     outputs = []
     for first, count, length in segments.runs:
         rows = slice(first, first + count * length)
-        heads = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+        qh, kh, vh = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 

@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
         revision = config.revision or fingerprint(config.model)
-        return cls(model.to(device), tokenizer, config.model, revision)
+        return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

@@ -36,7 +36,7 @@ class LoraSettings:
     """Rank, scaling numerator and dropout of LoRA adapters on all linear layers."""
 
     rank: int = 16
-    alpha: float = 64.0
+    alpha: int = 64
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

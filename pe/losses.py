@@ -53,16 +53,24 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
         documents, first = gather_rows(documents, accelerator)
         ids, _ = gather_rows(ids, accelerator)
         document_labels, _ = gather_rows(document_labels, accelerator)
-    masks = {}
-    if config.mask_false_negatives:
-        masks = {"query_ids": query_ids, "doc_ids": ids, "query_labels": labels, "doc_labels": document_labels}
+    masked = config.mask_false_negatives
     positive = torch.arange(first, first + count, device=device)
     losses = []
     for step in range(embeddings.shape[0]):
         for width in (size, *config.matryoshka):
             q, d = (cut(x, width) for x in (embeddings[step, :count], documents[:, step]))
             losses.append(
-                info_nce(q, d, positive, temperature=config.temperature, symmetric=config.symmetric, **masks)
+                info_nce(
+                    q,
+                    d,
+                    positive,
+                    temperature=config.temperature,
+                    query_ids=query_ids if masked else None,
+                    doc_ids=ids if masked else None,
+                    query_labels=labels if masked else None,
+                    doc_labels=document_labels if masked else None,
+                    symmetric=config.symmetric,
+                )
             )
     return torch.stack(losses).mean()
 

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -77,7 +78,7 @@ class PromptingLLM(nn.Module):
     def from_pretrained(cls, config: PrompterConfig, device: torch.device) -> PromptingLLM:
         """Load by folder or hub name, in float32: these are the weights that train."""
         model, tokenizer = load_pretrained(AutoModelForCausalLM, config.model, config.revision, torch.float32)
-        return cls(model.to(device), tokenizer, config)
+        return cls(model.to(device), tokenizer, config)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class PromptingLLM(nn.Module):
     @property
     def output_embedding(self) -> Tensor:
         """Output embedding `[V, D]`."""
-        return self.model.get_output_embeddings().weight
+        return cast(Tensor, self.model.get_output_embeddings().weight)
 
     @property
     def hidden_size(self) -> int:

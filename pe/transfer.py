@@ -113,20 +113,20 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
         instructions=options.instructions,
         batch_tokens=options.batch_tokens,
     )
-    scores = {"source": measure(source), "moved, untrained": measure(target)}
-    source_score = scores["source"].mean
-    curve = [(0, 0.0, scores["moved, untrained"].mean)]
-    history = History()
     run.start(recipe, resume=False, fresh=fresh)
+    scores = {"source": measure(source), "moved, untrained": measure(target)} if options.tasks else {}
+    curve = [(0, 0.0, scores["moved, untrained"].mean)] if scores else []
+    history = History()
     if recipe.train.steps and target.trainable_parameters():
         accelerator = build_accelerator(recipe)
         plan = build_plan(recipe, console)
-        history = fit(target, plan, recipe, accelerator, run, evaluate=lambda: measure(target).mean)
-        scores["moved, trained"] = measure(target)
-        curve += history.scores
-        if not history.scores or history.scores[-1][0] != recipe.train.steps:
-            curve.append((recipe.train.steps, history.seconds, scores["moved, trained"].mean))
-    result = Transfer(scores, curve, reached(curve, source_score))
+        evaluate = (lambda: measure(target).mean) if scores else None
+        history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
+        if scores:
+            scores["moved, trained"] = measure(target)
+            end = (recipe.train.steps, history.seconds, scores["moved, trained"].mean)
+            curve += [point for point in history.scores if point[0] != end[0]] + [end]
+    result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
     target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores))
     write_yaml(recipe, run.model / "recipe.yaml")
     report = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}
@@ -177,8 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"pe.transfer: {error}", file=sys.stderr)
         sys.exit(2)
     console = Console()
-    console.print(comparison(result.scores))
-    console.print(result)
+    if result.scores:
+        console.print(comparison(result.scores))
+        console.print(result)
 
 
 if __name__ == "__main__":

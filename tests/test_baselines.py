@@ -39,7 +39,7 @@ def backbone(architecture: str = "qwen3", bos: bool = False, **changes: Any) -> 
 
 def lora(form: Form, architecture: str = "qwen3", dropout: float = 0.0, **options: Any) -> LoraEmbedder:
     """Adapters far from the identity, the same in every form."""
-    settings = LoraSettings(rank=2, alpha=4.0, dropout=dropout)
+    settings = LoraSettings(rank=2, alpha=4, dropout=dropout)
     model = LoraEmbedder(LoraBaselineConfig(lora=settings, form=form, **options), backbone(architecture))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -116,7 +116,8 @@ def test_stepwise_and_matryoshka_are_means(recipe: Recipe) -> None:
         for step in range(2)
         for width in (16, 4)
     ]
-    assert contrastive_loss(embeddings, batch, config, accelerator()).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    got = contrastive_loss(embeddings, batch, config, accelerator()).item()
+    assert got == pytest.approx(np.mean(expected), rel=1e-5)
     with pytest.raises(ValueError, match=r"matryoshka: expected sizes up to 16.*\[99\]"):
         contrastive_loss(embeddings, batch, LossConfig(matryoshka=(99,)), accelerator())
 
@@ -176,14 +177,14 @@ def test_resume_is_bitwise_the_uninterrupted_run(recipe: Recipe, tmp_path: Path)
     run = RunFolder(tmp_path / "interrupted")
     run.start(recipe, resume=False, fresh=False)
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop_at_four() -> float:
-        raise Stopped
+        raise StoppedError
 
     stopping = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, eval_every=4))
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(new_model(recipe), plan_of(recipe), stopping, accelerator(), run, evaluate=stop_at_four)
     assert [path.name for path in run.checkpoints] == ["step-000003.pt"]
     resumed = new_model(recipe)
@@ -213,7 +214,7 @@ def test_checkpoints_are_pruned_and_atomic(recipe: Recipe, tmp_path: Path, monke
 def test_a_run_is_never_overwritten(recipe: Recipe, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
     run.start(recipe, resume=False, fresh=False)
-    with pytest.raises(RunError, match="--resume continues.*--fresh moves it aside"):
+    with pytest.raises(RunError, match=r"--resume continues.*--fresh moves it aside"):
         run.start(recipe, resume=False, fresh=False)
     with pytest.raises(RunError, match="nothing to resume"):
         run.start(recipe, resume=True, fresh=False)

@@ -36,7 +36,7 @@ class LoraBaselineConfig:
     """The peer's options; the defaults are those of arXiv 2509.24291."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=64.0, dropout=0.1))
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=64, dropout=0.1))
     form: Form = "padded"
     pooling: Pooling = "mean"
     """mean: over the text's tokens, the instruction left out; last: the last token."""

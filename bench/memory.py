@@ -1,0 +1,191 @@
+"""`python -m bench.memory [--cases ...] [--distributions ...] [--variants ...]`
+
+Peak memory of a training step, every configuration in a process of its own.
+
+On a CPU: the process's resident memory (RSS), sampled in a thread while it takes a few steps, together with the
+operating system's own peak where that grew meanwhile; `above` is the peak less what stands after loading (weights and
+libraries), so it holds gradients, optimiser, activations and workspace. On a GPU: torch's allocated and reserved peaks,
+and the device's used memory by NVML, sampled in a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import records
+from bench.cases import BASELINE, CASES, ROOT, VARIANTS
+from bench.lengths import Distribution, workload
+from bench.step import describe, parser, prepare
+
+INTERVAL = 0.002
+MIB = 2**20
+MARK = "bench.memory: "
+
+
+class Sampler(threading.Thread):
+    """The highest value of `read` while it runs, asked every `interval` seconds.
+
+    Attributes:
+        highest: so far.
+        longest_gap: seconds between two samples at most: what is shorter may have been missed.
+    """
+
+    def __init__(self, read: Callable[[], int], interval: float = INTERVAL) -> None:
+        super().__init__(daemon=True)
+        self.read, self.interval = read, interval
+        self.highest, self.samples, self.longest_gap = read(), 1, 0.0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        last = time.perf_counter()
+        while not self._ended.wait(self.interval):
+            self.highest, self.samples = max(self.highest, self.read()), self.samples + 1
+            now = time.perf_counter()
+            last, self.longest_gap = now, max(self.longest_gap, now - last)
+
+    def __enter__(self) -> Sampler:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def highest_resident() -> int:
+    """The operating system's own peak of the process, in bytes (Linux gives KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def give_back_freed() -> None:
+    """Return freed pages to the system, so that what stands is what is in use."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
+def device_used(device: torch.device) -> Callable[[], int]:
+    """Used bytes of the whole GPU by NVML, found by its UUID: what the driver holds is in it."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def measure(
+    case: str, distribution: Distribution, variant: str, passes: int, device: torch.device, interval: float = INTERVAL
+) -> records.Record:
+    """Memory of this process over `passes` passes over the distribution's batches, in MiB.
+
+    Meant for a fresh process: see `in_fresh_process`.
+    """
+    load = workload(distribution, CASES[case])
+    step = prepare(CASES[case], variant, load, device)
+    give_back_freed()
+    on_gpu = device.type == "cuda"
+    read = device_used(device) if on_gpu else resident
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before, highest_before = read(), highest_resident()
+    with Sampler(read, interval) as sampler:
+        for _ in range(passes):
+            for batch in load.batches:
+                step(batch)
+    peak = max(sampler.highest, read())
+    found: records.Record = {"interval_ms": 1000 * interval, "longest_gap_ms": round(1000 * sampler.longest_gap, 1)}
+    if on_gpu:
+        found["allocated_mib"] = round(torch.cuda.max_memory_allocated(device) / MIB, 1)
+        found["reserved_mib"] = round(torch.cuda.max_memory_reserved(device) / MIB, 1)
+    elif highest_resident() > highest_before:
+        peak = max(peak, highest_resident())
+    found |= {
+        "source": "nvml" if on_gpu else "rss",
+        "loaded_mib": round(before / MIB, 1),
+        "peak_mib": round(peak / MIB, 1),
+        "above_mib": round((peak - before) / MIB, 1),
+    }
+    return {**describe(CASES[case], load, device), "variant": variant, "passes": passes, "memory": found}
+
+
+def in_fresh_process(case: str, distribution: str, variant: str, passes: int, device: str) -> records.Record:
+    """`measure` in a new interpreter.
+
+    Returns:
+        its record; where it fails (out of memory, say), one whose `memory` is the reason.
+    """
+    command = [sys.executable, "-m", "bench.memory", "--worker", "--cases", case, "--distributions", distribution]
+    command += ["--variants", variant, "--passes", str(passes), "--device", device]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    for line in run.stdout.splitlines():
+        if line.startswith(MARK):
+            return cast(records.Record, json.loads(line.removeprefix(MARK)))
+    reason = run.stderr.strip().splitlines()[-1:] or [f"ended by signal or code {run.returncode}"]
+    load = workload(cast(Distribution, distribution), CASES[case])
+    common = describe(CASES[case], load, torch.device(device))
+    return {**common, "variant": variant, "passes": passes, "memory": {"failed": reason[0]}}
+
+
+def table(found: Sequence[records.Record]) -> Table:
+    """The records of one case and distribution, with the share of padded LoRA's memory."""
+    first = found[0]
+    title = f"{first['case']}, {first['distribution']}: peak memory in MiB"
+    grid = Table("", "above the loaded model", "x (a)", "whole process", "loaded", title=title, title_justify="left")
+    base = {record["variant"]: record["memory"].get("above_mib") for record in found}.get(BASELINE)
+    for record in found:
+        name, memory = VARIANTS[record["variant"]].title, record["memory"]
+        if "failed" in memory:
+            grid.add_row(name, memory["failed"])
+            continue
+        share = f"{memory['above_mib'] / base:.2f}" if base else "-"
+        grid.add_row(
+            name, f"{memory['above_mib']:.0f}", share, f"{memory['peak_mib']:.0f}", f"{memory['loaded_mib']:.0f}"
+        )
+    return grid
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--passes", type=int, default=3)
+    options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options.set_defaults(distributions=["fixed", "real"])
+    arguments = options.parse_args(argv)
+    if arguments.worker:
+        place = (arguments.cases[0], arguments.distributions[0], arguments.variants[0])
+        print(MARK + json.dumps(measure(*place, arguments.passes, torch.device(arguments.device))))
+        return
+    for case in arguments.cases:
+        for distribution in arguments.distributions:
+            found = [
+                in_fresh_process(case, distribution, variant, arguments.passes, arguments.device)
+                for variant in arguments.variants
+            ]
+            if not arguments.dry:
+                records.append("memory", found)
+            Console().print(table(found))
+
+
+if __name__ == "__main__":
+    main()

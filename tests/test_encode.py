@@ -1,0 +1,124 @@
+"""`python -m pe.encode` and `python -m pe.transfer` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pe import encode, transfer
+from pe.config import load_recipe
+from pe.data import DataError
+from pe.model import PromptEmbedder
+from pe.train import train
+from pe.transfer import Reached, move, reached
+from tests.test_train import write_recipe
+
+TEXTS = ["the river", "moon", "a much longer text about bread and honey"]
+TASK = "Find the same thing"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_recipe(write_recipe(tiny_models, folder)))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path) -> np.ndarray:
+    return PromptEmbedder.from_pretrained(run / "model").encode(TEXTS, instruction=TASK)
+
+
+def test_every_output_format(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(TEXTS), encoding="utf-8")
+    for name in ("out.npy", "out.jsonl", "out.parquet"):
+        encode.main([str(run / "model"), str(source), str(tmp_path / name), f"--instruction=[{TASK}]"])
+    assert np.allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["text"] for row in rows] == TEXTS
+    assert np.allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["text"].to_pylist() == TEXTS
+    assert np.allclose(np.array(table["embedding"].to_pylist()), expected, atol=1e-6)
+
+
+def test_jsonl_input_and_several_instructions(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    arguments = [str(run / "model"), str(source), str(tmp_path / "out.npy"), "--field=body"]
+    encode.main([*arguments, "--instruction", json.dumps([TASK, "Another task"])])
+    both = np.load(tmp_path / "out.npy")
+    assert both.shape == (2, *expected.shape)
+    assert np.allclose(both[0], expected, atol=1e-6)
+    assert not np.allclose(both[1], expected, atol=1e-3)
+
+
+def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, taken = tmp_path / "in.txt", tmp_path / "taken.npy"
+    source.write_text("a", encoding="utf-8")
+    taken.write_bytes(b"precious")
+    model, task = str(run / "model"), f"--instruction=[{TASK}]"
+    for arguments, message in (
+        ([model, str(source), str(tmp_path / "out.csv"), task], "a name ending in .npy, .jsonl, .parquet"),
+        ([model, str(source), str(taken), task], "exists already"),
+        ([model, str(tmp_path / "absent.txt"), str(tmp_path / "o.npy"), task], "no such file"),
+        ([str(tmp_path), str(source), str(tmp_path / "o.npy"), task], "no saved PromptEmbedder there"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            encode.main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert taken.read_bytes() == b"precious"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"body": "x"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="row 1: expected a text under 'text', got the keys body"):
+        encode.read_texts(bad, "text")
+
+
+def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_path: Path) -> None:
+    source = PromptEmbedder.from_pretrained(run / "model")
+    before = {name: p.clone() for name, p in source.prompter.named_parameters()}
+    out = tmp_path / "moved"
+    new = str(tiny_models / "two")
+    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=4", f"--output={out}", "--evaluate.tasks=[]"])
+    moved = PromptEmbedder.from_pretrained(out / "model")
+    assert moved.backbone.name == new
+    assert moved.encode(TEXTS, instruction=TASK).shape == (3, 40)
+    after = dict(moved.prompter.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    assert not torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
+    assert set(start.trainable_parameters()) == {"alignment", "reader"}
+
+
+def test_transfer_without_steps_is_the_least_squares_start(run: Path, tiny_models: Path, tmp_path: Path) -> None:
+    out, new = tmp_path / "moved", str(tiny_models / "two")
+    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
+    moved = PromptEmbedder.from_pretrained(out / "model")
+    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    assert torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
+    assert json.loads((out / "transfer.json").read_text(encoding="utf-8"))["curve"] == []
+
+
+def test_transfer_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([str(tmp_path), "--backbone=x"], "CHECKPOINT is the `model` folder of a run"),
+        ([str(run / "model"), "--backbone=nowhere/x", f"--output={tmp_path / 'o'}"], "nowhere/x: no model there"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            transfer.main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_reached_takes_the_first_point_at_each_share() -> None:
+    curve = [(0, 0.0, 50.0), (10, 1.5, 95.0), (20, 3.0, 90.0), (30, 4.5, 99.5)]
+    assert reached(curve, 100.0) == [Reached(0.95, 95.0, (10, 1.5)), Reached(0.99, 99.0, (30, 4.5))]
+    assert reached(curve[:1], 100.0) == [Reached(0.95, 95.0, None), Reached(0.99, 99.0, None)]
