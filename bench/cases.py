@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.alignment import AlignmentReport, LinearAlignment
-from pe.backbone import Backbone
+from pe.backbone import DTYPES, Backbone
 from pe.baselines.common import BARE, Templates
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
@@ -137,7 +137,27 @@ MEASURED = ("tiny", "small")
 """Cases that are on the page; `toy` is for the tests."""
 
 Embedder = PromptEmbedder | LoraEmbedder
-Build = Callable[[Case, bool, torch.device], Embedder]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the models are, and the type of their frozen weights; below float32 the step runs under autocast."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str | torch.device, dtype: str | None = None) -> Setting:
+        """`dtype` None: bfloat16 on a GPU, float32 on a CPU."""
+        device = torch.device(device)
+        return cls(device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")])
+
+    @property
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+Build = Callable[[Case, bool, Setting], Embedder]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,30 +168,27 @@ class Variant:
     build: Build
 
 
-def dtype_of(device: torch.device) -> torch.dtype:
-    """Type of the frozen weights: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def load_backbone(case: Case, device: torch.device) -> Backbone:
+def load_backbone(case: Case, setting: Setting) -> Backbone:
     tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
-    return Backbone(case.backbone.load(AutoModel, dtype_of(device), device), tokenizer, case.name)
+    return Backbone(case.backbone.load(AutoModel, setting.dtype, setting.device), tokenizer, case.name)
 
 
 def prompt_embedder(**options: Any) -> Build:
     """PromptEmbedder with these options, as `PromptEmbedder.from_config` builds it."""
 
-    def build(case: Case, instructed: bool, device: torch.device) -> Embedder:
+    def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
         config = ModelConfig(
             prompter=PrompterConfig(soft_tokens=case.soft_tokens),
             reader_lora=LoraSettings(rank=case.rank),
             **options,
         )
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
-        language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, device)
+        language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, setting.device)
         prompter = PromptingLLM(language_model, tokenizer, config.prompter)
-        backbone = load_backbone(case, device)
-        weight = torch.randn(prompter.hidden_size, backbone.hidden_size, device=device) / prompter.hidden_size**0.5
+        backbone = load_backbone(case, setting)
+        weight = (
+            torch.randn(prompter.hidden_size, backbone.hidden_size, device=setting.device) / prompter.hidden_size**0.5
+        )
         if config.reader == "activated_lora":
             backbone.add_reader(config.reader_lora)
         return PromptEmbedder(config, prompter, LinearAlignment(weight, AlignmentReport(0, None)), backbone)
@@ -182,13 +199,13 @@ def prompt_embedder(**options: Any) -> Build:
 def lora(form: Form) -> Build:
     """The peer in one of its forms; it reads the instruction before queries where the batch is instructed."""
 
-    def build(case: Case, instructed: bool, device: torch.device) -> Embedder:
+    def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
         config = LoraBaselineConfig(
             lora=LoraSettings(rank=case.rank, alpha=64, dropout=0.1),
             form=form,
             templates=Templates() if instructed else Templates(query=BARE),
         )
-        return LoraEmbedder(config, load_backbone(case, device))
+        return LoraEmbedder(config, load_backbone(case, setting))
 
     return build
 

@@ -100,16 +100,15 @@ def measure(recipe_file: Path) -> dict[str, object]:
     recipe = load_recipe(recipe_file)
     name = recipe.model.backbone.model
     tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(name))
-    limit = recipe.model.max_length
 
-    def tokens(texts: Sequence[str]) -> list[int]:
-        return [min(len(ids), limit) for ids in tokenizer(texts)]
+    def tokens(texts: Sequence[str], limit: int | None = recipe.model.max_length) -> list[int]:
+        return [len(ids[:limit]) for ids in tokenizer(texts)]
 
     found = []
     for item in recipe.data:
         batch = BatchPlan([load_dataset(item)], [1.0], 1, ROWS, recipe.train.seed, hard_negatives=0).batch(0)
         heads = [f"Instruct: {text}\nQuery:" for text in (batch.instruction, batch.document_instruction)]
-        instruction, document_instruction = tokens(heads)
+        instruction, document_instruction = tokens(heads, None)
         found.append(
             SetLengths(
                 name=Path(item.path).name.partition(".")[0],
@@ -129,11 +128,11 @@ def read(file: Path = FILE) -> list[SetLengths]:
 
 def workload(distribution: Distribution, case: Case, sets: Sequence[SetLengths] | None = None) -> Workload:
     """Batches of `case.queries` queries; the same tokens for everyone who asks."""
-    sets, rows = sets or read(), case.queries
+    sets, rows, vocabulary = sets or read(), case.queries, case.vocabulary
     generator = torch.Generator().manual_seed(0)
 
     def text(count: int) -> str:
-        return " ".join(map(str, torch.randint(case.vocabulary, (count,), generator=generator).tolist()))
+        return " ".join(map(str, torch.randint(vocabulary, (count,), generator=generator).tolist()))
 
     def batch(weight: float, heads: tuple[int, int], lengths: tuple[list[int], list[int]]) -> Batch:
         instructions = [Instruction(text(heads[0]), "query"), Instruction(text(heads[1]), "document")]
@@ -171,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     recipe = Path(arguments[0]) if arguments else ROOT / "recipes" / "tiny.yaml"
     FILE.write_text(json.dumps(measure(recipe), indent=None) + "\n", encoding="utf-8")
-    for item in read():
+    for item in read(FILE):
         means = (sum(side) / len(side) for side in (item.queries, item.documents))
         print(f"{item.name}: queries {next(means):.0f} tokens, documents {next(means):.0f}, weight {item.weight:g}")
 

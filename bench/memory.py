@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.cases import BASELINE, CASES, ROOT, VARIANTS
+from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting
 from bench.lengths import Distribution, workload
 from bench.step import describe, parser, prepare
 
@@ -96,14 +96,14 @@ def device_used(device: torch.device) -> Callable[[], int]:
 
 
 def measure(
-    case: str, distribution: Distribution, variant: str, passes: int, device: torch.device, interval: float = INTERVAL
+    case: str, distribution: Distribution, variant: str, passes: int, setting: Setting, interval: float = INTERVAL
 ) -> records.Record:
     """Memory of this process over `passes` passes over the distribution's batches, in MiB.
 
     Meant for a fresh process: see `in_fresh_process`.
     """
-    load = workload(distribution, CASES[case])
-    step = prepare(CASES[case], variant, load, device)
+    load, device = workload(distribution, CASES[case]), setting.device
+    step = prepare(CASES[case], variant, load, setting)
     give_back_freed()
     on_gpu = device.type == "cuda"
     read = device_used(device) if on_gpu else resident
@@ -127,24 +127,25 @@ def measure(
         "peak_mib": round(peak / MIB, 1),
         "above_mib": round((peak - before) / MIB, 1),
     }
-    return {**describe(CASES[case], load, device), "variant": variant, "passes": passes, "memory": found}
+    return {**describe(CASES[case], load, setting), "variant": variant, "passes": passes, "memory": found}
 
 
-def in_fresh_process(case: str, distribution: str, variant: str, passes: int, device: str) -> records.Record:
+def in_fresh_process(case: str, distribution: str, variant: str, passes: int, setting: Setting) -> records.Record:
     """`measure` in a new interpreter.
 
     Returns:
         its record; where it fails (out of memory, say), one whose `memory` is the reason.
     """
     command = [sys.executable, "-m", "bench.memory", "--worker", "--cases", case, "--distributions", distribution]
-    command += ["--variants", variant, "--passes", str(passes), "--device", device]
+    command += ["--variants", variant, "--passes", str(passes), "--device", str(setting.device)]
+    command += ["--dtype", str(setting.dtype).removeprefix("torch.")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in run.stdout.splitlines():
         if line.startswith(MARK):
             return cast(records.Record, json.loads(line.removeprefix(MARK)))
     reason = run.stderr.strip().splitlines()[-1:] or [f"ended by signal or code {run.returncode}"]
     load = workload(cast(Distribution, distribution), CASES[case])
-    common = describe(CASES[case], load, torch.device(device))
+    common = describe(CASES[case], load, setting)
     return {**common, "variant": variant, "passes": passes, "memory": {"failed": reason[0]}}
 
 
@@ -172,14 +173,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options.set_defaults(distributions=["fixed", "real"])
     arguments = options.parse_args(argv)
+    setting = Setting.of(arguments.device, arguments.dtype)
     if arguments.worker:
         place = (arguments.cases[0], arguments.distributions[0], arguments.variants[0])
-        print(MARK + json.dumps(measure(*place, arguments.passes, torch.device(arguments.device))))
+        print(MARK + json.dumps(measure(*place, arguments.passes, setting)))
         return
     for case in arguments.cases:
         for distribution in arguments.distributions:
             found = [
-                in_fresh_process(case, distribution, variant, arguments.passes, arguments.device)
+                in_fresh_process(case, distribution, variant, arguments.passes, setting)
                 for variant in arguments.variants
             ]
             if not arguments.dry:

@@ -48,8 +48,8 @@ def where(record: Record) -> str:
 
 
 def measured(kind: str, folder: Path) -> list[list[Record]]:
-    """The newest run of every case, distribution and device, in the order of the page."""
-    groups = records.newest(kind, ("case", "distribution", "device"), folder)
+    """The newest run of every case, distribution, device and type, in the order of the page."""
+    groups = records.newest(kind, ("case", "distribution", "device", "dtype"), folder)
     groups = [group for group in groups if group[0]["case"] in MEASURED]
     cases, distributions = list(CASES), list(DISTRIBUTIONS)
     return sorted(
@@ -73,7 +73,8 @@ def heading(record: Record) -> str:
 
 def place(record: Record) -> str:
     on_gpu = "" if record["device"] == "cpu" else f", {record['hardware']['gpu']}"
-    return f"{record['case']}, {record['distribution']}{on_gpu}"
+    dtype = "" if record["dtype"] == "float32" else f", {record['dtype']}"
+    return f"{record['case']}, {record['distribution']}{on_gpu}{dtype}"
 
 
 def ratio(base: Record | None, record: Record | None) -> str:
@@ -179,8 +180,11 @@ def render_quality(folder: Path) -> str:
     return "\n\n".join(parts or [NOT_YET])
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """`46.1 (45.0 to 47.0)`: mean, lowest, highest; the value alone where all agree."""
+def mean_and_spread(scores: Sequence[float | None]) -> str:
+    """`46.1 (45.0 to 47.0)`: mean, lowest, highest; the value alone where all agree, a dash where one is undefined."""
+    values = [value for value in scores if value is not None]
+    if len(values) < len(scores):
+        return "-"
     mean = sum(values) / len(values)
     if max(values) - min(values) < 0.05:
         return f"{mean:.1f}"

@@ -7,7 +7,6 @@ backbone, texts, batch, type and loss; they take turns round by round, so that a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.cases import BASELINE, CASES, MEASURED, VARIANTS, Case, Embedder, dtype_of, trainable
+from bench.cases import BASELINE, CASES, MEASURED, VARIANTS, Case, Embedder, Setting, trainable
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from pe.kernels.info_nce import info_nce
 
@@ -29,18 +28,15 @@ RATE = 1e-5
 class TrainingStep:
     """One way to train, ready to take steps."""
 
-    def __init__(self, model: Embedder, device: torch.device) -> None:
-        self.model, self.device = model.train(), device
+    def __init__(self, model: Embedder, setting: Setting) -> None:
+        self.model, self.setting, self.device = model.train(), setting, setting.device
         self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=device.type == "cuda" or None)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda" or None)
 
     def __call__(self, batch: Batch) -> float:
         """Take one step, wait until it is done, and return its loss."""
         count = batch.queries
-        autocast = contextlib.nullcontext()
-        if self.device.type == "cuda":
-            autocast = torch.autocast("cuda", torch.bfloat16)  # type: ignore[assignment]
-        with autocast:
+        with self.setting.autocast:
             embeddings = self.model(batch.requests)
             positive = torch.arange(count, device=self.device)
             loss = info_nce(embeddings[:count], embeddings[count:], positive, temperature=TEMPERATURE)
@@ -57,10 +53,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def prepare(case: Case, variant: str, load: Workload, device: torch.device) -> TrainingStep:
+def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> TrainingStep:
     """A variant with its optimiser; the same seed for all."""
     torch.manual_seed(0)
-    return TrainingStep(VARIANTS[variant].build(case, load.instructed, device), device)
+    return TrainingStep(VARIANTS[variant].build(case, load.instructed, setting), setting)
 
 
 def time_rounds(steps: Mapping[str, Callable[[Batch], object]], load: Workload, rounds: int) -> dict[str, list[float]]:
@@ -80,15 +76,15 @@ def time_rounds(steps: Mapping[str, Callable[[Batch], object]], load: Workload, 
     return times
 
 
-def describe(case: Case, load: Workload, device: torch.device) -> records.Record:
+def describe(case: Case, load: Workload, setting: Setting) -> records.Record:
     """What all records of a case and distribution have in common."""
     config = case.backbone.config()
     return {
         "case": case.name,
         "distribution": load.distribution,
         "mode": "train",
-        "dtype": str(dtype_of(device)).removeprefix("torch."),
-        "device": device.type,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "device": setting.device.type,
         "sizes": {
             "queries": case.queries,
             "documents": case.queries,
@@ -102,13 +98,11 @@ def describe(case: Case, load: Workload, device: torch.device) -> records.Record
     }
 
 
-def measure(
-    case: Case, load: Workload, variants: Sequence[str], rounds: int, device: torch.device
-) -> list[records.Record]:
+def measure(case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting) -> list[records.Record]:
     """Records of one case and distribution, one a variant."""
-    steps = {name: prepare(case, name, load, device) for name in variants}
+    steps = {name: prepare(case, name, load, setting) for name in variants}
     times = time_rounds(steps, load, rounds)
-    common = describe(case, load, device)
+    common = describe(case, load, setting)
     return [{**common, "variant": name, "rounds": rounds, "ms": records.spread(times[name])} for name in variants]
 
 
@@ -138,6 +132,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS))
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     options.add_argument("--dry", action="store_true", help="print only, add no records")
     return options
 
@@ -146,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
     options.add_argument("--rounds", type=int, default=7)
     arguments = options.parse_args(argv)
-    device = torch.device(arguments.device)
+    setting = Setting.of(arguments.device, arguments.dtype)
     for name in arguments.cases:
         for distribution in arguments.distributions:
             load = workload(cast(Distribution, distribution), CASES[name])
-            found = measure(CASES[name], load, arguments.variants, arguments.rounds, device)
+            found = measure(CASES[name], load, arguments.variants, arguments.rounds, setting)
             if not arguments.dry:
                 records.append("step", found)
             Console().print(table(found))

@@ -7,11 +7,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
-from bench.cases import CASES, MEASURED, VARIANTS
+from bench.cases import CASES, MEASURED, VARIANTS, Setting
 from bench.lengths import DISTRIBUTIONS, Distribution, workload
 from bench.step import describe, prepare
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTING = Setting.of("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:
     """`real` takes one step on a batch of every data set; the others take a single step."""
     load = workload(distribution, CASES[case])
-    step = prepare(CASES[case], variant, load, DEVICE)
+    step = prepare(CASES[case], variant, load, SETTING)
 
     def take() -> None:
         for batch in load.batches:
@@ -28,6 +28,6 @@ def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution
 
     benchmark.group = f"{case}, {distribution}"
     benchmark(take)
-    benchmark.extra_info |= {**describe(CASES[case], load, DEVICE), "hardware": records.hardware()}
-    if DEVICE.type == "cuda":
+    benchmark.extra_info |= {**describe(CASES[case], load, SETTING), "hardware": records.hardware()}
+    if SETTING.device.type == "cuda":
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated()

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def require(ok: bool, name: str, expected: str, got: object) -> None:
@@ -63,6 +64,6 @@ def use_triton(impl: Impl, tensor: Tensor) -> bool:
     has_kernels = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if impl == "triton":
         require(has_kernels, "impl", '"auto" or "torch" for this dtype', f'"triton" with {tensor.dtype}')
-        runs_here = tensor.is_cuda or (tensor.device.type == "cpu" and triton.knobs.runtime.interpret)
+        runs_here = tensor.is_cuda or (tensor.device.type == "cpu" and INTERPRETED)
         require(runs_here, "impl", '"triton" with tensors on a GPU, or TRITON_INTERPRET=1', f"{tensor.device} tensors")
     return impl == "triton" or (impl == "auto" and has_kernels and tensor.is_cuda)

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+from pe.kernels._checks import INTERPRETED
+
 LOG2E = 1.4426950408889634
 
 
@@ -51,11 +52,16 @@ def wrap_triton(kernel: Any) -> Any:
     return _Interpreted(kernel) if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
-def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether the default tiles may use more than 64 KB of shared memory: data-centre NVIDIA chips, 163 KB and up."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return torch.version.hip is None
-    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+def generation(device: torch.device) -> int:
+    """8, 9 or 10 for NVIDIA's data-centre chips (163 KB of shared memory and up), 0 for all others (64 KB).
+
+    It picks the default tiles; off a GPU, where kernels are interpreted, those of generation 9.
+    """
+    if device.type != "cuda":
+        return 9
+    capability = torch.cuda.get_device_capability(device)
+    is_known = torch.version.hip is None and capability in ((8, 0), (9, 0), (10, 0), (10, 3))
+    return capability[0] if is_known else 0
 
 
 def tile(size: int, smallest: int, largest: int) -> int:
@@ -66,6 +72,15 @@ def tile(size: int, smallest: int, largest: int) -> int:
 def unit_stride(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous, else a copy: the kernels take every other stride as it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, a repeated one as a view of itself: torch.compile hands none to an autograd Function twice."""
+    out: list[Tensor | None] = []
+    for tensor in tensors:
+        is_new = tensor is None or all(tensor is not other for other in tensors[: len(out)])
+        out.append(tensor if is_new or tensor is None else tensor.view_as(tensor))
+    return out
 
 
 @triton.jit
@@ -143,5 +158,5 @@ def matmul_into(c: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, sc
         BLOCK_N=block_n,
         BLOCK_K=64 if a.element_size() == 2 and b.element_size() == 2 else 32,
         num_warps=8 if block_m * block_n > 64 * 128 else 4,
-        num_stages=3 if has_large_shared_memory(a.device) else 1,
+        num_stages=3 if generation(a.device) else 1,
     )

@@ -33,7 +33,7 @@ from pe.kernels._checks import (
     use_triton,
     values_are_free,
 )
-from pe.kernels._triton import LOG2E, has_large_shared_memory, tile, triton_op, unit_stride, wrap_triton
+from pe.kernels._triton import LOG2E, distinct, generation, tile, triton_op, unit_stride, wrap_triton
 
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
@@ -73,8 +73,9 @@ def context_attention_ref(
         begin, end = cu_context[:-1][segment, None], cu_context[1:][segment, None]
         c = torch.arange(max_context, device=q.device)
         context = torch.minimum(begin + c, end - 1).clamp(min=0)  # [B, Lc]
-        keys.insert(0, context_k[context].transpose(1, 2))
-        values.insert(0, context_v[context].transpose(1, 2))
+        dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
+        keys.insert(0, context_k.to(dtype)[context].transpose(1, 2))
+        values.insert(0, context_v.to(dtype)[context].transpose(1, 2))
         visible = torch.cat([(c < end - begin)[:, None, :].expand(-1, max_seqlen, -1), visible], dim=2)
         position = position + (end - begin)
         key_position = torch.cat([c.expand(B, -1), position], dim=1)
@@ -136,7 +137,10 @@ def _by_sequence(
     """
     Hkv, lengths = k.shape[1], cu_seqlens.diff().tolist()
     segments = range(len(lengths)) if context_index is None else context_index.tolist()
-    context_parts = [part.split(context[2].diff().tolist()) for part in context[:2]] if context is not None else None
+    context_parts = None
+    if context is not None:
+        dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
+        context_parts = [part.to(dtype).split(context[2].diff().tolist()) for part in context[:2]]
     out = []
     own = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     for n, segment, (q_own, k_own, v_own) in zip(lengths, segments, own, strict=True):
@@ -713,18 +717,18 @@ def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
 
 def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of a program that owns rows and walks over keys."""
-    width, is_large = max(q.shape[2], v.shape[2]), has_large_shared_memory(q.device)
+    width, chip = max(q.shape[2], v.shape[2]), generation(q.device)
     is_wide, is_half = width > 128, q.element_size() == 2
-    block_m = tile(n_rows, 16, largest_m // 2 if is_wide or not is_large else largest_m)
-    block_n = tile(n_keys, 16, 32 if is_wide or not is_half or (not is_large and width > 64) else 64)
-    return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if is_large else 1
+    block_m = tile(n_rows, 16, largest_m // 2 if is_wide or chip < 9 else largest_m)
+    block_n = tile(n_keys, 16, 32 if is_wide or not is_half or (chip == 0 and width > 64) else 64)
+    return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if chip else 1
 
 
 def _key_blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int) -> tuple[int, int, int, int]:
     """The same of a program that owns keys and walks over rows; it holds two accumulators, so its rows are few."""
-    block_m, block_n, _, num_stages = _blocks(q, v, n_rows, n_keys, 32)
-    is_full = block_n * max(q.shape[2], v.shape[2]) >= 64 * 128 and has_large_shared_memory(q.device)
-    return block_m, block_n, 8 if is_full else 4, num_stages
+    _, block_n, _, num_stages = _blocks(q, v, n_rows, n_keys, 32)
+    is_full = block_n * max(q.shape[2], v.shape[2]) >= 32 * 128 and generation(q.device) > 0
+    return tile(n_rows, 16, 32), block_n, 8 if is_full else 4, num_stages
 
 
 @triton_op("pe::context_attention_fwd")
@@ -1107,12 +1111,11 @@ def context_attention(
     scale = D**-0.5 if scale is None else scale
     if use_triton(impl, q) and T > 0:
         require(max(D, v.shape[2]) <= MAX_WIDTH, "q", f"head widths of at most {MAX_WIDTH} for the Triton path", D)
-        keys = (None if x is None else unit_stride(x) for x in (q, k, v))
+        own = unit_stride(q), unit_stride(k), unit_stride(v), cu_seqlens.contiguous()
         context = (None if x is None else unit_stride(x) for x in (context_k, context_v))
-        index = None if context_index is None else context_index.contiguous()
-        return _ContextAttention.apply(
-            *keys, cu_seqlens, *context, cu_context, index, sinks, max_seqlen, max_context, scale, window, softcap
-        )
+        rest = (None if x is None else x.contiguous() for x in (cu_context, context_index, sinks))
+        tensors = distinct(*own, *context, *rest)
+        return _ContextAttention.apply(*tensors, max_seqlen, max_context, scale, window, softcap)
     if T > 0 and values_are_free(q) and (max_seqlen + max_context) * Hkv * (D + v.shape[2]) > BY_SEQUENCE_FROM:
         whole = None
         if context_k is not None and context_v is not None and cu_context is not None:

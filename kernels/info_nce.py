@@ -20,7 +20,8 @@ from torch.autograd.function import FunctionCtx
 from pe.kernels._checks import Impl, require, require_float, require_range, require_same_device, use_triton
 from pe.kernels._triton import (
     LOG2E,
-    has_large_shared_memory,
+    distinct,
+    generation,
     matmul_into,
     tile,
     triton_op,
@@ -260,7 +261,7 @@ def _info_nce_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and the base-2 log-sum-exp of its scaled scores, [B] float32."""
     (B, D), N = q.shape, d.shape[0]
-    block_m, block_n = tile(B, 16, 128), tile(N, 16, 128)
+    block_m, block_n = tile(B, 16, 128), tile(N, 16, 64 if generation(q.device) == 8 else 128)
     row_tiles, column_tiles = triton.cdiv(B, block_m), triton.cdiv(N, block_n)
     splits = max(1, min(PROGRAMS // row_tiles, column_tiles))
     top, total, score = (q.new_empty(splits, B, dtype=torch.float32) for _ in range(3))
@@ -292,7 +293,7 @@ def _info_nce_fwd(
         BLOCK_N=block_n,
         BLOCK_D=64 if q.element_size() == 2 else 32,
         num_warps=8 if block_m * block_n > 64 * 128 else 4,
-        num_stages=3 if has_large_shared_memory(q.device) else 1,
+        num_stages=3 if generation(q.device) else 1,
     )
     largest = top.amax(dim=0)
     lse = largest + (total * torch.exp2(top - largest)).sum(dim=0).log2()
@@ -356,7 +357,7 @@ def _info_nce_bwd(
             BLOCK_N=block_n,
             BLOCK_D=64 if q.element_size() == 2 else 32,
             num_warps=8 if block_m * block_n > 64 * 128 else 4,
-            num_stages=3 if has_large_shared_memory(q.device) else 1,
+            num_stages=3 if generation(q.device) else 1,
         )
         if needs_q:
             matmul_into(dq, tile_g[:, :size], d[n : n + size], accumulate=n > 0)
@@ -406,17 +407,14 @@ def _row_losses(
 ) -> Tensor:
     """Loss of each query; symmetric: the mean of it and of its positive document's against all queries."""
     positive_ids = None if doc_ids is None else doc_ids[positive]
-    loss = _InfoNCE.apply(
-        q, d, positive, query_ids, positive_ids, query_labels, doc_ids, None, doc_labels, temperature
-    )  # fmt: skip
+    texts = query_ids, positive_ids, query_labels, doc_ids, None, doc_labels
+    loss = _InfoNCE.apply(*distinct(q, d, positive, *texts), temperature)
     if not symmetric:
         return loss
     positive_labels = None if doc_labels is None else doc_labels[positive]
     diagonal = torch.arange(q.shape[0], device=q.device)
-    back = _InfoNCE.apply(
-        d[positive], q, diagonal, positive_ids, query_ids, positive_labels, query_ids, positive_ids, query_labels,
-        temperature,
-    )  # fmt: skip
+    texts = positive_ids, query_ids, positive_labels, query_ids, positive_ids, query_labels
+    back = _InfoNCE.apply(*distinct(d[positive], q, diagonal, *texts), temperature)
     return (loss + back) / 2
 
 

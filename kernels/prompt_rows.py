@@ -24,16 +24,17 @@ from pe.kernels._triton import matmul_into, tile, triton_op, unit_stride, wrap_t
 
 def prompt_rows_ref(ids: Tensor, embedding: Tensor, prompts: Tensor, weight: Tensor | None, *, scale: float) -> Tensor:
     """Plain torch: every soft row is aligned once, however many texts use it, then rows are gathered by `ids`."""
-    soft = prompts.reshape(-1, prompts.shape[2])  # [N·K, Dp]
+    soft, dtype = prompts.reshape(-1, prompts.shape[2]), torch.promote_types(prompts.dtype, torch.float32)  # [N·K, Dp]
     if weight is not None:
-        dtype = torch.promote_types(torch.promote_types(soft.dtype, weight.dtype), torch.float32)
+        dtype = torch.promote_types(dtype, weight.dtype)
         soft = soft.to(dtype) @ weight.to(dtype)
-    soft = F.pad(soft.to(embedding.dtype), (0, 0, 0, 1))  # a zero row for the text positions to point to
+    soft = F.pad(soft.to(dtype), (0, 0, 0, 1))  # a zero row for the text positions to point to
     text = embedding.detach()[ids.clamp(min=0)]
     if scale != 1.0:
         text = (text.to(torch.promote_types(text.dtype, torch.float32)) * scale).to(text.dtype)
     is_soft = ids < 0
-    return torch.where(is_soft[:, None], soft[torch.where(is_soft, -1 - ids, soft.shape[0] - 1)], text)
+    rows = soft[torch.where(is_soft, -1 - ids, soft.shape[0] - 1)].to(text.dtype)
+    return torch.where(is_soft[:, None], rows, text)
 
 
 @triton.jit
@@ -93,9 +94,7 @@ def _prompt_rows_bwd_kernel(
 
 
 @triton_op("pe::prompt_rows_fwd")
-def _prompt_rows_fwd(
-    ids: Tensor, embedding: Tensor, soft: Tensor, weight: Tensor | None, scale: float
-) -> Tensor:
+def _prompt_rows_fwd(ids: Tensor, embedding: Tensor, soft: Tensor, weight: Tensor | None, scale: float) -> Tensor:
     """X [T, De] from ids [T], embedding [V, De], soft [N·K, Dp] and weight [Dp, De]."""
     T, D = ids.shape[0], embedding.shape[1]
     x = embedding.new_empty(T, D)

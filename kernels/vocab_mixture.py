@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import Impl, require, require_float, require_same_device, use_triton
-from pe.kernels._triton import LOG2E, has_large_shared_memory, matmul_into, tile, triton_op, unit_stride, wrap_triton
+from pe.kernels._triton import LOG2E, distinct, generation, matmul_into, tile, triton_op, unit_stride, wrap_triton
 
 BLOCK_V = 128  # vocabulary entries that share an offset
 CHUNK = 16384  # vocabulary entries a chunk, at most: 32 MB of 1024-wide half-precision rows
 CHUNK_ELEMENTS = 1 << 25  # elements of a [M, chunk] buffer, at most
 PROGRAMS = 264  # split a product until about this many programs share it: two for each of 132 multiprocessors
+
 
 def vocab_mixture_ref(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0) -> Tensor:
     """softmax(h e_outᵀ / temperature) e_in in plain torch, at least float32 inside; builds the [M, V] matrix."""
@@ -294,7 +295,7 @@ def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_til
         BLOCK_V=BLOCK_V,
         BLOCK_T=32,
         num_warps=8 if block_m == 128 else 4,
-        num_stages=3 if has_large_shared_memory(p.device) else 1,
+        num_stages=3 if generation(p.device) else 1,
     )
 
 
@@ -356,7 +357,7 @@ def _vocab_mixture_fwd(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: floa
             BLOCK_V=BLOCK_V,
             BLOCK_D=64 if h.element_size() == 2 else 32,
             num_warps=8 if block_m == 128 else 4,
-            num_stages=3 if has_large_shared_memory(h.device) else 1,
+            num_stages=3 if generation(h.device) else 1,
         )
         _mix(p, e_in[v : v + size], offset, partial, v // BLOCK_V)
     _merge(partial, offset, sums, out, lse)
@@ -419,7 +420,7 @@ def _vocab_mixture_bwd(
             BLOCK_V=BLOCK_V,
             BLOCK_D=64 if h.element_size() == 2 else 32,
             num_warps=8 if block_m == 128 else 4,
-            num_stages=3 if has_large_shared_memory(h.device) else 1,
+            num_stages=3 if generation(h.device) else 1,
         )
         if needs_h:
             _mix(dz, e_out[v : v + size], None, partial, v // BLOCK_V)
@@ -448,9 +449,7 @@ class _VocabMixture(torch.autograd.Function):
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
 
 
-def vocab_mixture(
-    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, impl: Impl = "auto"
-) -> Tensor:
+def vocab_mixture(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, impl: Impl = "auto") -> Tensor:
     """Mix the rows of `e_in` with the probabilities softmax(h e_outᵀ / temperature).
 
     h [M, D], e_out [V, D], e_in [V, Din], one floating dtype -> [M, Din] in that dtype. Differentiable in all three.
@@ -468,5 +467,6 @@ def vocab_mixture(
     require_same_device("e_in", e_in, h.device)
     require(temperature > 0, "temperature", "a number > 0", temperature)
     if use_triton(impl, h):
-        return _VocabMixture.apply(unit_stride(h), unit_stride(e_out), unit_stride(e_in), float(temperature))
+        tensors = distinct(unit_stride(h), unit_stride(e_out), unit_stride(e_in))
+        return _VocabMixture.apply(*tensors, float(temperature))
     return vocab_mixture_ref(h, e_out, e_in, temperature)

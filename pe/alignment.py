@@ -123,7 +123,7 @@ def initial_weight(
     gram += config.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     weight = torch.linalg.solve(gram, x.T @ y)
     residual = ((x @ weight - y).norm() / y.norm()).item()
-    return weight.float(), AlignmentReport(len(ours), residual)
+    return weight.float().contiguous(), AlignmentReport(len(ours), residual)
 
 
 def shared_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:

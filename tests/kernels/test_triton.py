@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from tolerance import assert_matches_reference, assert_no_worse, forward_backwar
 from torch import Tensor
 
 from pe.kernels import context_attention, info_nce, pool_normalize, vocab_mixture
+from pe.kernels.prompt_rows import prompt_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -76,7 +78,11 @@ def test_non_contiguous_input(name: str, strided: str) -> None:
 
     def view(x: Tensor) -> Tensor:
         """The same values, every second row or column of a larger tensor."""
-        return torch.stack([x, x], dim=-1)[..., 0] if strided == "columns" else torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+        return (
+            torch.stack([x, x], dim=-1)[..., 0]
+            if strided == "columns"
+            else torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+        )
 
     def run(inputs: Sequence[Tensor], impl: Any) -> Tensor:
         return problem.run([view(x) for x in inputs] if impl == "triton" else inputs, impl)
@@ -84,29 +90,60 @@ def test_non_contiguous_input(name: str, strided: str) -> None:
     assert_matches_reference(run, problem.inputs)
 
 
-@pytest.mark.parametrize("name", ["mixture tied", "rows aligned", "attention shared", "pool mean rms", "contrast masked"])
+@pytest.mark.parametrize(
+    "name", ["mixture tied", "rows aligned", "attention shared", "pool mean rms", "contrast masked"]
+)
 def test_two_runs_are_bitwise_equal(name: str) -> None:
     problem = PROBLEMS[name](torch.float32, DEVICE, False)
     runs = [forward_backward(problem.run, problem.inputs, "triton", torch.float32) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16], ids=["fp16"])
-def test_mixed_dtypes_of_prompt_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["mixture untied", "rows aligned", "attention suffix", "pool mean rms", "contrast"])
+def test_nothing_outside_a_buffer_is_read_or_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs stand between NaNs, and every buffer that an op allocates between untouched canaries."""
+    canary, guard, buffers = 12345.0, 512, []
+    problem = PROBLEMS[name](torch.float32, DEVICE, False)
+
+    def fenced(x: Tensor) -> Tensor:
+        buffer = torch.full((x.numel() + 2 * guard,), torch.nan, device=DEVICE)
+        buffer[guard:-guard] = x.detach().flatten()
+        return buffer[guard:-guard].view(x.shape).requires_grad_()
+
+    def new_empty(self: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        numel = math.prod(shape)
+        buffer = torch.full((numel + 2 * guard,), canary, dtype=dtype or self.dtype, device=self.device)
+        buffers.append(buffer)
+        return buffer[guard : guard + numel].view(shape)
+
+    inputs = [fenced(x) for x in problem.inputs]
+    expected = forward_backward(problem.run, problem.inputs, "triton", torch.float32)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    out = problem.run(inputs, "triton")
+    generator = torch.Generator(out.device).manual_seed(1)
+    upstream = torch.randn(out.shape, generator=generator, device=out.device)
+    got = [out, *torch.autograd.grad(out, inputs, upstream)]
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:guard] == canary).all()
+        assert (buffer[-guard:] == canary).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_prompts_may_be_wider_than_the_embedding(impl: Any) -> None:
     """Half-precision embedding rows with float32 prompts and weight: gradients keep the parameters' dtype."""
-    wide = PROBLEMS["rows aligned"](torch.float32, DEVICE, False)
-    half = PROBLEMS["rows aligned"](dtype, DEVICE, False)
-    assert wide.inputs[0].dtype != half.inputs[0].dtype
-    from pe.kernels.prompt_rows import prompt_rows
-
-    ids, embedding = torch.tensor([0, -1, -4, 2, -1], device=DEVICE), torch.randn(3, 40, device=DEVICE).to(dtype)
-
-    def run(x: Sequence[Tensor], impl: Any) -> Tensor:
-        return prompt_rows(ids, embedding, x[0], x[1], impl=impl).float()
-
-    got, ref = (forward_backward(run, wide.inputs, impl, torch.float32) for impl in ("triton", "torch"))
-    for a, b in zip(got, ref, strict=True):
-        assert_no_worse(a.half(), b, b.half())
+    ids, embedding = torch.tensor([0, -1, -4, 2, -1], device=DEVICE), torch.randn(3, 40, device=DEVICE).half()
+    prompts, weight = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((3, 2, 24), (24, 40)))
+    out = prompt_rows(ids, embedding, prompts, weight, impl=impl)
+    upstream = torch.randn(5, 40, device=DEVICE).half()
+    grads = torch.autograd.grad(out, (prompts, weight), upstream)
+    wide = prompt_rows(ids, embedding.double(), prompts.double(), weight.double())
+    expected = torch.autograd.grad(wide, (prompts, weight), upstream.double())
+    assert_no_worse(out, wide, wide.half())
+    for got, ref in zip(grads, expected, strict=True):
+        assert_no_worse(got, ref, ref.float())
 
 
 def test_explicit_triton_raises_rather_than_falls_back() -> None:

@@ -1,0 +1,84 @@
+"""Every kernel compiles for every target within its chip's means, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aot
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    "_matmul_kernel",
+    "_vocab_mixture_fwd_probs_kernel",
+    "_vocab_mixture_mix_kernel",
+    "_vocab_mixture_merge_kernel",
+    "_vocab_mixture_bwd_logits_kernel",
+    "_prompt_rows_fwd_kernel",
+    "_prompt_rows_bwd_kernel",
+    "_context_attention_fwd_kernel",
+    "_context_attention_merge_kernel",
+    "_context_attention_bwd_dq_kernel",
+    "_context_attention_bwd_own_kernel",
+    "_context_attention_bwd_context_kernel",
+    "_pool_normalize_fwd_kernel",
+    "_pool_normalize_merge_kernel",
+    "_pool_normalize_bwd_kernel",
+    "_info_nce_fwd_kernel",
+    "_info_nce_bwd_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    """Compiled in a process of its own: this one interprets its kernels where there is no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py")]
+    done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def failures(results: list[dict[str, Any]], is_good: Any) -> list[str]:
+    return [f"{r['kernel']} {r['case']} {r['target']} {r['dtype']}: {r}" for r in results if not is_good(r)]
+
+
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_every_target(results: list[dict[str, Any]]) -> None:
+    compiled = {(r["kernel"], r["target"], r["dtype"]) for r in results}
+    assert compiled >= {(k, t, d) for k in KERNELS for t in aot.TARGETS for d in aot.DTYPES}
+
+
+def test_the_table_of_kernels_is_complete() -> None:
+    named = {
+        line.split("(")[0].removeprefix("def ").strip()
+        for path in (ROOT / "kernels").glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+    }
+    assert named == KERNELS
+
+
+def test_shared_memory_fits(results: list[dict[str, Any]]) -> None:
+    assert not failures(results, lambda r: r["shared"] <= aot.SHARED_LIMIT[r["target"]])
+
+
+def test_nothing_spills(results: list[dict[str, Any]]) -> None:
+    assert not failures(results, lambda r: r["spills"] == 0)
+
+
+def test_dots_run_on_matrix_units(results: list[dict[str, Any]]) -> None:
+    """A tile of at least 64 rows uses the chip's own instruction, a smaller one at least mma.sync."""
+    best = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+    def is_good(r: dict[str, Any]) -> bool:
+        is_full = all(int(block.split("=")[1]) >= 64 for block in r["blocks"].split() if block[:2] in ("M=", "N="))
+        return not r["has_dot"] or r["matrix"] == best[r["target"]] or (bool(r["matrix"]) and not is_full)
+
+    assert not failures(results, is_good)

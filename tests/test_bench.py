@@ -1,0 +1,315 @@
+"""Every benchmark runs at toy size, its records are whole, and the page follows them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import lengths, memory, quality, records, report, step
+from bench import test_step as benchmarked
+from bench.cases import CASES, VARIANTS, IdTokenizer, Setting, Shape, trainable
+from bench.lengths import Distribution, SetLengths, workload
+from pe.baselines.lora import LoraEmbedder
+from pe.config import load_recipe
+from pe.model import PromptEmbedder
+from tests.test_train import write_recipe
+
+CPU = Setting.of("cpu")
+TOY = CASES["toy"]
+SETS = [
+    SetLengths(
+        name="short", weight=2, instruction=4, document_instruction=3, queries=[3, 5, 2, 4], documents=[2, 2, 3, 1]
+    ),
+    SetLengths(
+        name="long", weight=1, instruction=5, document_instruction=3, queries=[2, 6, 3, 4], documents=[9, 12, 7, 8]
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Records go to a folder of the test's own, and batches have toy lengths."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(lengths, "read", lambda: SETS)
+    return tmp_path / "results"
+
+
+def test_ids_are_read_from_the_text() -> None:
+    tokenizer = IdTokenizer()
+    assert tokenizer("Instruct: 5 17\nQuery:3")["input_ids"] == [5, 17, 3]
+    assert tokenizer(["1 2", "", "40"], add_special_tokens=False)["input_ids"] == [[1, 2], [], [40]]
+
+
+@pytest.mark.parametrize("distribution", ["fixed", "real", "mixed"])
+def test_workloads_are_the_same_for_everyone(distribution: Distribution) -> None:
+    load, again = workload(distribution, TOY), workload(distribution, TOY)
+    assert [batch.requests for batch in load.batches] == [batch.requests for batch in again.batches]
+    for batch in load.batches:
+        ids = IdTokenizer()(list(batch.requests.texts))["input_ids"]
+        assert [len(row) for row in ids] == [*batch.lengths[0], *batch.lengths[1]]
+        assert len(ids) == 2 * batch.queries == 6
+        assert max(map(max, ids)) < TOY.vocabulary == 64
+
+
+def test_workload_means_are_weighted() -> None:
+    real = workload("real", TOY)
+    assert real.mean([3.0, 6.0]) == pytest.approx(4.0)
+    assert real.tokens == pytest.approx((2 * (10 + 7) + (11 + 28)) / 3)
+    assert [batch.padded_tokens for batch in real.batches] == [3 * 5 + 3 * 3, 3 * 6 + 3 * 12]
+    assert lengths.interleaved(SETS, 6) == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1)]
+    assert workload("fixed", TOY).padding_share == 0
+
+
+def test_lora_and_prompt_embedder_read_the_same_texts() -> None:
+    (batch,) = workload("fixed", TOY).batches
+    lora = VARIANTS["lora-padded"].build(TOY, False, CPU)
+    ours = VARIANTS["pe-suffix"].build(TOY, False, CPU)
+    assert lora.tokenize(batch.requests) == ours.tokenize(batch.requests)
+    batch = workload("real", TOY).batches[0]
+    instructed = VARIANTS["lora-padded"].build(TOY, True, CPU)
+    longer = [len(row) for row in instructed.tokenize(batch.requests)]
+    assert [a - len(b) for a, b in zip(longer, ours.tokenize(batch.requests), strict=True)] == [4] * 3 + [0] * 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_trains_the_same_loss(variant: str) -> None:
+    load = workload("real", TOY)
+    taken = step.prepare(TOY, variant, load, CPU)
+    before = [parameter.detach().clone() for parameter in taken.parameters]
+    assert taken(load.batches[0]) > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, taken.parameters, strict=True))
+    assert taken.parameters == trainable(taken.model)
+    assert isinstance(taken.model, LoraEmbedder if "lora" in variant else PromptEmbedder)
+    backbone = dict(taken.model.backbone.model.named_parameters())
+    assert all(".lora." in name or ".reader." in name for name, p in backbone.items() if p.requires_grad)
+
+
+def test_the_forms_of_lora_take_the_same_step() -> None:
+    load = workload("real", TOY)
+    losses = []
+    for form in ("lora-padded", "lora-checkpointed", "lora-packed"):
+        taken = step.prepare(TOY, form, load, CPU)
+        taken.model.eval()
+        losses.append(taken(load.batches[1]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_turns_rotate() -> None:
+    order: list[str] = []
+    steps = {name: lambda _, name=name: order.append(name) for name in "abc"}
+    times = step.time_rounds(steps, workload("fixed", TOY), 2)
+    assert "".join(order) == "cab" + "abc" + "bca"
+    assert [len(found) for found in times.values()] == [2, 2, 2]
+
+
+def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step.main(["--cases", "toy", "--rounds", "2"])
+    shown = capsys.readouterr().out
+    assert "(b) LoRA" in shown
+    assert "toy, mixed" in shown
+    found = records.read("step", results)
+    assert len(found) == 3 * len(VARIANTS)
+    first = found[0]
+    assert first["ms"]["p20"] <= first["ms"]["median"] <= first["ms"]["p80"]
+    assert {"hardware", "versions", "commit", "dirty", "date", "run", "dtype", "sizes"} <= first.keys()
+    assert first["hardware"]["cores"] >= 1
+    assert first["versions"]["torch"].startswith("2.")
+    step.main(["--cases", "toy", "--distributions", "fixed", "--variants", "pe-prefix", "--rounds", "1", "--dry"])
+    assert len(records.read("step", results)) == len(found)
+
+
+def test_sampler_sees_the_highest_value() -> None:
+    values = iter([1, 7, 3])
+    with memory.Sampler(lambda: next(values, 2), 0.001) as sampler:
+        while sampler.samples < 4:
+            pass
+    assert sampler.highest == 7
+    assert sampler.longest_gap > 0
+
+
+def test_memory_of_this_process() -> None:
+    found = memory.measure("toy", "real", "pe-suffix", 1, CPU)
+    measured = found["memory"]
+    assert measured["source"] == "rss"
+    assert measured["peak_mib"] >= measured["loaded_mib"] > 0
+    assert measured["above_mib"] == pytest.approx(measured["peak_mib"] - measured["loaded_mib"], abs=0.11)
+
+
+def test_memory_command_uses_a_fresh_process(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.main(["--cases", "toy", "--distributions", "fixed", "--variants", "lora-packed", "--passes", "1"])
+    (found,) = records.read("memory", results)
+    assert found["memory"]["peak_mib"] > found["memory"]["above_mib"]
+    assert "whole process" in capsys.readouterr().out
+
+    failed = subprocess.CompletedProcess([], -9, "", "RuntimeError: out of memory\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    lost = memory.in_fresh_process("toy", "fixed", "pe-suffix", 1, CPU)
+    assert lost["memory"] == {"failed": "RuntimeError: out of memory"}
+    assert memory.table([lost]).row_count == 1
+
+
+def test_lengths_come_from_the_recipe(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(lengths, "FILE", tmp_path / "lengths.json")
+    monkeypatch.setattr(lengths, "ROWS", 6)
+    lengths.main([str(write_recipe(tiny_models, tmp_path))])
+    pairs, labelled = lengths.read(tmp_path / "lengths.json")
+    assert len(pairs.queries) == len(pairs.documents) == 6
+    assert labelled.instruction != labelled.document_instruction
+    assert pairs.name in capsys.readouterr().out
+
+
+def test_stored_lengths_fill_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    sets = lengths.read()
+    assert {item.name for item in sets} == {"nli", "medquad", "headline", "banking77", "clinc150"}
+    assert all(len(item.queries) == len(item.documents) == lengths.ROWS for item in sets)
+
+
+def test_a_shape_is_a_checkpoint_where_there_is_one(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModel
+
+    monkeypatch.setattr("bench.cases.ROOT", tiny_models)
+    shape = Shape(kind="llama", sizes=dict(TOY.prompter.sizes), folder="one")
+    stored = AutoModel.from_pretrained(tiny_models / "one", dtype=torch.float32)
+    loaded = shape.load(AutoModel, torch.float32, CPU.device)
+    assert torch.equal(loaded.get_input_embeddings().weight, stored.get_input_embeddings().weight)
+    missing = Shape(kind="llama", sizes=dict(TOY.prompter.sizes), folder="none")
+    assert missing.path is None
+    assert missing.vocabulary == 64
+
+
+def write_sts(folder: Path) -> None:
+    (folder / "eval").mkdir(parents=True)
+    pairs = [("a red cat", "a red dog", 4.0), ("the old man", "a cat", 1.0), ("one day", "one day", 5.0)]
+    lines = [json.dumps({"sentence1": a, "sentence2": b, "score": s}) for a, b, s in [*pairs, *pairs]]
+    (folder / "eval" / "stsb_dev.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_quality_trains_and_scores_every_system(
+    tiny_models: Path, tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sts(tmp_path / "tasks")
+    file = write_recipe(tiny_models, tmp_path, train__steps=2)
+    overrides = ["--evaluate.tasks=[PE-STSb-dev]", f"--evaluate.data={tmp_path / 'tasks'}"]
+    systems = ["pe", "static", "lora-mean"]
+    quality.main(
+        ["--recipe", str(file), "--seeds", "0", "1", "--systems", *systems, "--rates", "static=0.1", *overrides]
+    )
+    assert "PE, trained" in capsys.readouterr().out
+    found = records.read("quality", results)
+    assert len(found) == 2 + 2 * len(systems) + len(systems)
+    by_name = {(record["variant"], record["seed"]): record for record in found}
+    assert by_name["static prompts (control), trained", 1]["rate"] == 0.1
+    assert by_name["LoRA, mean, trained", 0]["seconds"] > 0
+    assert by_name["PE, untrained", 0]["seconds"] is None
+    assert "| PE, trained | " in report.render_quality(results)
+
+
+@pytest.mark.parametrize("name", quality.SYSTEMS)
+def test_every_system_of_the_quality_table_is_built(name: str, tiny_models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tiny_models, tmp_path))
+    model = quality.SYSTEMS[name].build(recipe, CPU.device)
+    assert model.trainable_parameters()
+    assert model.encode(["a cat"], instruction="Find the same thing").shape[0] == 1
+
+
+def write_page(folder: Path) -> Path:
+    page = folder / "BENCHMARKS.md"
+    markers = "\n".join(f"<!-- begin:{name} -->\n<!-- end:{name} -->\nprose" for name in report.SECTIONS)
+    page.write_text(markers, encoding="utf-8")
+    return page
+
+
+def fake(variant: str, **fields: Any) -> records.Record:
+    load = workload("fixed", CASES["tiny"])
+    return {**step.describe(CASES["tiny"], load, CPU), "variant": variant, **fields}
+
+
+def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = write_page(tmp_path)
+    assert report.main(["--check"], page=page, folder=results) == 1
+    assert report.main([], page=page, folder=results) == 0
+    assert report.main(["--check"], page=page, folder=results) == 0
+    assert page.read_text().count("Not yet measured.") == 6
+    assert "GPU: not yet measured." in page.read_text()
+
+    times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "pe-suffix": 100.0}
+    spreads = {name: {"median": ms, "p20": ms - 1, "p80": ms + 1} for name, ms in times.items()}
+    records.append("step", [fake(name, ms=ms, rounds=5) for name, ms in spreads.items()])
+    above = {"lora-padded": {"above_mib": 100.0}, "pe-suffix": {"above_mib": 31.0}}
+    sizes = {"loaded_mib": 50.0, "peak_mib": 150.0, "interval_ms": 2.0, "longest_gap_ms": 3.0}
+    found = [fake(name, memory={**sizes, **memory}) for name, memory in above.items()]
+    records.append("memory", [*found, fake("pe-prefix", memory={"failed": "out of memory"})])
+    assert report.main(["--check"], page=page, folder=results) == 1
+    report.main([], page=page, folder=results)
+    text = page.read_text()
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 3.00 | 4.00 |" in text
+    assert "| tiny, fixed | 3.00 | 4.00 | - | - | 0.31 | - |" in text
+    assert "| PE, suffix | 31 | 0.31 | 50 | 150 |" in text
+    assert "| PE, prefix | failed: out of memory |" in text
+
+    monkeypatch.setattr(records, "run_id", lambda: "later")
+    records.append("step", [fake("pe-suffix", ms=spreads["pe-suffix"], rounds=5)])
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | - | - |" in report.render_step(results)
+
+
+def test_page_shows_transfer_and_kernels(results: Path) -> None:
+    reached = {"0.95": [12, 3.4], "0.99": None}
+    scores = {"source_score": 60.0, "start_score": 40.0, "end_score": 58.0}
+    moved = {"source": "one", "target": "two", "variant": "W alone", "seed": 0, "reached": reached, **scores}
+    records.append("transfer", [moved])
+    assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 12 steps, 3 s | not reached |" in report.render_transfer(results)
+    resources = {"registers": 128, "spills": 0, "shared_bytes": 4096}
+    records.append("kernels", [{"kernel": "pool_normalize", "target": "sm_90", **resources}])
+    assert "| pool_normalize | sm_90 | 128 | 0 | 4096 |" in report.render_kernels(results)
+
+
+def test_page_without_markers_is_refused(results: Path, tmp_path: Path) -> None:
+    page = write_page(tmp_path)
+    page.write_text(page.read_text().replace("<!-- end:step -->", ""))
+    with pytest.raises(ValueError, match="expected one pair <!-- begin:step -->"):
+        report.main([], page=page, folder=results)
+
+
+def test_the_page_of_the_repository_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert report.main(["--check"]) == 0
+
+
+def test_spread_and_scores() -> None:
+    assert records.spread([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert report.mean_and_spread([46.0, 47.0]) == "46.5 (46.0 to 47.0)"
+    assert report.mean_and_spread([46.0, 46.0]) == "46.0"
+    assert report.mean_and_spread([46.0, None]) == "-"
+
+
+class FakeBenchmark:
+    """What `bench/test_step.py` uses of pytest-benchmark's fixture."""
+
+    group = ""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.calls = 0
+
+    def __call__(self, function: Any) -> None:
+        function()
+        self.calls += 1
+
+
+def test_benchmark_says_what_it_ran_on() -> None:
+    benchmark = FakeBenchmark()
+    benchmarked.test_step(benchmark, "toy", "real", "pe-suffix")
+    assert (benchmark.group, benchmark.calls) == ("toy, real", 1)
+    assert benchmark.extra_info["hardware"]["gpu"] is None or torch.cuda.is_available()
+    assert benchmark.extra_info["sizes"]["queries"] == 3

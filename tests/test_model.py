@@ -1,0 +1,502 @@
+"""The whole embedder: encoding, prompt bank, saving and loading, learning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pe import model as model_module
+from pe.alignment import LinearAlignment
+from pe.config import (
+    AlignmentConfig,
+    BackboneConfig,
+    LoraSettings,
+    ModelConfig,
+    PrompterConfig,
+    SideTemplates,
+    TemplatesConfig,
+)
+from pe.model import Instruction, PromptEmbedder, Requests
+from tests import oracle
+from tests.tiny import byte_tokenizer, decoder, language_model
+
+TEXTS = [
+    "the cat sat",
+    "a",
+    "an old man walks along the other bank of the river",
+    "",
+    "naïve 日本語 🙂",
+    "the end of a day",
+]
+FIND, SAME = "find the answer", "same topic?"
+Maker = Callable[..., PromptEmbedder]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `prompter`, `backbone` and `other` (the same shape, other weights)."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, saved in (
+        ("prompter", language_model("llama", hidden_size=24, head_dim=6)),
+        ("backbone", decoder("qwen3")),
+        ("other", decoder("qwen3", seed=9)),
+    ):
+        saved.save_pretrained(folder / name)
+        byte_tokenizer(bos=name != "prompter").save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def make(models: Path) -> Maker:
+    def build(
+        *,
+        prompter: dict[str, Any] | None = None,
+        alignment: dict[str, Any] | None = None,
+        backbone: Path | None = None,
+        **options: Any,
+    ) -> PromptEmbedder:
+        torch.manual_seed(0)
+        chosen = {"soft_tokens": 3, "temperature": 0.7} | (prompter or {})
+        config = ModelConfig(
+            prompter=PrompterConfig(model=str(models / "prompter"), **chosen),
+            backbone=BackboneConfig(model=str(backbone or models / "backbone")),
+            alignment=AlignmentConfig(**(alignment or {})),
+            **options,
+        )
+        built = PromptEmbedder.from_config(config).eval()
+        with torch.no_grad():
+            for name, parameter in built.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        return built
+
+    return build
+
+
+PREFIX = {"layout": "prefix", "pooling": "mean_text"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "suffix": {},
+    "suffix, text": {"conditioning": "instruction_and_text"},
+    "prefix": PREFIX,
+    "prefix, text": PREFIX | {"conditioning": "instruction_and_text"},
+}
+
+
+def requests(*texts: str) -> Requests:
+    return Requests(texts, [Instruction(FIND)], [0] * len(texts))
+
+
+def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Encoding.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encode_restores_order_and_equals_forward(make: Maker, shape: str) -> None:
+    model = make(**SHAPES[shape])
+    got = model.encode(TEXTS, instruction=FIND, batch_tokens=20)
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == np.float32
+    assert got.shape == (6, 32)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(got, model(requests(*TEXTS)).numpy(force=True), atol=1e-6)
+    alone = np.concatenate([model.encode([text], instruction=FIND) for text in TEXTS])
+    np.testing.assert_allclose(got, alone, atol=1e-6)
+    assert np.abs(got[0] - got[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encode_is_the_plain_forward_of_the_stock_models(make: Maker, shape: str) -> None:
+    model, texts = make(**SHAPES[shape]), [text for text in TEXTS if text]
+    np.testing.assert_allclose(
+        model.encode(texts, instruction=FIND), oracle.embed(model, requests(*texts)).numpy(force=True), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_composition_and_order_change_nothing(make: Maker, shape: str) -> None:
+    model = make(**SHAPES[shape])
+    whole = model(requests(*TEXTS))
+    assert torch.allclose(model(requests(*TEXTS[::-1])), whole.flip(0), atol=1e-6)
+    assert torch.allclose(model(requests(TEXTS[2], TEXTS[4])), whole[[2, 4]], atol=1e-6)
+    doubled = model(requests(*TEXTS, *TEXTS))
+    assert torch.allclose(doubled, torch.cat([whole, whole]), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_instructions_equal_one_by_one(make: Maker, shape: str) -> None:
+    model = make(**SHAPES[shape])
+    together = model.encode_tensor(TEXTS, instructions=[FIND, SAME], batch_tokens=30)
+    assert together.shape == (2, 6, 32)
+    for row, instruction in zip(together, (FIND, SAME), strict=True):
+        np.testing.assert_allclose(row.numpy(), model.encode(TEXTS, instruction=instruction), atol=1e-6)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_several_instructions_share_the_text_pass(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make(), []
+    read = model.backbone.read
+    monkeypatch.setattr(model.backbone, "read", lambda texts: calls.append(len(texts)) or read(texts))
+    model.encode_tensor(TEXTS, instructions=[FIND, SAME, "sort them"])
+    assert calls == [6]
+
+
+@pytest.mark.parametrize("layout", ["suffix", "prefix"])
+def test_mixed_instructions_and_sides_in_one_batch(make: Maker, layout: str) -> None:
+    """Sides whose prompting LLM reads the same, but whose backbone does not, must not be taken for one."""
+    templates = TemplatesConfig(
+        query=SideTemplates(prefix="Q {instruction}:"),
+        document=SideTemplates(prefix="D {instruction}:", text="> {text}"),
+    )
+    model = make(templates=templates, **(PREFIX if layout == "prefix" else {}))
+    mixed = Requests(TEXTS[:3] * 2, [Instruction(FIND), Instruction(FIND, "document")], [0, 1, 0, 1, 0, 1])
+    np.testing.assert_allclose(model(mixed).numpy(force=True), oracle.embed(model, mixed).numpy(force=True), atol=1e-5)
+
+
+def test_sides_use_their_own_templates(make: Maker) -> None:
+    model = make(templates=TemplatesConfig(document=SideTemplates(text="passage: {text}")))
+    documents = model.encode(["the cat"], instruction=FIND, side="document")
+    np.testing.assert_allclose(documents, model.encode(["passage: the cat"], instruction=FIND), atol=1e-6)
+
+
+def test_braces_in_texts_and_instructions_are_plain_characters(make: Maker) -> None:
+    model = make(conditioning="instruction_and_text")
+    instruction = Instruction("fill {text} and {instruction}")
+    assert model.prompter_text(instruction, "see {instruction}") == (
+        "Instruct: fill {text} and {instruction}\nQuery: see {instruction}"
+    )
+    assert model.prompter_text(instruction) == "Instruct: fill {text} and {instruction}\nQuery:"
+
+
+def test_nothing_to_encode(make: Maker) -> None:
+    assert make().encode([], instruction=FIND).shape == (0, 32)
+    assert make(**PREFIX).encode([], instruction=FIND).shape == (0, 32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_empty_string_has_an_embedding(make: Maker, shape: str) -> None:
+    got = make(**SHAPES[shape]).encode([""], instruction=FIND)
+    assert np.isfinite(got).all()
+    assert np.linalg.norm(got) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_single_string_is_refused(make: Maker) -> None:
+    model = make()
+    with pytest.raises(ValueError, match="got a single string; wrap it in a list"):
+        model.encode("the cat", instruction=FIND)
+    with pytest.raises(ValueError, match="got a single string; wrap it in a list"):
+        model.encode_tensor(["the cat"], instructions=FIND)
+
+
+def test_truncation_is_counted_and_cuts(make: Maker) -> None:
+    model = make(max_length=6)
+    long = model.encode(["the cat sat on the mat", "a b"], instruction=FIND)
+    assert str(model.truncation) == "1 of 2 texts truncated"
+    ids = model.backbone.text_tokenizer(["the cat sat on the mat"])[0]
+    kept = model.backbone.text_tokenizer.tokenizer.decode(ids[1:6])
+    assert model.backbone.text_tokenizer([kept])[0] == ids[:6]
+    np.testing.assert_allclose(long[0], model.encode([kept], instruction=FIND)[0], atol=1e-6)
+    assert (model.truncation.texts, model.truncation.cut) == (3, 1)
+
+
+def test_encode_leaves_mode_and_gradients_as_they_were(make: Maker) -> None:
+    model = make().train()
+    model.encode(["a"], instruction=FIND)
+    assert model.training
+    assert model.prompter.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Prompt bank.
+
+
+def count_generations(model: PromptEmbedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    generate = model.prompter.generate
+    monkeypatch.setattr(model.prompter, "generate", lambda ids, count: calls.append(len(ids)) or generate(ids, count))
+    return calls
+
+
+def test_prompts_are_written_once_for_each_instruction(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    calls = count_generations(model, monkeypatch)
+    model.encode(TEXTS, instruction=FIND, batch_tokens=10)
+    model.encode(TEXTS, instruction=FIND)
+    assert calls == [1]
+    model.encode(TEXTS, instruction=SAME)
+    assert calls == [1, 1]
+    assert model.prompt_bank([Instruction(FIND), Instruction(SAME)]).shape == (2, 3, 32)
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("optimiser", [{}, {"foreach": True}, {"fused": True}])
+def test_an_optimiser_step_empties_the_bank(make: Maker, optimiser: dict[str, bool]) -> None:
+    model = make()
+    before = model.encode(TEXTS, instruction=FIND)
+    optimizer = torch.optim.AdamW(model.prompter.parameters(), lr=1e-2, **optimiser)
+    model(requests(*TEXTS)).sum().backward()
+    model.encode(TEXTS, instruction=FIND)  # the bank is full between the backward pass and the step
+    optimizer.step()
+    after = model.encode(TEXTS, instruction=FIND)
+    np.testing.assert_allclose(after, model(requests(*TEXTS)).numpy(force=True), atol=1e-6)
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_loaded_weights_empty_the_bank(make: Maker) -> None:
+    model = make()
+    model.encode(TEXTS, instruction=FIND)
+    model.load_trainable_state({name: value * 1.5 for name, value in model.trainable_state().items()})
+    np.testing.assert_allclose(
+        model.encode(TEXTS, instruction=FIND), model(requests(*TEXTS)).numpy(force=True), atol=1e-6
+    )
+
+
+def test_no_bank_where_prompts_depend_on_texts(make: Maker) -> None:
+    with pytest.raises(ValueError, match="a prompt bank needs 'instruction', got 'instruction_and_text'"):
+        make(conditioning="instruction_and_text").prompt_bank([Instruction(FIND)])
+
+
+# Training.
+
+
+def test_stepwise_ends_with_the_embedding(make: Maker) -> None:
+    model = make()
+    steps = model.stepwise(requests(*TEXTS))
+    assert steps.shape == (3, 6, 32)
+    assert torch.allclose(steps[-1], model(requests(*TEXTS)), atol=1e-6)
+    short = make(prompter={"soft_tokens": 2})
+    assert torch.allclose(steps[1], short(requests(*TEXTS)), atol=1e-5)
+
+
+def test_stepwise_needs_the_suffix_layout(make: Maker) -> None:
+    with pytest.raises(ValueError, match="stepwise embeddings need 'suffix', got 'prefix'"):
+        make(**PREFIX).stepwise(requests("a"))
+
+
+TRAINED: dict[str, dict[str, Any]] = {
+    **SHAPES,
+    "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2)},
+    "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=4)}},
+    "vocabulary": {"alignment": {"kind": "vocabulary"}},
+}
+
+
+@pytest.mark.parametrize("shape", TRAINED)
+def test_ten_steps_learn_a_toy_batch(make: Maker, shape: str) -> None:
+    model = make(**TRAINED[shape]).train()
+    parts = model.trainable_parameters()
+    assert set(parts) == {"prompter"} | ({"alignment"} if shape != "vocabulary" else set()) | (
+        {"reader"} if shape == "reader" else set()
+    )
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    queries = requests("the cat", "a river", "old man", "end of day")
+    documents = Requests(["cats sat", "the other bank", "he walks", "night"], [Instruction(SAME, "document")], [0] * 4)
+    optimizer = torch.optim.AdamW([p for group in parts.values() for p in group], lr=3e-3)
+    losses = []
+    for step in range(10):
+        loss = torch.nn.functional.cross_entropy(model(queries) @ model(documents).T / 0.1, torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            for name, parameter in model.named_parameters():
+                assert (parameter.grad is not None) == parameter.requires_grad, name
+            for part, group in parts.items():
+                assert all(p.grad.abs().sum() > 0 for p in group if p.grad is not None), part
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_foreign_state_is_refused(make: Maker) -> None:
+    model = make()
+    state = model.trainable_state()
+    name, _ = state.popitem()
+    with pytest.raises(ValueError, match="not on both sides") as caught:
+        model.load_trainable_state(state)
+    assert name in str(caught.value)
+
+
+# Saving and loading.
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=2, dropout=0.1)}},
+    "vocabulary": {"alignment": {"kind": "vocabulary"}},
+    "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2, alpha=8)},
+    "prefix": PREFIX | {"templates": TemplatesConfig(query=SideTemplates(prefix="Task: {instruction} >"))},
+}
+
+
+def perturb(model: PromptEmbedder) -> PromptEmbedder:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_save_and_load_round_trip_is_bitwise(make: Maker, tmp_path: Path, kind: str) -> None:
+    model = perturb(make(**SAVED[kind]))
+    model.save_pretrained(tmp_path / "saved", card="# Mine\n")
+    again = PromptEmbedder.from_pretrained(tmp_path / "saved")
+    assert again.config == model.config
+    assert not again.training
+    assert same_bits(again.trainable_state(), model.trainable_state())
+    assert again.alignment.report == model.alignment.report
+    np.testing.assert_array_equal(again.encode(TEXTS, instruction=FIND), model.encode(TEXTS, instruction=FIND))
+
+    files = {str(file.relative_to(tmp_path / "saved")) for file in (tmp_path / "saved").rglob("*") if file.is_file()}
+    weights = {"full": "prompter/model.safetensors", "lora": "prompter/adapter_model.safetensors"}
+    expected = {weights.get(kind, weights["full"])}
+    expected |= {"alignment.safetensors"} if kind != "vocabulary" else set()
+    expected |= {"reader/adapter_model.safetensors"} if kind == "reader" else set()
+    assert {file for file in files if file.endswith(".safetensors")} == expected
+    assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl", ".py"))]
+    assert (tmp_path / "saved" / "README.md").read_text() == "# Mine\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
+    again.save_pretrained(tmp_path / "second")
+    assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "second").trainable_state(), model.trainable_state())
+
+
+def test_saving_over_an_older_one_replaces_it(make: Maker, tmp_path: Path) -> None:
+    model = make(reader="activated_lora", reader_lora=LoraSettings(rank=2))
+    model.save_pretrained(tmp_path / "saved")
+    newer = perturb(make())
+    newer.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "reader").exists()
+    assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), newer.trainable_state())
+
+
+@pytest.fixture
+def moving(models: Path, tmp_path: Path) -> Path:
+    """A copy of the backbone that a test may move away or change."""
+    return Path(shutil.copytree(models / "backbone", tmp_path / "home" / "backbone"))
+
+
+@pytest.mark.parametrize("kind", ["full", "reader"])
+def test_included_backbone_survives_the_originals_absence(make: Maker, moving: Path, tmp_path: Path, kind: str) -> None:
+    model = make(backbone=moving, **SAVED[kind])
+    model.save_pretrained(tmp_path / "saved", include_backbone=True)
+    moving.rename(tmp_path / "gone")
+    again = PromptEmbedder.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.encode(TEXTS, instruction=FIND), model.encode(TEXTS, instruction=FIND))
+    again.save_pretrained(tmp_path / "saved")  # its backbone lives in the folder that is replaced
+    third = PromptEmbedder.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(third.encode(TEXTS, instruction=FIND), model.encode(TEXTS, instruction=FIND))
+
+
+def test_a_moved_backbone_is_named_or_missed(make: Maker, moving: Path, tmp_path: Path) -> None:
+    model = make(backbone=moving)
+    model.save_pretrained(tmp_path / "saved")
+    moving.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no model there; tried the folder"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved")
+    again = PromptEmbedder.from_pretrained(tmp_path / "saved", backbone=str(tmp_path / "elsewhere"))
+    np.testing.assert_array_equal(again.encode(["a"], instruction=FIND), model.encode(["a"], instruction=FIND))
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_another_backbone_is_refused(make: Maker, models: Path, tmp_path: Path, included: bool) -> None:
+    make().save_pretrained(tmp_path / "saved", include_backbone=included)
+    with pytest.raises(ValueError, match=r"trained on backbone .* with content .*pe\.transfer"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved", backbone=str(models / "other"))
+
+
+def test_a_changed_backbone_is_refused(make: Maker, models: Path, moving: Path, tmp_path: Path) -> None:
+    make(backbone=moving).save_pretrained(tmp_path / "saved")
+    shutil.copy(models / "other" / "model.safetensors", moving / "model.safetensors")
+    with pytest.raises(ValueError, match="has content"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "config.json"])
+def test_a_foreign_folder_is_not_overwritten(make: Maker, tmp_path: Path, content: str) -> None:
+    """A `config.json` alone does not make a folder ours: every checkpoint of transformers has one."""
+    (tmp_path / content).write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError, match="not empty and not a saved PromptEmbedder"):
+        make().save_pretrained(tmp_path)
+    assert (tmp_path / content).read_text() == '{"model_type": "llama"}'
+
+
+def test_a_file_is_not_overwritten(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(FileExistsError):
+        make().save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_an_empty_folder_may_be_used(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    make().save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x" / "config.json").exists()
+
+
+@pytest.mark.parametrize("where", ["weights", "last rename"])
+def test_an_interrupted_save_leaves_the_old_one(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    old = make()
+    old.save_pretrained(tmp_path / "saved")
+    rename = Path.rename
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if where == "weights":
+            patch.setattr(model_module, "save_file", fail)
+        else:
+            patch.setattr(Path, "rename", lambda p, to: fail() if p.suffix == ".part" else rename(p, to))
+        with pytest.raises(OSError, match="disk full"):
+            perturb(make()).save_pretrained(tmp_path / "saved")
+    assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), old.trainable_state())
+    newer = perturb(make())
+    newer.save_pretrained(tmp_path / "saved")
+    assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), newer.trainable_state())
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+def test_no_embedder_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no saved PromptEmbedder there \(no config\.json\)"):
+        PromptEmbedder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"model_type": "llama"}, {"format": 99, "backbone": {}}, ["format"]])
+def test_another_format_is_refused(tmp_path: Path, content: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json: expected a PromptEmbedder of format 1, got"):
+        PromptEmbedder.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(make: Maker, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "prompter" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "saved" / "prompter" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved")
+
+
+def test_revision_follows_what_trains(make: Maker) -> None:
+    first, second = make(), make()
+    assert first.revision == second.revision
+    assert perturb(second).revision != first.revision
+    assert make(max_length=99).revision != first.revision
+
+
+def test_vocabulary_prompts_move_between_backbones_without_weights(make: Maker) -> None:
+    model = make(alignment={"kind": "vocabulary"})
+    assert not isinstance(model.alignment, LinearAlignment)
+    assert "alignment" not in model.trainable_parameters()
