@@ -31,7 +31,7 @@ class TrainingStep:
     def __init__(self, model: Embedder, setting: Setting) -> None:
         self.model, self.setting, self.device = model.train(), setting, setting.device
         self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda" or None)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE)
 
     def __call__(self, batch: Batch) -> float:
         """Take one step, wait until it is done, and return its loss."""

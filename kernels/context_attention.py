@@ -355,7 +355,8 @@ def _context_attention_merge_kernel(
     mask_r, mask_dv = offs_r < n_rows, offs_dv < DV
     top = tl.full([BLOCK_R], -float("inf"), tl.float32)
     for split in range(SPLITS):
-        top = tl.maximum(top, tl.load(partial_lse_ptr + split * n_rows + offs_r, mask=mask_r, other=0.0))
+        rows = tl.cast(split, tl.int64) * n_rows + offs_r
+        top = tl.maximum(top, tl.load(partial_lse_ptr + rows, mask=mask_r, other=0.0))
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for split in range(SPLITS):
@@ -720,7 +721,7 @@ def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> t
     width, chip = max(q.shape[2], v.shape[2]), generation(q.device)
     is_wide, is_half = width > 128, q.element_size() == 2
     block_m = tile(n_rows, 16, largest_m // 2 if is_wide or chip < 9 else largest_m)
-    block_n = tile(n_keys, 16, 32 if is_wide or not is_half or (chip == 0 and width > 64) else 64)
+    block_n = tile(n_keys, 16, 32 if is_wide or not is_half or chip == 0 else 64)
     return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if chip else 1
 
 

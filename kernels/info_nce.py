@@ -292,7 +292,7 @@ def _info_nce_fwd(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=64 if q.element_size() == 2 else 32,
-        num_warps=8 if block_m * block_n > 64 * 128 else 4,
+        num_warps=8 if block_m == 128 else 4,
         num_stages=3 if generation(q.device) else 1,
     )
     largest = top.amax(dim=0)
@@ -356,7 +356,7 @@ def _info_nce_bwd(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=64 if q.element_size() == 2 else 32,
-            num_warps=8 if block_m * block_n > 64 * 128 else 4,
+            num_warps=8 if block_m == 128 else 4,
             num_stages=3 if generation(q.device) else 1,
         )
         if needs_q:
@@ -399,11 +399,11 @@ def _row_losses(
     d: Tensor,
     positive: Tensor,
     temperature: float,
+    symmetric: bool,
     query_ids: Tensor | None,
     doc_ids: Tensor | None,
     query_labels: Tensor | None,
     doc_labels: Tensor | None,
-    symmetric: bool,
 ) -> Tensor:
     """Loss of each query; symmetric: the mean of it and of its positive document's against all queries."""
     positive_ids = None if doc_ids is None else doc_ids[positive]
@@ -413,8 +413,8 @@ def _row_losses(
         return loss
     positive_labels = None if doc_labels is None else doc_labels[positive]
     diagonal = torch.arange(q.shape[0], device=q.device)
-    texts = positive_ids, query_ids, positive_labels, query_ids, positive_ids, query_labels
-    back = _InfoNCE.apply(*distinct(d[positive], q, diagonal, *texts), temperature)
+    mirrored = positive_ids, query_ids, positive_labels, query_ids, positive_ids, query_labels
+    back = _InfoNCE.apply(*distinct(d[positive], q, diagonal, *mirrored), temperature)
     return (loss + back) / 2
 
 
@@ -466,7 +466,7 @@ def info_nce(
     if use_triton(impl, q) and n_queries > 0:
         ids = (None if ids is None else ids.contiguous() for ids in (query_ids, doc_ids, query_labels, doc_labels))
         return _row_losses(
-            unit_stride(q), unit_stride(d), positive.contiguous(), float(temperature), *ids, symmetric
+            unit_stride(q), unit_stride(d), positive.contiguous(), float(temperature), symmetric, *ids
         ).mean()  # fmt: skip
     return info_nce_ref(
         q, d, positive, temperature=temperature, query_ids=query_ids, doc_ids=doc_ids, query_labels=query_labels,

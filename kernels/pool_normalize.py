@@ -275,7 +275,7 @@ def _pool_normalize_fwd(
     block_d = _block_d(D)
     block_t = max(1, min(16, TILE_ELEMENTS // block_d)) if mode != "last" else 1
     splits = _splits(T, B, block_t, mode)
-    partial = h.new_empty(B, splits, D, dtype=torch.float32) if splits > 1 else y
+    partial = h.new_empty(B, splits, D, dtype=torch.float32) if splits > 1 else h
     num_warps = 8 if block_d * block_t >= 4096 else 4
     wrap_triton(_pool_normalize_fwd_kernel)[(B, splits)](
         h_ptr=h,

@@ -276,7 +276,7 @@ def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_til
     wrap_triton(_vocab_mixture_mix_kernel)[(triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)](
         p_ptr=p,
         e_ptr=e,
-        offset_ptr=partial if offset is None else offset,
+        offset_ptr=p if offset is None else offset,
         partial_ptr=partial,
         M=M,
         N=N,

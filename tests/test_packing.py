@@ -64,3 +64,8 @@ def test_token_batches_keep_the_budget_and_lose_nothing(budget: int) -> None:
 
 def test_no_texts_no_batches() -> None:
     assert token_batches([], 10) == []
+
+
+def test_a_batch_may_fill_its_budget_exactly() -> None:
+    assert token_batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
+    assert token_batches([4, 6], 10) == [[0, 1]]

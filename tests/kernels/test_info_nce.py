@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_no_worse
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pe.kernels.info_nce import info_nce, info_nce_ref
+from pe.kernels.info_nce import _row_losses, info_nce, info_nce_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIVE = torch.tensor([3, 0, 7, 7, 2])
@@ -110,6 +111,20 @@ def test_small_gradients_survive_half_precision() -> None:
     ref = torch.autograd.grad(info_nce_ref(wide[0], wide[1], positive, temperature=1.0) * scale, wide)
     for a, b in zip(got, ref, strict=True):
         assert (a.double() - b).abs().max() < 0.01 * b.abs().max()
+
+
+def test_rows_of_different_weight() -> None:
+    """The mean gives every row one gradient; the op itself takes any."""
+    q, d = (torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (20, 30))
+    positive, weights = torch.arange(20, device=DEVICE), torch.randn(20, device=DEVICE)
+    got = torch.autograd.grad(_row_losses(q, d, positive, 0.5, False, None, None, None, None) @ weights, (q, d))
+    for leaf, grad in zip((q, d), got, strict=True):
+        refs = []
+        for dtype in (torch.float64, torch.float32):
+            wide_q, wide_d = q.to(dtype), d.to(dtype)
+            rows = [info_nce_ref(wide_q[i : i + 1], wide_d, positive[i : i + 1], temperature=0.5) for i in range(20)]
+            refs.append(torch.autograd.grad(torch.stack(rows) @ weights.to(dtype), leaf)[0])
+        assert_no_worse(grad, refs[0], refs[1])
 
 
 def test_a_bad_query_stays_in_its_gradient() -> None:

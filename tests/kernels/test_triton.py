@@ -24,7 +24,7 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_mixture, "CHUNK", 128)
     monkeypatch.setattr(vocab_mixture, "PROGRAMS", 4)
     monkeypatch.setattr(info_nce, "CHUNK", 1)
-    monkeypatch.setattr(info_nce, "PROGRAMS", 6)
+    monkeypatch.setattr(info_nce, "PROGRAMS", 1)
     monkeypatch.setattr(pool_normalize, "PROGRAMS", 12)
     monkeypatch.setattr(pool_normalize, "TILE_ELEMENTS", 128)
 
@@ -102,7 +102,7 @@ def test_two_runs_are_bitwise_equal(name: str) -> None:
 @pytest.mark.parametrize("name", ["mixture untied", "rows aligned", "attention suffix", "pool mean rms", "contrast"])
 def test_nothing_outside_a_buffer_is_read_or_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs stand between NaNs, and every buffer that an op allocates between untouched canaries."""
-    canary, guard, buffers = 12345.0, 512, []
+    canary, guard, buffers, plain_new_empty = 12345.0, 512, [], Tensor.new_empty
     problem = PROBLEMS[name](torch.float32, DEVICE, False)
 
     def fenced(x: Tensor) -> Tensor:
@@ -110,7 +110,9 @@ def test_nothing_outside_a_buffer_is_read_or_written(name: str, monkeypatch: pyt
         buffer[guard:-guard] = x.detach().flatten()
         return buffer[guard:-guard].view(x.shape).requires_grad_()
 
-    def new_empty(self: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def new_empty(self: Tensor, *shape: Any, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
+        if others or not all(isinstance(size, int) for size in shape):  # torch's own
+            return plain_new_empty(self, *shape, dtype=dtype, **others)
         numel = math.prod(shape)
         buffer = torch.full((numel + 2 * guard,), canary, dtype=dtype or self.dtype, device=self.device)
         buffers.append(buffer)
