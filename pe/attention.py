@@ -127,10 +127,6 @@ def packed_attention(
     return attended[None], None
 
 
-def no_mask(*_: object, **__: object) -> None:
-    """The plan carries the mask; transformers must build none."""
-
-
 def note_mask(
     module: nn.Module,
     query: Tensor,
@@ -163,9 +159,12 @@ def is_causal_window(rule: Callable[..., Tensor], window: int | None) -> bool:
 
 
 def register() -> None:
-    """Make `attn_implementation="pe_packed"` known to transformers; without the mask function padding is attended."""
+    """Make the attention functions known to transformers.
+
+    `pe_packed` has no mask function on purpose: the plan carries the mask, nothing is padded, and transformers then
+    neither builds a mask nor searches the positions for packed texts, which would wait for the device.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, no_mask)
     AttentionInterface.register(PROBE, note_mask)
     AttentionMaskInterface.register(PROBE, mask_rule)
 

@@ -12,6 +12,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 flips the default
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
