@@ -65,7 +65,9 @@ class VocabularyAlignment(nn.Module):
         super().__init__()
         ours, theirs = shared_tokens(prompter.text_tokenizer.tokenizer, backbone.text_tokenizer.tokenizer)
         if not len(ours):
-            raise ValueError(f"alignment: the vocabularies of {prompter.config.model} and {backbone.name} share nothing")
+            raise ValueError(
+                f"alignment: the vocabularies of {prompter.config.model} and {backbone.name} share nothing"
+            )
         device = backbone.device
         output = prompter.output_embedding.detach().to(device)[ours.to(device)]
         rows = backbone.embedding.detach()[theirs.to(device)].float() * backbone.embedding_scale

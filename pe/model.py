@@ -27,7 +27,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
-from pe.alignment import AlignedPrompts, Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment, build_alignment
+from pe.alignment import (
+    AlignedPrompts,
+    Alignment,
+    AlignmentReport,
+    LinearAlignment,
+    VocabularyAlignment,
+    build_alignment,
+)
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.config import ModelConfig, model_config_from_dict, to_dict
@@ -329,7 +336,9 @@ class PromptEmbedder(nn.Module):
         In the suffix layout each further instruction costs K tokens a text.
         """
         if isinstance(texts, str) or isinstance(instructions, str):
-            raise ValueError("texts, instructions: expected sequences of strings, got a single string; wrap it in a list")
+            raise ValueError(
+                "texts, instructions: expected sequences of strings, got a single string; wrap it in a list"
+            )
         was_training = self.training
         self.eval()
         wanted = [Instruction(text, side) for text in instructions]
@@ -438,7 +447,9 @@ class PromptEmbedder(nn.Module):
         self.prompter.model.save_pretrained(temporary / "prompter")
         self.prompter.text_tokenizer.tokenizer.save_pretrained(temporary / "prompter")
         if isinstance(self.alignment, LinearAlignment):
-            save_file({"weight": self.alignment.weight.detach().cpu().contiguous()}, temporary / "alignment.safetensors")
+            save_file(
+                {"weight": self.alignment.weight.detach().cpu().contiguous()}, temporary / "alignment.safetensors"
+            )
         if self.backbone.has_reader:
             self.backbone.model.save_pretrained(temporary / "reader")
         if include_backbone:

@@ -128,7 +128,9 @@ def fit(
         history.seconds += time.perf_counter() - started
         count_tokens(model, batch_requests(batch), history)
         if step + 1 == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
-            raise TrainingError(f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)")
+            raise TrainingError(
+                f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)"
+            )
         bar.update()
         if (step + 1) % options.log_every == 0:
             recent = sum(history.losses[-options.log_every :]) / options.log_every

@@ -148,7 +148,7 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
         raise RecipeError(f"{file}: no such file; CHECKPOINT is the `model` folder of a run of pe.train")
     name = Path(arguments.backbone).name
     output = arguments.output or f"{load_recipe(file).output}-{name}"
-    every = max(1, arguments.steps // 10)
+    every = max(1, arguments.steps // 5)
     fixed = [f"--model.backbone.model={arguments.backbone}", f"--output={output}", f"--train.eval_every={every}"]
     fixed += [f"--train.steps={arguments.steps}", "--model.backbone.revision=null"]
     return load_recipe(file, [*fixed, *overrides])
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="the `model` folder of a run")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the new backbone")
-    parser.add_argument("--steps", type=int, default=60, help="training steps; 0: none (default 60)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps; 0: none (default 200)")
     parser.add_argument("--output", help="run folder (default: the source's with the backbone's name)")
     parser.add_argument("--fresh", action="store_true", help="move an earlier run in that folder aside")
     return parser.parse_known_args(argv)
@@ -170,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        result = transfer(
-            Path(arguments.checkpoint), transfer_recipe(arguments, overrides), fresh=arguments.fresh
-        )
+        result = transfer(Path(arguments.checkpoint), transfer_recipe(arguments, overrides), fresh=arguments.fresh)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"pe.transfer: {error}", file=sys.stderr)
         sys.exit(2)

@@ -169,7 +169,7 @@ def encode_corpus(tokenizer: PreTrainedTokenizerFast, data: Path, limit: int) ->
     for document in read_documents(data):
         batch.append(document)
         if len(batch) == 512:
-            ids = [row + [tokenizer.eos_token_id] for row in tokenizer(batch, verbose=False)["input_ids"]]
+            ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(batch, verbose=False)["input_ids"]]
             chunks += [np.array(row, dtype=np.uint16) for row in ids]
             total += sum(map(len, ids))
             batch = []

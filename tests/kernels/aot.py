@@ -125,7 +125,7 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("vocab_mixture", "default", tuple(TARGETS), vocab_mixture, (1024, 151936, 1024)),
     ("vocab_mixture", "few rows", ("sm_90",), vocab_mixture, (5, 32000, 896)),
     ("prompt_rows", "default", tuple(TARGETS), prompt_rows, (8192, 4096, 1280, 1024)),
-    ("context_attention", "default", tuple(TARGETS), context_attention, (256, 5, 512, (32, 8), 128, 256, False)),
+    ("context_attention", "default", tuple(TARGETS), context_attention, (16, 5, 512, (32, 8), 128, 16, False)),
     ("context_attention", "many queries", tuple(TARGETS), context_attention, (64, 512, 32, (32, 8), 128, 4, False)),
     ("context_attention", "every option", ("sm_80", "gfx942"), context_attention, (8, 5, 512, (16, 4), 64, 2, True)),
     ("context_attention", "width 256", ("sm_100",), context_attention, (16, 256, 64, (8, 4), 256, 16, True)),

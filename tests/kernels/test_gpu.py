@@ -44,6 +44,7 @@ def test_two_runs_are_bitwise_equal(name: str) -> None:
 @NAMES
 def test_compiles_in_one_graph(name: str) -> None:
     problem = PROBLEMS[name](torch.bfloat16, "cuda", True)
+    torch.compiler.reset()  # one function, many problems: each is a recompilation
     compiled = torch.compile(lambda *x: problem.run(x, "auto"), fullgraph=True)
     expected = forward_backward(problem.run, problem.inputs, "auto", torch.bfloat16)
     got = forward_backward(lambda x, _: compiled(*x), problem.inputs, "auto", torch.bfloat16)

@@ -82,6 +82,7 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_without_a_graph_break(name: str, impl: str) -> None:
     problem = PROBLEMS[name](torch.float32, DEVICE, False)
+    torch.compiler.reset()  # one function, many problems: each is a recompilation
     compiled = torch.compile(lambda *x: problem.run(x, impl), fullgraph=True, backend="aot_eager")
     expected = problem.run(problem.inputs, impl)
     got = compiled(*problem.inputs)
