@@ -11,7 +11,7 @@ test: .venv/ready lint
 
 lint: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check pe bench scripts tests
 	$(BIN)/mypy
 
 bench: .venv/ready

@@ -46,8 +46,8 @@ embeddings = model.encode(["a text"], instruction="Retrieve semantically similar
 | prompting LLM | {config.prompter.trainable} |
 
 ## Training
-{recipe.train.steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the resolved
-recipe is `recipe.yaml` beside this folder.
+{recipe.train.steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
+resolved recipe is `recipe.yaml` in this folder.
 
 | data | weight | instruction |
 | --- | ---: | --- |

@@ -54,8 +54,8 @@ def load_pretrained(
         AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({error}). Name a folder"
-            " that holds config.json, or a hub model that can be reached or is in the cache"
+            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({error}). Name a"
+            " folder that holds config.json, or a hub model that can be reached or is in the cache"
         ) from error
     model = auto.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)  # type: ignore[attr-defined]
     return model, AutoTokenizer.from_pretrained(name, revision=revision)

@@ -87,7 +87,7 @@ class PromptingLLM(nn.Module):
     @property
     def embedding(self) -> Tensor:
         """Input embedding `[V, D]`, before its scale."""
-        return self.model.get_input_embeddings().weight
+        return cast(Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def output_embedding(self) -> Tensor:

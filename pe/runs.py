@@ -50,8 +50,8 @@ class RunFolder:
             self._check_same(recipe, recipe_file)
         elif self.path.exists() and any(self.path.iterdir()):
             raise RunError(
-                f"{self.path}: holds files already; --resume continues that run, --fresh moves it aside and starts anew,"
-                " --output=FOLDER writes elsewhere"
+                f"{self.path}: holds files already; --resume continues that run, --fresh moves it aside and starts"
+                " anew, --output=FOLDER writes elsewhere"
             )
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_yaml(recipe, recipe_file)

@@ -11,7 +11,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,7 @@ from pe.data import BatchPlan, DataError, load_dataset
 from pe.evaluate import Scores, comparison, score
 from pe.loading import quiet
 from pe.losses import backward, batch_requests
-from pe.model import PromptEmbedder, Requests
+from pe.model import PromptEmbedder, Requests, Truncation
 from pe.runs import RunError, RunFolder, flatten
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
@@ -44,7 +44,10 @@ class TrainingError(RuntimeError):
 class Trainable(Protocol):
     """What `fit` trains: a PromptEmbedder or a baseline."""
 
+    truncation: Truncation
+
     def __call__(self, requests: Requests) -> Tensor: ...
+    def tokenize(self, requests: Requests) -> Sequence[Sized]: ...
     def train(self, mode: bool = True) -> nn.Module: ...
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]: ...
     def trainable_state(self) -> dict[str, Tensor]: ...
@@ -59,12 +62,15 @@ class History:
         losses: by step.
         scores: (steps done, training seconds, mean score) of every evaluation while training.
         seconds: training time, evaluations left out.
-        tokens: tokens of the backbone's texts, all processes together.
+        texts, truncated: texts read on this process, and how many of them were cut to the token limit.
+        tokens, padded: their tokens, and the tokens of the same batches with padding.
     """
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
+    texts: int = 0
+    truncated: int = 0
     tokens: int = 0
     padded: int = 0
 
@@ -190,11 +196,14 @@ def detached(model: Trainable, requests: Requests) -> Tensor:
 
 
 def count_tokens(model: Trainable, requests: Requests, history: History) -> None:
-    """Tokens of a step's texts, and what a padded batch would hold."""
-    if isinstance(model, PromptEmbedder):
-        lengths = [len(row) for row in model.tokenize(requests)]
-        history.tokens += sum(lengths)
-        history.padded += len(lengths) * max(lengths)
+    """Note a step's texts, their tokens, how many were cut, and what a padded batch would hold."""
+    counted, model.truncation = model.truncation, Truncation()
+    lengths = [len(row) for row in model.tokenize(requests)]
+    history.truncated += model.truncation.cut
+    model.truncation = counted
+    history.texts += len(lengths)
+    history.tokens += sum(lengths)
+    history.padded += len(lengths) * max(lengths)
 
 
 def save(
@@ -301,7 +310,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     accelerator.end_training()
     console.print(
         f"{len(history.losses)} steps in {history.seconds:.0f} s, {history.tokens / history.seconds:,.0f} tokens/s,"
-        f" {history.padding_share:.0%} padding left out, {model.truncation}",
+        f" {history.padding_share:.0%} padding left out,"
+        f" {history.truncated:,} of {history.texts:,} texts truncated",
         highlight=False,
     )
     if options.tasks:

@@ -18,7 +18,7 @@ import lzma
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ CORPUS_FILES = ("wikipedia.jsonl.xz", "wikinews.jsonl.xz", "gutenberg.jsonl.xz")
 class Spec:
     """Shape and tokenizer of one small model."""
 
-    config: type[PretrainedConfig]
+    config: Callable[..., PretrainedConfig]
     tokenizer: str
     vocab_size: int
     hidden_size: int
@@ -233,7 +233,9 @@ def save_atomically(state: object, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def model_card(name: str, spec: Spec, parameters: int, tokens: int, figures: dict[str, float], seconds: float) -> str:
+def model_card(
+    name: str, spec: Spec, family: str, parameters: int, tokens: int, figures: dict[str, float], seconds: float
+) -> str:
     return f"""---
 license: cc-by-sa-4.0
 library_name: transformers
@@ -241,7 +243,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A {parameters / 1e6:.1f} M-parameter causal language model ({spec.config.model_type}, width {spec.hidden_size},
+A {parameters / 1e6:.1f} M-parameter causal language model ({family}, width {spec.hidden_size},
 {spec.num_hidden_layers} layers, {spec.tokenizer} tokenizer of {spec.vocab_size} tokens): the {spec.role} of
 PromptEmbedder's offline recipe. It exists so that training, transfer and evaluation can run and be tested without a
 model hub; it is far too small for anything else.
@@ -332,7 +334,10 @@ def pretrain(arguments: argparse.Namespace) -> None:
     print(json.dumps({"model": arguments.model, "tokens": steps * arguments.batch_tokens, **figures}))
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    card = model_card(arguments.model, spec, model.num_parameters(), steps * arguments.batch_tokens, figures, seconds)
+    family = model.config.model_type
+    card = model_card(
+        arguments.model, spec, family, model.num_parameters(), steps * arguments.batch_tokens, figures, seconds
+    )
     (out / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -168,6 +168,8 @@ def test_training_lowers_the_loss_and_changes_every_part(recipe: Recipe) -> None
     assert all(not torch.equal(before[name], value) for name, value in model.trainable_state().items())
     assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if not p.requires_grad)
     assert 0 < history.padding_share < 1
+    assert history.texts == sum(len(batch_requests(plan_of(recipe).batch(step)).texts) for step in range(25))
+    assert history.truncated == 0
     assert history.tokens > 0
 
 
