@@ -720,7 +720,9 @@ def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> t
     """BLOCK_M, BLOCK_N, num_warps and num_stages of a program that owns rows and walks over keys."""
     width, chip = max(q.shape[2], v.shape[2]), generation(q.device)
     is_wide, is_half = width > 128, q.element_size() == 2
-    block_m = tile(n_rows, 16, largest_m // 2 if is_wide or chip < 9 else largest_m)
+    if is_wide or chip == 0:
+        largest_m //= 2
+    block_m = tile(n_rows, 16, min(largest_m, 64) if chip == 8 else largest_m)
     block_n = tile(n_keys, 16, 32 if is_wide or not is_half or chip == 0 else 64)
     return block_m, block_n, 8 if block_m > 64 or (width > 64 and block_m > 32) else 4, 2 if chip else 1
 

@@ -8,16 +8,17 @@ frozen. Without a recipe it runs `recipes/tiny.yaml`. `--resume` continues the r
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ from pe.loading import quiet
 from pe.losses import backward, batch_requests
 from pe.model import PromptEmbedder, Requests, Truncation
 from pe.runs import RunError, RunFolder, flatten
+
+if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
+    from pe.integrations.mteb import TextEncoder
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 CHECK_STEPS = 5
@@ -256,6 +260,23 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
+def measurer(recipe: Recipe) -> Callable[[TextEncoder], Scores]:
+    """Scores an encoder on the recipe's tasks."""
+    options = recipe.evaluate
+    return functools.partial(
+        score,
+        tasks=options.tasks,
+        data=Path(options.data),
+        instructions=options.instructions,
+        batch_tokens=options.batch_tokens,
+    )
+
+
+def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
+    values = {name: found.to_dict() for name, found in scores.items()}
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
 def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
     """Read the data sets, report what became of every row, and plan the batches."""
     if not recipe.data:
@@ -282,30 +303,24 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     Returns:
         scores of the frozen mean-pooled backbone, the untrained prompt and the trained model; empty without tasks.
     """
-    console = Console(stderr=True)
+    accelerator = build_accelerator(recipe)
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
     run = RunFolder(recipe.output)
     set_seed(recipe.train.seed)
     plan = build_plan(recipe, console)
-    model = PromptEmbedder.from_config(recipe.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = PromptEmbedder.from_config(recipe.model, accelerator.device)
     model.name = run.path.name
-    run.start(recipe, resume=resume, fresh=fresh)
-    accelerator = build_accelerator(recipe)
+    if accelerator.is_main_process:
+        run.start(recipe, resume=resume, fresh=fresh)
+    accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
     console.print(describe(model), highlight=False)
 
-    options = recipe.evaluate
-    measure = functools.partial(
-        score,
-        tasks=options.tasks,
-        data=Path(options.data),
-        instructions=options.instructions,
-        batch_tokens=options.batch_tokens,
-    )
-    scores: dict[str, Scores] = {}
-    if options.tasks:
+    measure, scores = measurer(recipe), {}
+    if recipe.evaluate.tasks:
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
-    evaluate = (lambda: measure(model).mean) if options.tasks else None
+    evaluate = (lambda: measure(model).mean) if recipe.evaluate.tasks else None
     history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
     accelerator.end_training()
     console.print(
@@ -314,9 +329,10 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         f" {history.truncated:,} of {history.texts:,} texts truncated",
         highlight=False,
     )
-    if options.tasks:
+    if recipe.evaluate.tasks:
         scores["trained"] = measure(model)
     if accelerator.is_main_process:
+        write_scores(run.path / "scores.json", scores)
         model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores))
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
@@ -344,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RecipeError, DataError, RunError, TrainingError, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"pe.train: {error}", file=sys.stderr)
         sys.exit(2)
-    if scores:
+    if scores and PartialState().is_main_process:
         Console().print(comparison(scores))
 
 

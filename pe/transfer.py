@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ from pe.alignment import build_alignment
 from pe.backbone import Backbone
 from pe.card import model_card
 from pe.config import Recipe, RecipeError, load_recipe, write_yaml
-from pe.evaluate import Scores, comparison, score
+from pe.evaluate import Scores, comparison
 from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.runs import RunFolder
-from pe.train import History, build_accelerator, build_plan, describe, fit
+from pe.train import History, build_accelerator, build_plan, describe, fit, measurer
 
 SHARES = (0.95, 0.99)
 REPORT = "transfer.json"
@@ -105,16 +104,9 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
     target = move(source, recipe.model.backbone.model, recipe.model.backbone.revision)
     target.name = run.path.name
     console.print(describe(target), highlight=False)
-    options = recipe.evaluate
-    measure = functools.partial(
-        score,
-        tasks=options.tasks,
-        data=Path(options.data),
-        instructions=options.instructions,
-        batch_tokens=options.batch_tokens,
-    )
+    measure = measurer(recipe)
     run.start(recipe, resume=False, fresh=fresh)
-    scores = {"source": measure(source), "moved, untrained": measure(target)} if options.tasks else {}
+    scores = {"source": measure(source), "moved, untrained": measure(target)} if recipe.evaluate.tasks else {}
     curve = [(0, 0.0, scores["moved, untrained"].mean)] if scores else []
     history = History()
     if recipe.train.steps and target.trainable_parameters():
@@ -129,7 +121,7 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
     target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores))
     write_yaml(recipe, run.model / "recipe.yaml")
-    report = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}
+    report: dict[str, object] = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}
     report["scores"] = {name: found.to_dict() for name, found in scores.items()}
     (run.path / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
     console.print(f"saved {run.model}", highlight=False)

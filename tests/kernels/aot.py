@@ -222,16 +222,27 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 def markdown(results: list[Result]) -> str:
     """One row a kernel, case and dtype; a cell a target: registers / shared KiB / spilled bytes."""
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    rows: dict[tuple[str, ...], dict[str, list[Result]]] = {}
     for r in results:
-        cell = f"{r.registers} / {r.shared / 1024:.1f} / {r.spills}" + (f" {r.matrix}" if r.matrix else "")
-        key = (r.op, r.kernel, r.case, r.dtype)
-        rows.setdefault(key, {}).setdefault(r.target, f"{cell} ({r.blocks} w={r.num_warps})")
+        rows.setdefault((r.op, r.kernel, r.case, r.dtype), {}).setdefault(r.target, []).append(r)
     lines = [f"| op | kernel | case | dtype | {' | '.join(TARGETS)} |", "|" + " --- |" * (4 + len(TARGETS))]
-    for key, cells in rows.items():
-        lines.append(f"| {' | '.join(key)} | {' | '.join(cells.get(target, '') for target in TARGETS)} |")
-    head = "Each cell: registers a thread / shared memory in KiB / spilled bytes, matrix instruction, blocks and warps."
+    for key, variants in rows.items():
+        cells = [_cell(variants.get(target, [])) for target in TARGETS]
+        lines.append(f"| {' | '.join(key)} | {' | '.join(cells)} |")
+    head = (
+        "Each cell: registers a thread / shared memory in KiB / spilled bytes, matrix instruction, blocks and warps.\n"
+        "Of several specialisations of one kernel in one case, the largest figures."
+    )
     return "\n".join([head, "", *lines, ""])
+
+
+def _cell(variants: list[Result]) -> str:
+    if not variants:
+        return ""
+    most = max(variants, key=lambda r: r.registers)
+    shared, spills = max(r.shared for r in variants) / 1024, max(r.spills for r in variants)
+    matrix = f" {most.matrix}" if most.matrix else ""
+    return f"{most.registers} / {shared:.1f} / {spills}{matrix} ({most.blocks} w={most.num_warps})"
 
 
 def main() -> None:
