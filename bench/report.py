@@ -207,13 +207,20 @@ def render_transfer(folder: Path) -> str:
 
 
 def render_kernels(folder: Path) -> str:
-    """What a compiler without a GPU says of each kernel."""
+    """What compilers say of each kernel in bfloat16: registers, shared KiB, spilled bytes, matrix instruction."""
+    latest = [group[-1] for group in records.newest("kernels", ("op", "kernel", "case", "dtype", "target"), folder)]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for record in latest:
+        if record["dtype"] == "bf16":
+            cell = f"{record['registers']} / {record['shared'] / 1024:.0f} / {record['spills']} {record['matrix']}"
+            cells.setdefault((record["kernel"], record["case"]), {})[record["target"]] = cell.strip()
+    targets = sorted(
+        {target for row in cells.values() for target in row}, key=lambda name: (name[0] != "s", len(name), name)
+    )
     rows = [
-        [record["kernel"], record["target"], *(str(record[name]) for name in ("registers", "spills", "shared_bytes"))]
-        for group in records.newest("kernels", ("kernel", "target"), folder)
-        for record in group
+        [f"`{kernel}`, {case}", *(row.get(target, "-") for target in targets)] for (kernel, case), row in cells.items()
     ]
-    table = grid(["kernel", "target", "registers", "spilled bytes", "shared memory, bytes"], rows)
+    table = grid(["kernel, configuration", *targets], rows)
     return "\n\n".join([table if rows else NOT_YET, *gpu_line("kernels", folder)])
 
 

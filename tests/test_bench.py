@@ -269,9 +269,9 @@ def test_page_shows_transfer_and_kernels(results: Path) -> None:
     moved = {"source": "one", "target": "two", "variant": "W alone", "seed": 0, "reached": reached, **scores}
     records.append("transfer", [moved])
     assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 12 steps, 3 s | not reached |" in report.render_transfer(results)
-    resources = {"registers": 128, "spills": 0, "shared_bytes": 4096}
-    records.append("kernels", [{"kernel": "pool_normalize", "target": "sm_90", **resources}])
-    assert "| pool_normalize | sm_90 | 128 | 0 | 4096 |" in report.render_kernels(results)
+    resources = {"registers": 128, "spills": 0, "shared": 4096, "matrix": "wgmma", "dtype": "bf16", "case": "default"}
+    records.append("kernels", [{"op": "pool", "kernel": "pool_normalize", "target": "sm_90", **resources}])
+    assert "| `pool_normalize`, default | 128 / 4 / 0 wgmma |" in report.render_kernels(results)
 
 
 def test_page_without_markers_is_refused(results: Path, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""`python -m bench.aot`: what the compilers say of every kernel, without a GPU.
+
+Compiles each launch of the shipped configurations ahead of time (`tests/kernels/aot.py`) for sm_80, sm_90, sm_100 and
+gfx942 and appends registers, shared memory, spills and matrix instruction to the records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from bench import records
+from bench.records import ROOT
+
+SCRIPT = ROOT / "tests" / "kernels" / "aot.py"
+
+
+def main() -> None:
+    """Compile in a process of its own, where Triton's interpreter is off, and append one record a kernel and target."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+    )
+    largest: dict[tuple[str, ...], dict[str, object]] = {}
+    for result in json.loads(done.stdout):
+        key = tuple(result[name] for name in ("op", "kernel", "case", "dtype", "target"))
+        if key not in largest or result["registers"] > largest[key]["registers"]:
+            largest[key] = result
+    path = records.append("kernels", largest.values())
+    print(f"{len(largest)} records in {path}")
+
+
+if __name__ == "__main__":
+    main()
