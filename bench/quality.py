@@ -137,7 +137,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "backbone": recipe.model.backbone.model,
         "steps": recipe.train.steps,
         "rate": recipe.train.lr,
-        "seconds": None if row.seconds is None else round(row.seconds, 1),
+        "seconds": None if row.seconds is None else round(row.seconds, 3),
         "mean": found["mean"],
         "by_type": found["by_type"],
         "by_task": {task: result["score"] for task, result in found["tasks"].items()},
