@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from pe import attention
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.config import BackboneConfig, LoraSettings
 from pe.kernels.prompt_rows import prompt_rows
-from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained
+from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained, lora_config
 from pe.packing import Segments, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -192,12 +191,7 @@ class Backbone(nn.Module):
     def add_reader(self, settings: LoraSettings) -> None:
         """Put LoRA adapters on every linear layer; they start as the identity and are the only trainable weights."""
         self.model.add_adapter(
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                lora_dropout=settings.dropout,
-                target_modules="all-linear",
-            ),
+            lora_config(settings),
             READER,
         )
         self.train(self.training)

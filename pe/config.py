@@ -6,6 +6,7 @@ every value where its dataclass is built.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -337,15 +338,9 @@ def _line_of(node: yaml.Node, option: str) -> int | None:
 def build_parser(kind: type, **settings: Any) -> ArgumentParser:
     """An argument parser with every field of `kind` as an option; errors are raised, not printed."""
     parser = ArgumentParser(exit_on_error=False, **settings)
-    parser.add_argument("--config", action="config", help=argparse_suppress())
+    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(kind)
     return parser
-
-
-def argparse_suppress() -> str:
-    import argparse
-
-    return argparse.SUPPRESS
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe.config import LoraSettings
 
 
 class TextTokenizer:
@@ -29,6 +32,13 @@ class TextTokenizer:
             return []
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [(self.lead + row if lead else row) or [self.filler] for row in ids]
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """PEFT's configuration for adapters on every linear layer."""
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
+    )
 
 
 def quiet() -> None:

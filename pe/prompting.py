@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
-from pe.loading import TextTokenizer, embedding_scale, load_pretrained
+from pe.loading import TextTokenizer, embedding_scale, load_pretrained, lora_config
 
 ADAPTER = "prompter"
 TOLERANCE = 1e-4  # relative, of float32 probes
@@ -63,12 +62,7 @@ class PromptingLLM(nn.Module):
             settings = config.lora
             model.requires_grad_(False)
             model.add_adapter(
-                LoraConfig(
-                    r=settings.rank,
-                    lora_alpha=settings.alpha,
-                    lora_dropout=settings.dropout,
-                    target_modules="all-linear",
-                ),
+                lora_config(settings),
                 ADAPTER,
             )
         model.get_input_embeddings().requires_grad_(False)

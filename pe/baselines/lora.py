@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
+from pe.loading import lora_config
 from pe.model import Instruction, Requests, Side, Truncation
 from pe.packing import by_length, inverse, pack
 
@@ -62,12 +62,7 @@ class LoraEmbedder(nn.Module):
         self.truncation = Truncation()
         settings = config.lora
         backbone.model.add_adapter(
-            peft.LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                lora_dropout=settings.dropout,
-                target_modules="all-linear",
-            ),
+            lora_config(settings),
             ADAPTER,
         )
         if config.form == "checkpointed":
