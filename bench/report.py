@@ -16,35 +16,16 @@ from pathlib import Path
 from bench import records
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
+from bench.markdown import NOT_YET, gpu_line, grid, share, where
 from bench.records import ROOT, Record
 
 PAGE = ROOT / "BENCHMARKS.md"
-NOT_YET = "Not yet measured."
 CHECKPOINTED = "lora-checkpointed"
 CLAIMED = {"pe-suffix": "without reader", "pe-suffix-reader": "with reader"}
 LORA = "PEFT LoRA on the same backbone, texts and batch, padded (a) and with activation checkpointing besides (b)"
 PAPER = "The paper (arXiv 2605.28066) claims training 3.7 times faster than LoRA and 36 to 40 % less GPU memory."
 
 Render = Callable[[Path], str]
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def where(record: Record) -> str:
-    """Hardware, versions, commit and date of a record, in a sentence."""
-    hardware = record["hardware"]
-    on = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
-    if record.get("device", "cpu") != "cpu":
-        on = f"{hardware['gpu']}, driver {hardware['driver']}"
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    commit = f"commit {record['commit']}" if record["commit"] else "no commit"
-    if record["dirty"]:
-        commit += " with changes"
-    return f"{on}; {record.get('dtype', 'float32')}; {versions}; {commit}; {record['date'][:10]}"
 
 
 def measured(kind: str, folder: Path) -> list[list[Record]]:
@@ -82,10 +63,6 @@ def ratio(base: Record | None, record: Record | None) -> str:
     return f"{base['ms']['median'] / record['ms']['median']:.2f}" if base and record else "-"
 
 
-def share(base: float | None, value: float | None) -> str:
-    return f"{value / base:.2f}" if base and value else "-"
-
-
 def render_step(folder: Path) -> str:
     """Step times of every case and distribution, with the ratios to LoRA (a) and (b)."""
     parts = []
@@ -107,11 +84,6 @@ def render_step(folder: Path) -> str:
         table = grid(["", "ms a step", "p20 to p80", "tokens/s", "times (a)", "times (b)"], rows)
         parts.append(f"{heading(group[0])}\n\n{table}\n\n{where(group[0])}; {group[0]['rounds']} rounds.")
     return "\n\n".join([*(parts or [NOT_YET]), *gpu_line("step", folder)])
-
-
-def gpu_line(kind: str, folder: Path) -> list[str]:
-    on_gpu = any(record.get("device", "cpu") != "cpu" for record in records.read(kind, folder))
-    return [] if on_gpu else ["GPU: not yet measured."]
 
 
 def render_memory(folder: Path) -> str:

@@ -1,0 +1,39 @@
+"""What the sections of BENCHMARKS.md share: tables, and the sentence that says where a record was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import records
+from bench.records import Record
+
+NOT_YET = "Not yet measured."
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(record: Record) -> str:
+    """Hardware, versions, commit and date of a record, in a sentence."""
+    hardware = record["hardware"]
+    on = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
+    if record.get("device", "cpu") != "cpu":
+        on = f"{hardware['gpu']}, driver {hardware['driver']}"
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commit = f"commit {record['commit']}" if record["commit"] else "no commit"
+    if record["dirty"]:
+        commit += " with changes"
+    return f"{on}; {record.get('dtype', 'float32')}; {versions}; {commit}; {record['date'][:10]}"
+
+
+def gpu_line(kind: str, folder: Path) -> list[str]:
+    on_gpu = any(record.get("device", "cpu") != "cpu" for record in records.read(kind, folder))
+    return [] if on_gpu else ["GPU: not yet measured."]
+
+
+def share(base: float | None, value: float | None) -> str:
+    return f"{value / base:.2f}" if base and value else "-"
