@@ -1,15 +1,20 @@
-"""`python -m bench.quality [--seeds 0 1 2] [--systems pe static lora-mean lora-last] [--section.option=value ...]`
+"""`python -m bench.quality [--seeds 0 1 2] [--systems pe lora-mean ...] [--data FOLDER] [--section.option=value ...]`
 
-Trains the default recipe's embedder and its peers on the same backbone, data, batches and steps, and scores each before
-and after on the recipe's tasks. Overrides are those of `pe.train`; `--rates lora-mean=5e-4` gives a system a rate of
-its own.
+Trains the default recipe's embedder, its variants and its peers on the same backbone, data, batches and steps, and
+scores each on the recipe's tasks, or with `--data` on every task whose files are in a folder. Tasks whose instruction
+stands in the training sets are called seen, all others unseen. Overrides are those of `pe.train`.
+
+`--tune` looks for each system's learning rate first: short trainings under a seed of their own, scored on the recipe's
+tasks, to the records. A system is then trained at its best recorded rate (`--rates lora-mean=5e-4` overrules it).
+`--resume` leaves out what is in the records already.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,9 +29,10 @@ from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
-from pe.config import LoraSettings, Recipe, load_recipe
+from pe.config import AlignmentConfig, LoraSettings, Recipe, load_recipe
 from pe.evaluate import Scores, score
 from pe.integrations.mteb import TextEncoder
+from pe.loading import quiet
 from pe.model import Instruction, PromptEmbedder
 from pe.train import Trainable, build_accelerator, build_plan, fit
 
@@ -37,19 +43,19 @@ class System(Trainable, TextEncoder, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A system: its row's title, how it is built for a recipe, and its own learning rate (None: the recipe's)."""
+    """A system: its row's title, and how it is built for a recipe."""
 
     title: str
     build: Callable[[Recipe, torch.device], System]
-    rate: float | None = None
 
 
 class Row(NamedTuple):
-    """A line of the table; seconds of training, None before it."""
+    """A line of the table; wall-clock and processor seconds of training, None before it."""
 
     title: str
     scores: Scores
     seconds: float | None = None
+    cpu_seconds: float | None = None
 
 
 def build_pe(**changes: Any) -> Callable[[Recipe, torch.device], System]:
@@ -79,16 +85,29 @@ def build_lora(pooling: Pooling) -> Callable[[Recipe, torch.device], System]:
     return build
 
 
+TUNING_SEED = 100
+TUNING_STEPS = 60
+FROZEN = {
+    "frozen backbone, mean": None,
+    "frozen backbone, mean, instruction before queries": Templates(),
+}
+BOTH = "instruction_and_text"
+PREFIX = {"layout": "prefix", "pooling": "mean_text", "reader": "none"}
 SYSTEMS = {
-    "pe": Entry(title="PE", build=build_pe()),
-    "pe-no-reader": Entry(title="PE, no reader", build=build_pe(reader="none")),
-    "pe-text": Entry(title="PE, instruction and text", build=build_pe(conditioning="instruction_and_text")),
-    "pe-prefix": Entry(title="PE, prefix", build=build_pe(layout="prefix", pooling="mean_text", reader="none")),
-    "static": Entry(title="static prompts (control)", build=build_static),
+    "pe": Entry(title="PE, suffix, reader", build=build_pe()),
+    "pe-no-reader": Entry(title="PE, suffix", build=build_pe(reader="none")),
+    "pe-text": Entry(title="PE, suffix, reader, text read", build=build_pe(conditioning=BOTH)),
+    "pe-text-no-reader": Entry(title="PE, suffix, text read", build=build_pe(reader="none", conditioning=BOTH)),
+    "pe-vocabulary": Entry(
+        title="PE, suffix, reader, vocabulary", build=build_pe(alignment=AlignmentConfig(kind="vocabulary"))
+    ),
+    "pe-prefix": Entry(title="PE, prefix", build=build_pe(**PREFIX)),
+    "pe-prefix-text": Entry(title="PE, prefix, text read", build=build_pe(**PREFIX, conditioning=BOTH)),
+    "static": Entry(title="static prompts, reader (control)", build=build_static),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }
-MEASURED = ("pe", "static", "lora-mean", "lora-last")
+"""`pe-prefix` with `pe-prefix-text` beside it: the paper's layout, whose conditioning it does not publish."""
 
 
 def instructions(recipe: Recipe) -> list[Instruction]:
@@ -105,48 +124,82 @@ def evaluate(encoder: TextEncoder, recipe: Recipe) -> Scores:
     return score(encoder, options.tasks, data=Path(options.data), instructions=options.instructions)
 
 
-def train_one(name: str, recipe: Recipe, device: torch.device, before: bool) -> list[Row]:
-    """The trained system under the recipe's seed, and before it the untrained one if asked for."""
-    entry, seed = SYSTEMS[name], recipe.train.seed
-    set_seed(seed)
+def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
+    """The trained system under the recipe's seed."""
+    set_seed(recipe.train.seed)
     plan = build_plan(recipe, Console(quiet=True))
-    model = entry.build(recipe, device)
-    rows: list[Row] = []
-    if before:
-        rows.append(Row(f"{entry.title}, untrained", evaluate(model, recipe)))
+    model = SYSTEMS[name].build(recipe, device)
+    started = time.process_time()
     history = fit(model, plan, recipe, build_accelerator(recipe))
-    rows.append(Row(f"{entry.title}, trained", evaluate(model, recipe), history.seconds))
-    return rows
+    spent = time.process_time() - started
+    return Row(SYSTEMS[name].title, evaluate(model, recipe), history.seconds, spent)
 
 
-def frozen_rows(recipe: Recipe, device: torch.device) -> list[Row]:
-    """The frozen backbone's mean pooling, of bare texts and behind the instruction."""
-    bare = FrozenEncoder.from_config(recipe.model.backbone, device, max_length=recipe.model.max_length)
-    instructed = FrozenEncoder(bare.backbone, templates=Templates(), max_length=recipe.model.max_length)
-    titles = ("frozen backbone, mean", "frozen backbone, mean, instruction before queries")
-    return [Row(title, evaluate(encoder, recipe)) for title, encoder in zip(titles, (bare, instructed), strict=True)]
+def untrained(name: str, recipe: Recipe, device: torch.device) -> Row:
+    """The system as it is built, under the recipe's seed."""
+    set_seed(recipe.train.seed)
+    return Row(f"{SYSTEMS[name].title}, untrained", evaluate(SYSTEMS[name].build(recipe, device), recipe))
+
+
+def frozen(title: str, recipe: Recipe, device: torch.device) -> Row:
+    """The frozen backbone's mean pooling."""
+    options = recipe.model
+    templates = FROZEN[title]
+    encoder = FrozenEncoder.from_config(options.backbone, device, templates=templates, max_length=options.max_length)
+    return Row(title, evaluate(encoder, recipe))
 
 
 def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> records.Record:
+    """What was trained how, and its scores: by task, by type, over tasks of seen and of unseen instructions."""
     found = row.scores.to_dict()
+    trained_on = {item.instruction for item in recipe.data}
+    sides: dict[str, list[float]] = {"seen": [], "unseen": []}
+    for task in row.scores.tasks.values():
+        sides["seen" if task.instruction in trained_on else "unseen"].append(task.score)
     return {
         "recipe": name,
         "variant": row.title,
         "seed": recipe.train.seed,
         "device": device.type,
+        "dtype": recipe.model.backbone.dtype,
         "backbone": recipe.model.backbone.model,
         "steps": recipe.train.steps,
         "rate": recipe.train.lr,
+        "temperature": recipe.loss.temperature,
         "seconds": None if row.seconds is None else round(row.seconds, 3),
+        "cpu_seconds": None if row.cpu_seconds is None else round(row.cpu_seconds, 3),
         "mean": found["mean"],
+        **{side: sum(scores) / len(scores) if scores else None for side, scores in sides.items()},
         "by_type": found["by_type"],
         "by_task": {task: result["score"] for task, result in found["tasks"].items()},
     }
 
 
-def with_seed(recipe: Recipe, seed: int, rate: float | None = None) -> Recipe:
-    train = dataclasses.replace(recipe.train, seed=seed, lr=recipe.train.lr if rate is None else rate)
-    return dataclasses.replace(recipe, train=train)
+def with_train(recipe: Recipe, **options: Any) -> Recipe:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **options))
+
+
+def best_rate(name: str, recipe: Recipe, recipe_name: str) -> float:
+    """The rate whose tuning run of this system and recipe scored highest; the recipe's own where there is none."""
+    runs = [
+        record
+        for record in records.read("tuning")
+        if (record["system"], record["recipe"]) == (name, recipe_name) and record["mean"] is not None
+    ]
+    return max(runs, key=lambda record: record["mean"])["rate"] if runs else recipe.train.lr
+
+
+def tune(recipe: Recipe, name: str, systems: Sequence[str], rates: Sequence[float], device: torch.device) -> None:
+    """Short trainings of every system at every rate, under a seed that no measurement uses; one record each."""
+    done = {(record["recipe"], record["system"], record["rate"]) for record in records.read("tuning")}
+    for system in systems:
+        for rate in rates:
+            if (name, system, rate) in done:
+                continue
+            own = with_train(recipe, lr=rate, seed=TUNING_SEED, steps=TUNING_STEPS)
+            record = {**as_record(train_one(system, own, device), own, name, device), "system": system}
+            records.append("tuning", [record])
+            print(f"{system} at {rate:g}: {record['mean']:.2f}, {record['seconds']:.0f} s", flush=True)
 
 
 def measure(
@@ -154,28 +207,33 @@ def measure(
     name: str,
     systems: Sequence[str],
     seeds: Sequence[int],
-    rates: dict[str, float],
+    rates: Mapping[str, float],
     device: torch.device,
+    *,
+    before: Sequence[str] = (),
+    resume: bool = False,
 ) -> None:
-    """Train and score every system under every seed; a record is written and printed as each one ends."""
+    """Train and score every system under every seed, those in `before` untrained too; a record as each one ends."""
+    done = {(record["recipe"], record["variant"], record["seed"]) for record in records.read("quality")}
 
-    def keep(row: Row, own: Recipe) -> None:
-        record = as_record(row, own, name, device)
+    def keep(run: Callable[[str, Recipe, torch.device], Row], what: str, title: str, own: Recipe) -> None:
+        if resume and (name, title, own.train.seed) in done:
+            return
+        record = as_record(run(what, own, device), own, name, device)
         records.append("quality", [record])
-        types = ", ".join(f"{kind} {value:.1f}" for kind, value in row.scores.by_type.items())
-        print(
-            f"{row.title}, seed {own.train.seed}: mean {row.scores.mean:.1f} ({types}), {record['seconds']} s",
-            flush=True,
-        )
+        types = ", ".join(f"{kind} {value:.1f}" for kind, value in record["by_type"].items())
+        spent = "" if record["seconds"] is None else f", {record['seconds']:.0f} s"
+        print(f"{title}, seed {own.train.seed}: mean {record['mean']:.1f} ({types}){spent}", flush=True)
 
-    first = with_seed(recipe, seeds[0])
-    for row in frozen_rows(first, device):
-        keep(row, first)
+    first = with_train(recipe, seed=seeds[0])
+    for title in FROZEN:
+        keep(frozen, title, title, first)
+    for system in before:
+        keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
     for seed in seeds:
         for system in systems:
-            own = with_seed(recipe, seed, rates.get(system, SYSTEMS[system].rate))
-            for row in train_one(system, own, device, before=seed == seeds[0]):
-                keep(row, own)
+            rate = rates.get(system) or best_rate(system, recipe, name)
+            keep(train_one, system, SYSTEMS[system].title, with_train(recipe, seed=seed, lr=rate))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,14 +242,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "tiny.yaml")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(MEASURED))
+    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    options.add_argument("--untrained", nargs="*", choices=SYSTEMS, default=["pe"], help="score these untrained too")
+    options.add_argument("--data", type=Path, help="score on every task whose files are in this folder")
     options.add_argument("--rates", nargs="*", default=[], metavar="SYSTEM=RATE")
+    options.add_argument("--tune", type=float, nargs="+", metavar="RATE", help="only look for learning rates")
+    options.add_argument("--resume", action="store_true")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments, overrides = options.parse_known_args(argv)
+    quiet()
     rates = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.rates)}
-    recipe = load_recipe(arguments.recipe, overrides)
-    name = f"{arguments.recipe.stem}{' ' * bool(overrides)}{' '.join(overrides)}"
-    measure(recipe, name, arguments.systems, arguments.seeds, rates, torch.device(arguments.device))
+    recipe, device = load_recipe(arguments.recipe, overrides), torch.device(arguments.device)
+    name = " ".join([arguments.recipe.stem, *overrides])
+    if arguments.tune:
+        tune(recipe, name, arguments.systems, arguments.tune, device)
+        return
+    if arguments.data:
+        whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
+        recipe = dataclasses.replace(recipe, evaluate=whole)
+    before, resume = arguments.untrained, arguments.resume
+    measure(recipe, name, arguments.systems, arguments.seeds, rates, device, before=before, resume=resume)
 
 
 if __name__ == "__main__":
