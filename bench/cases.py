@@ -75,6 +75,7 @@ class Shape:
 
 
 def sizes(vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int, head: int) -> dict[str, int]:
+    """The fields of a transformers configuration."""
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -110,6 +111,7 @@ class Case:
         return min(self.prompter.vocabulary, self.backbone.vocabulary)
 
 
+QWEN_06B = Shape(kind="qwen3", sizes=sizes(151_936, 1024, 3072, 28, 16, 8, 128))
 TINY_PROMPTER = Shape(kind="llama", sizes=sizes(4096, 192, 512, 4, 6, 3, 32), folder="models/tiny-prompter")
 CASES = {
     "tiny": Case(
@@ -124,6 +126,24 @@ CASES = {
         backbone=Shape(kind="qwen3", sizes=sizes(8192, 512, 1536, 8, 8, 4, 64)),
         queries=32,
     ),
+    "1b": Case(
+        name="1b",
+        prompter=QWEN_06B,
+        backbone=Shape(kind="llama", sizes=sizes(128_256, 2048, 8192, 16, 32, 8, 64)),
+        queries=128,
+    ),
+    "4b": Case(
+        name="4b",
+        prompter=QWEN_06B,
+        backbone=Shape(kind="qwen3", sizes=sizes(151_936, 2560, 9728, 36, 32, 8, 128)),
+        queries=64,
+    ),
+    "8b": Case(
+        name="8b",
+        prompter=QWEN_06B,
+        backbone=Shape(kind="qwen3", sizes=sizes(151_936, 4096, 12_288, 36, 32, 8, 128)),
+        queries=32,
+    ),
     "toy": Case(
         name="toy",
         prompter=Shape(kind="llama", sizes=sizes(64, 16, 24, 1, 2, 1, 8)),
@@ -133,8 +153,16 @@ CASES = {
         rank=2,
     ),
 }
-MEASURED = ("tiny", "small")
+CPU_CASES = ("tiny", "small")
+GPU_CASES = ("1b", "4b", "8b")
+"""Shapes of Llama-3.2-1B, Qwen3-4B and Qwen3-8B, with that of Qwen3-0.6B as prompting LLM; random weights."""
+MEASURED = (*CPU_CASES, *GPU_CASES)
 """Cases that are on the page; `toy` is for the tests."""
+
+
+def default_cases(device: str) -> tuple[str, ...]:
+    return CPU_CASES if device == "cpu" else GPU_CASES
+
 
 Embedder = PromptEmbedder | LoraEmbedder
 
@@ -166,6 +194,8 @@ class Variant:
 
     title: str
     build: Build
+    parts: int = 1
+    """More than 1: representations are cached, and the batch goes through the model in so many parts."""
 
 
 def load_backbone(case: Case, setting: Setting) -> Backbone:
@@ -210,13 +240,18 @@ def lora(form: Form) -> Build:
     return build
 
 
+BOTH = "instruction_and_text"
+PREFIX = {"layout": "prefix", "pooling": "mean_text"}
 VARIANTS = {
     "lora-padded": Variant(title="(a) LoRA, padded, SDPA", build=lora("padded")),
     "lora-checkpointed": Variant(title="(b) LoRA, padded, activation checkpointing", build=lora("checkpointed")),
     "lora-packed": Variant(title="(c) LoRA, packed, no padding", build=lora("packed")),
+    "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
-    "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(layout="prefix", pooling="mean_text")),
+    "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
+    "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),
+    "pe-prefix-text": Variant(title="PE, prefix, text read", build=prompt_embedder(**PREFIX, conditioning=BOTH)),
 }
 BASELINE = "lora-padded"
 

@@ -2,9 +2,10 @@
 
     python -m bench.lengths [RECIPE.yaml]      writes bench/lengths.json
 
-A recipe's batches hold one data set each. So three distributions are timed: `fixed`, all texts of 128 tokens and no
-instruction for LoRA to read; `real`, one batch of every data set, the mean weighted as the recipe draws them, with the
-instruction before LoRA's queries; `mixed`, one batch drawn from all data sets together.
+A recipe's batches hold one data set each. So these distributions are timed: `fixed`, all texts of 128 tokens and no
+instruction for LoRA to read; `long`, the same with a quarter of the texts, at 512 tokens; `real`, one batch of every
+data set, the mean weighted as the recipe draws them, with the instruction before LoRA's queries; `mixed`, one batch
+drawn from all data sets together.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pe.loading import TextTokenizer
 from pe.model import Instruction, Requests
 
 FILE = Path(__file__).parent / "lengths.json"
-FIXED = 128
+FIXED = {"fixed": (128, 1), "long": (512, 4)}
+"""Tokens of every text, and what the number of queries is divided by."""
 ROWS = 64
-Distribution = Literal["fixed", "real", "mixed"]
-DISTRIBUTIONS: tuple[Distribution, ...] = ("fixed", "real", "mixed")
+Distribution = Literal["fixed", "long", "real", "mixed"]
+DISTRIBUTIONS: tuple[Distribution, ...] = ("fixed", "long", "real", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,22 +139,27 @@ def workload(distribution: Distribution, case: Case, sets: Sequence[SetLengths] 
     def batch(weight: float, heads: tuple[int, int], lengths: tuple[list[int], list[int]]) -> Batch:
         instructions = [Instruction(text(heads[0]), "query"), Instruction(text(heads[1]), "document")]
         texts = [text(count) for side in lengths for count in side]
-        return Batch(Requests(texts, instructions, [0] * rows + [1] * rows), weight, lengths)
+        return Batch(Requests(texts, instructions, [0] * len(lengths[0]) + [1] * len(lengths[1])), weight, lengths)
 
     heads = (sets[0].instruction, sets[0].document_instruction)
-    if distribution == "fixed":
-        return Workload("fixed", [batch(1.0, heads, ([FIXED] * rows, [FIXED] * rows))], instructed=False)
+    if distribution in FIXED:
+        length, divisor = FIXED[distribution]
+        side = [length] * max(1, rows // divisor)
+        return Workload(distribution, [batch(1.0, heads, (side, side))], instructed=False)
     if distribution == "real":
-        batches = [
-            batch(
-                item.weight, (item.instruction, item.document_instruction), (item.queries[:rows], item.documents[:rows])
-            )
-            for item in sets
-        ]
+        batches = []
+        for item in sets:
+            sides = (cycled(item.queries, rows), cycled(item.documents, rows))
+            batches.append(batch(item.weight, (item.instruction, item.document_instruction), sides))
         return Workload("real", batches, instructed=True)
     order = interleaved(sets, rows)
     drawn = ([sets[i].queries[n] for i, n in order], [sets[i].documents[n] for i, n in order])
     return Workload("mixed", [batch(1.0, heads, drawn)], instructed=True)
+
+
+def cycled(lengths: Sequence[int], count: int) -> list[int]:
+    """`count` lengths, from the beginning again where there are fewer."""
+    return [lengths[i % len(lengths)] for i in range(count)]
 
 
 def interleaved(sets: Sequence[SetLengths], count: int) -> list[tuple[int, int]]:

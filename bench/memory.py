@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting
+from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases
 from bench.lengths import Distribution, workload
 from bench.step import describe, parser, prepare
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = (arguments.cases[0], arguments.distributions[0], arguments.variants[0])
         print(MARK + json.dumps(measure(*place, arguments.passes, setting)))
         return
-    for case in arguments.cases:
+    for case in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
             found = [
                 in_fresh_process(case, distribution, variant, arguments.passes, setting)

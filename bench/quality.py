@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,10 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from bench import records
+from bench import plots, records
 from bench.cases import ROOT
+from bench.markdown import NOT_YET, grid, where
+from bench.plots import Panel, Series
 from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
@@ -107,7 +110,8 @@ SYSTEMS = {
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }
-"""`pe-prefix` with `pe-prefix-text` beside it: the paper's layout, whose conditioning it does not publish."""
+"""`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
+PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-last"))
 
 
 def instructions(recipe: Recipe) -> list[Instruction]:
@@ -234,6 +238,83 @@ def measure(
         for system in systems:
             rate = rates.get(system) or best_rate(system, recipe, name)
             keep(train_one, system, SYSTEMS[system].title, with_train(recipe, seed=seed, lr=rate))
+
+
+def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
+    """The newest record of every seed, by recipe and variant."""
+    latest = {(row["recipe"], row["variant"], row["seed"]): row for row in records.read("quality", folder)}
+    found: dict[str, dict[str, list[records.Record]]] = {}
+    for row in latest.values():
+        found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row)
+    return found
+
+
+def values(rows: Sequence[records.Record], field: str) -> list[float | None]:
+    return [row.get(field, row["by_type"].get(field)) for row in rows]
+
+
+def middle(found: Sequence[float | None]) -> float | None:
+    """The mean, or None where one is undefined."""
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if found and len(known) == len(found) else None
+
+
+def mean_and_spread(scores: Sequence[float | None]) -> str:
+    """`46.1 (45.0 to 47.0)`: mean, lowest, highest; the value alone where all agree, a dash where one is undefined."""
+    mean, known = middle(scores), [value for value in scores if value is not None]
+    if mean is None:
+        return "-"
+    if max(known) - min(known) < 0.05:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ({min(known):.1f} to {max(known):.1f})"
+
+
+def plot_name(recipe: str) -> str:
+    return f"quality-{zlib.crc32(recipe.encode()):08x}.svg"
+
+
+def render(folder: Path) -> str:
+    """Mean and spread over the seeds, x100: all tasks, seen and unseen instructions, kinds of task."""
+    parts = []
+    for recipe, variants in newest(folder).items():
+        every = [row for rows in variants.values() for row in rows]
+        kinds = list(dict.fromkeys(kind for row in every for kind in row["by_type"]))
+        best = max((middle(values(rows, "mean")) or 0.0 for name, rows in variants.items() if name in PEERS), default=0)
+        table = []
+        for name, rows in variants.items():
+            mean = middle(values(rows, "mean"))
+            own = f"{mean / best:.0%}" if mean and best else "-"
+            spent = middle(values(rows, "cpu_seconds"))
+            sides = [mean_and_spread(values(rows, side)) for side in ("seen", "unseen")]
+            by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
+            seconds = "-" if spent is None else f"{spent:,.0f}"
+            seeds, rate = str(len(rows)), f"{rows[0]['rate']:g}" if spent else "-"
+            table.append([name, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
+        sides = ["seen instructions", "unseen instructions"]
+        header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s", "rate", "seeds"]
+        tasks = ", ".join(name.removeprefix("PE-") for name in every[-1]["by_task"])
+        image = f"![Score against training time](bench/plots/{plot_name(recipe)})\n\n" if series(variants) else ""
+        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{image}{where(every[-1])}.")
+    return "\n\n".join(parts or [NOT_YET])
+
+
+def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:
+    """Each trained variant's score and processor seconds of training, with the spread over the seeds."""
+    found = []
+    for name, rows in variants.items():
+        spent, scores = middle(values(rows, "cpu_seconds")), [v for v in values(rows, "mean") if v is not None]
+        if spent is not None and len(scores) == len(rows):
+            ends = (min(scores), max(scores))
+            found.append(Series(label=name, x=[spent], y=[sum(scores) / len(scores)], y_range=[ends]))
+    return found
+
+
+def draw(folder: Path, target: Path = plots.FOLDER) -> None:
+    """Score against processor seconds of training, one file a recipe."""
+    for recipe, variants in newest(folder).items():
+        if trained := series(variants):
+            panel = Panel(x="processor seconds of training", y="mean of all tasks", series=trained)
+            plots.points(target / plot_name(recipe), panel)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

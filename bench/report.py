@@ -1,8 +1,8 @@
 """`python -m bench.report [--check]`
 
 Renders the tables of BENCHMARKS.md from the newest records under `bench/results/`, between the markers
-`<!-- begin:NAME -->` and `<!-- end:NAME -->`; the prose around them is written by hand. `--check` changes nothing and
-exits with 1 where the page is stale.
+`<!-- begin:NAME -->` and `<!-- end:NAME -->`, and the plots in `bench/plots/`; the prose around the tables is written
+by hand. `--check` changes nothing and exits with 1 where the page is stale.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import records
+from bench import plots, quality, records, transfer
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
 from bench.markdown import NOT_YET, gpu_line, grid, share, where
 from bench.records import ROOT, Record
+from bench.step import use
 
 PAGE = ROOT / "BENCHMARKS.md"
 CHECKPOINTED = "lora-checkpointed"
@@ -67,8 +68,11 @@ def render_step(folder: Path) -> str:
     """Step times of every case and distribution, with the ratios to LoRA (a) and (b)."""
     parts = []
     for group in measured("step", folder):
-        rows, by_name = [], {record["variant"]: record for record in group}
+        rows, by_name = [], {record["variant"]: record for record in group if "ms" in record}
         for record in in_order(group):
+            if "failed" in record:
+                rows.append([VARIANTS[record["variant"]].title, f"failed: {record['failed']}", "", "", "", "", ""])
+                continue
             ms = record["ms"]
             rate = 1000 * record["sizes"]["tokens"] / ms["median"]
             rows.append(
@@ -77,11 +81,12 @@ def render_step(folder: Path) -> str:
                     f"{ms['median']:,.0f}",
                     f"{ms['p20']:,.0f} to {ms['p80']:,.0f}",
                     f"{rate:,.0f}",
+                    f"{record['flops'] / 1e9:,.0f}, {use(record):.0%}" if "flops" in record else "-",
                     ratio(by_name.get(BASELINE), record),
                     ratio(by_name.get(CHECKPOINTED), record),
                 ]
             )
-        table = grid(["", "ms a step", "p20 to p80", "tokens/s", "times (a)", "times (b)"], rows)
+        table = grid(["", "ms a step", "p20 to p80", "tokens/s", "GFLOP, use", "times (a)", "times (b)"], rows)
         parts.append(f"{heading(group[0])}\n\n{table}\n\n{where(group[0])}; {group[0]['rounds']} rounds.")
     return "\n\n".join([*(parts or [NOT_YET]), *gpu_line("step", folder)])
 
@@ -110,17 +115,17 @@ def render_memory(folder: Path) -> str:
 
 def render_headline(folder: Path) -> str:
     """The claim, our figures, the hardware, the command."""
-    step, memory = ({place(group[0]): group for group in measured(kind, folder)} for kind in ("step", "memory"))
+    steps, memory = ({place(group[0]): group for group in measured(kind, folder)} for kind in ("step", "memory"))
     rows = []
-    for key in dict.fromkeys([*step, *memory]):
-        times = {record["variant"]: record for record in step.get(key, [])}
+    for key in dict.fromkeys([*steps, *memory]):
+        times = {record["variant"]: record for record in steps.get(key, []) if "ms" in record}
         above = {record["variant"]: record["memory"].get("above_mib") for record in memory.get(key, [])}
         faster = [ratio(times.get(base), times.get(name)) for name in CLAIMED for base in (BASELINE, CHECKPOINTED)]
         shares = [share(above.get(BASELINE), above.get(name)) for name in CLAIMED]
         rows.append([key, *faster, *shares])
     suffix = [f"{name}: {value}" for name in CLAIMED.values() for value in ("times (a)", "times (b)")]
     table = grid(["", *suffix, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
-    newest = [*step.values(), *memory.values()]
+    newest = [*steps.values(), *memory.values()]
     lines = [
         PAPER,
         "",
@@ -130,52 +135,6 @@ def render_headline(folder: Path) -> str:
         "Repeat: `python -m bench.step && python -m bench.memory && python -m bench.report`",
     ]
     return "\n".join(lines)
-
-
-def render_quality(folder: Path) -> str:
-    """Mean and spread over the seeds, x100, by kind of task."""
-    parts = []
-    for group in records.newest("quality", ("recipe",), folder):
-        rows_by_name: dict[str, list[Record]] = {}
-        for record in group:
-            rows_by_name.setdefault(record["variant"], []).append(record)
-        kinds = list(dict.fromkeys(kind for record in group for kind in record["by_type"]))
-        rows = []
-        for name, found in rows_by_name.items():
-            cells = [mean_and_spread([record["by_type"][kind] for record in found]) for kind in kinds]
-            seconds = [record["seconds"] for record in found if record["seconds"] is not None]
-            time = f"{sum(seconds) / len(seconds):,.0f}" if seconds else "-"
-            rows.append([name, *cells, mean_and_spread([record["mean"] for record in found]), time])
-        seeds = sorted({record["seed"] for record in group})
-        table = grid(["", *kinds, "mean of all tasks", "seconds of training"], rows)
-        parts.append(f"**{group[0]['recipe']}**, seeds {', '.join(map(str, seeds))}\n\n{table}\n\n{where(group[0])}.")
-    return "\n\n".join(parts or [NOT_YET])
-
-
-def mean_and_spread(scores: Sequence[float | None]) -> str:
-    """`46.1 (45.0 to 47.0)`: mean, lowest, highest; the value alone where all agree, a dash where one is undefined."""
-    values = [value for value in scores if value is not None]
-    if len(values) < len(scores):
-        return "-"
-    mean = sum(values) / len(values)
-    if max(values) - min(values) < 0.05:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def render_transfer(folder: Path) -> str:
-    """Score on the new backbone before and after, and when the shares of the source's score were reached."""
-    parts = []
-    for group in records.newest("transfer", ("source", "target"), folder):
-        rows = []
-        for record in group:
-            reached = [record["reached"].get(share) for share in ("0.95", "0.99")]
-            cells = ["not reached" if at is None else f"{at[0]} steps, {at[1]:,.0f} s" for at in reached]
-            scores = [f"{record[name]:.1f}" for name in ("source_score", "start_score", "end_score")]
-            rows.append([f"{record['variant']}, seed {record['seed']}", *scores, *cells])
-        table = grid(["", "source", "moved, untrained", "moved, trained", "95 % reached", "99 % reached"], rows)
-        parts.append(f"**{group[0]['source']} to {group[0]['target']}**\n\n{table}\n\n{where(group[0])}.")
-    return "\n\n".join(parts or [NOT_YET])
 
 
 def render_kernels(folder: Path) -> str:
@@ -200,10 +159,15 @@ SECTIONS: dict[str, Render] = {
     "headline": render_headline,
     "step": render_step,
     "memory": render_memory,
-    "quality": render_quality,
-    "transfer": render_transfer,
+    "quality": quality.render,
+    "transfer": transfer.render,
     "kernels": render_kernels,
 }
+
+
+DRAWN = (quality, transfer)
+"""Modules whose section shows plots."""
+PLOT = re.compile(r"\]\((bench/plots/[^)]+)\)")
 
 
 def rendered(text: str, folder: Path) -> str:
@@ -222,18 +186,23 @@ def rendered(text: str, folder: Path) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None, *, page: Path = PAGE, folder: Path = records.RESULTS) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, page: Path = PAGE, folder: Path = records.RESULTS, images: Path = plots.FOLDER
+) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--check", action="store_true", help="exit with 1 where the page is stale")
     arguments = options.parse_args(argv)
     text = page.read_text(encoding="utf-8")
     fresh = rendered(text, folder)
-    if arguments.check:
-        if fresh != text:
-            print(f"{page.name} is stale: run python -m bench.report", file=sys.stderr)
-        return int(fresh != text)
-    page.write_text(fresh, encoding="utf-8")
-    return 0
+    if not arguments.check:
+        for module in DRAWN:
+            module.draw(folder, images)
+        page.write_text(fresh, encoding="utf-8")
+        return 0
+    missing = [name for name in PLOT.findall(fresh) if not (images / Path(name).name).exists()]
+    if fresh != text or missing:
+        print(f"{page.name} is stale: run python -m bench.report", *missing, file=sys.stderr)
+    return int(fresh != text or bool(missing))
 
 
 if __name__ == "__main__":

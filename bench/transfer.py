@@ -1,48 +1,137 @@
-"""`python -m bench.transfer CHECKPOINT --backbone NEW [--steps N]`: `pe.transfer`, and its figures to the records."""
+"""`python -m bench.transfer CHECKPOINT --backbone NEW [--steps N] [--scratch lora-mean ...]`
+
+Moves a trained PromptEmbedder as `pe.transfer` does, and trains each system of `--scratch` (names of `bench.quality`)
+from scratch on the new backbone with the same data, batches and steps. The level that all are timed to is the source's
+score on its own backbone; scores along the way go to the records as a curve.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from rich.console import Console
 
-from bench import records
+from bench import plots, records
+from bench.markdown import NOT_YET, grid, where
+from bench.plots import Panel, Series
+from bench.quality import SYSTEMS, with_train
+from bench.records import Record
+from pe.config import Recipe
 from pe.loading import quiet
 from pe.model import read_config
-from pe.transfer import Transfer, parse, transfer, transfer_recipe
+from pe.train import build_accelerator, build_plan, fit, measurer
+from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe
+
+Curve = Sequence[tuple[int, float, float]]
 
 
-def record(result: Transfer, source: str, target: str, variant: str, seed: int) -> records.Record:
-    """Scores of source, start and end, and steps and seconds to each share of the source's score."""
-    found = list(result.scores.values())
+def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str) -> Record:
+    """Scores at the start and the end of a curve, and steps and seconds to each share of the level."""
     return {
         "source": source,
-        "target": target,
+        "target": Path(recipe.model.backbone.model).name,
         "variant": variant,
-        "seed": seed,
-        "source_score": found[0].mean,
-        "start_score": found[1].mean,
-        "end_score": found[-1].mean,
-        "curve": result.curve,
-        "reached": {f"{item.share:.2f}": item.at for item in result.reached},
+        "seed": recipe.train.seed,
+        "rate": recipe.train.lr,
+        "dtype": recipe.model.backbone.dtype,
+        "source_score": level,
+        "start_score": curve[0][2],
+        "end_score": curve[-1][2],
+        "curve": list(curve),
+        "reached": {f"{item.share:.2f}": item.at for item in reached(curve, level)},
     }
 
 
+def moved(result: Transfer, recipe: Recipe, source: str) -> Record:
+    """The record of a transfer."""
+    variant = "PE: alignment and reader" if recipe.model.reader == "activated_lora" else "PE: alignment alone"
+    return record(variant, next(iter(result.scores.values())).mean, result.curve, recipe, source)
+
+
+def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Record:
+    """A system trained on the recipe's backbone alone, scored as often as the recipe says."""
+    set_seed(recipe.train.seed)
+    accelerator = build_accelerator(recipe)
+    model, measure = SYSTEMS[system].build(recipe, accelerator.device), measurer(recipe)
+    curve = [(0, 0.0, measure(model).mean)]
+    plan = build_plan(recipe, Console(quiet=True))
+    history = fit(model, plan, recipe, accelerator, evaluate=lambda: measure(model).mean)
+    return record(f"{SYSTEMS[system].title}, from scratch", level, [*curve, *history.scores], recipe, source)
+
+
+def newest(folder: Path) -> dict[tuple[str, str], list[Record]]:
+    """The newest record of every variant and seed, by source and target."""
+    latest = {
+        (row["source"], row["target"], row["variant"], row["seed"]): row for row in records.read("transfer", folder)
+    }
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for row in latest.values():
+        groups.setdefault((row["source"], row["target"]), []).append(row)
+    return groups
+
+
+def plot_name(source: str, target: str) -> str:
+    return f"transfer-{source}-to-{target}.svg"
+
+
+def render(folder: Path) -> str:
+    """Score on the new backbone before and after, and when the shares of the source's score were reached."""
+    parts = []
+    for (source, target), group in newest(folder).items():
+        rows = []
+        for row in group:
+            at = [row["reached"].get(share) for share in ("0.95", "0.99")]
+            cells = ["not reached" if found is None else f"{found[0]} steps, {found[1]:,.0f} s" for found in at]
+            scores = [f"{row[name]:.1f}" for name in ("source_score", "start_score", "end_score")]
+            rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
+        header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
+        image = f"![Score against seconds of training](bench/plots/{plot_name(source, target)})"
+        table = grid(header, rows)
+        parts.append(f"**{source} to {target}**\n\n{table}\n\n{image}\n\n{where(group[-1])}.")
+    return "\n\n".join(parts or [NOT_YET])
+
+
+def draw(folder: Path, target_folder: Path = plots.FOLDER) -> None:
+    """The curves, one file a pair of backbones."""
+    for (source, target), group in newest(folder).items():
+        series = [
+            Series(label=row["variant"], x=[point[1] for point in row["curve"]], y=[point[2] for point in row["curve"]])
+            for row in group
+        ]
+        ends, level = [0.0, max(max(line.x) for line in series)], group[-1]["source_score"]
+        series.append(Series(label=f"level: {source}", x=ends, y=[level, level]))
+        panel = Panel(x="seconds of training", y=f"mean score on {target}", series=series)
+        plots.lines(target_folder / plot_name(source, target), panel)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Transfer as `pe.transfer` does and append one record."""
+    """Transfer, then train from scratch, and append a record as each one ends."""
     quiet()
-    arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("--scratch", nargs="*", choices=SYSTEMS, default=[])
+    own.add_argument("--rate", type=float, help="learning rate of what is trained from scratch")
+    own.add_argument("--only-scratch", type=float, metavar="LEVEL", help="move nothing; the level is this score")
+    mine, rest = own.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    arguments, overrides = parse(rest)
     recipe = transfer_recipe(arguments, overrides)
-    result = transfer(Path(arguments.checkpoint), recipe, fresh=arguments.fresh)
-    variant = "alignment and reader" if recipe.model.reader == "activated_lora" else "alignment alone"
-    if not result.scores:
+    if not recipe.evaluate.tasks:
         raise SystemExit("bench.transfer: the recipe names no tasks, so there is nothing to record")
     source = Path(read_config(Path(arguments.checkpoint))["backbone"]["name"]).name
-    row = record(result, source, Path(arguments.backbone).name, variant, recipe.train.seed)
-    records.append("transfer", [row])
-    Console().print(result)
+    level = mine.only_scratch
+    if level is None:
+        result = transfer(Path(arguments.checkpoint), recipe, fresh=arguments.fresh)
+        row = moved(result, recipe, source)
+        level = row["source_score"]
+        records.append("transfer", [row])
+        Console().print(result)
+    for system in mine.scratch:
+        row = from_scratch(system, with_train(recipe, lr=mine.rate or recipe.train.lr), level, source)
+        records.append("transfer", [row])
+        Console().print(f"{row['variant']}: {row['start_score']:.1f} to {row['end_score']:.1f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N docume
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -115,35 +116,61 @@ def backward(
 ) -> Tensor:
     """Loss of a batch, with its gradient added to the parameters.
 
-    With a micro batch size the representations are cached (GradCache, arXiv 2101.06983), so that memory holds one
-    micro batch's activations while the negatives stay those of the whole batch:
-
-    1. embed every micro batch without gradient, remembering the random state,
-    2. loss of all embeddings, and its gradient with respect to them,
-    3. embed every micro batch again, with gradient and the same random state, and hand that gradient on.
+    With a micro batch size the representations are cached (see `cached_backward`), so that memory holds one micro
+    batch's activations while the negatives stay those of the whole batch.
     """
     requests = batch_requests(batch)
+
+    def loss_of(embeddings: Tensor) -> Tensor:
+        return contrastive_loss(embeddings, batch, config, accelerator)
+
     if micro_batch_size is None or micro_batch_size >= len(batch.queries):
         with accelerator.autocast():
-            loss = contrastive_loss(embed(requests), batch, config, accelerator)
+            loss = loss_of(embed(requests))
         accelerator.backward(loss)
         return loss.detach()
-    parts = list(chunks(len(requests.texts), micro_batch_size * len(requests.texts) // len(batch.queries)))
+    size = micro_batch_size * len(requests.texts) // len(batch.queries)
+    return cached_backward(embed, requests, size, loss_of, accelerator.autocast, accelerator.backward)
+
+
+def cached_backward(
+    embed: Embed,
+    requests: Requests,
+    size: int,
+    loss_of: Callable[[Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    backward: Callable[[Tensor], None],
+) -> Tensor:
+    """Loss of all requests, its gradient added with `size` texts in memory at a time (GradCache, arXiv 2101.06983).
+
+    1. embed every part without gradient, remembering the random state,
+    2. loss of all embeddings, and its gradient with respect to them,
+    3. embed every part again, with gradient and the same random state, and hand that gradient on.
+
+    Args:
+        embed: requests to embeddings `[S, B, D]`.
+        requests: B texts.
+        size: texts of a part.
+        loss_of: scalar loss of the embeddings of all requests.
+        autocast: a new context of the step's precision.
+        backward: what takes the place of `Tensor.backward`.
+    """
+    parts = list(chunks(len(requests.texts), size))
     states, cached = [], []
     for part in parts:  # 1
         states.append(random_state())
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast():
             cached.append(embed(requests.part(part)))
     embeddings = torch.cat(cached, dim=1).requires_grad_()
-    with accelerator.autocast():  # 2
-        loss = contrastive_loss(embeddings, batch, config, accelerator)
+    with autocast():  # 2
+        loss = loss_of(embeddings)
     (gradient,) = torch.autograd.grad(loss, embeddings)
     after = random_state()
     for part, state in zip(parts, states, strict=True):  # 3
         set_random_state(state)
-        with accelerator.autocast():
+        with autocast():
             again = embed(requests.part(part))
-        accelerator.backward((again * gradient[:, part]).sum())
+        backward((again * gradient[:, part]).sum())
     set_random_state(after)
     return loss.detach()
 

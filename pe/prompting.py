@@ -59,12 +59,8 @@ class PromptingLLM(nn.Module):
         self.logit_scale = logit_scale(model)
         self.check_generation()
         if config.trainable == "lora":
-            settings = config.lora
             model.requires_grad_(False)
-            model.add_adapter(
-                lora_config(settings),
-                ADAPTER,
-            )
+            model.add_adapter(lora_config(config.lora), ADAPTER)
         model.get_input_embeddings().requires_grad_(False)
         model.get_output_embeddings().requires_grad_(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import lengths, memory, quality, records, report, step
+from bench import lengths, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
-from bench.cases import CASES, VARIANTS, IdTokenizer, Setting, Shape, trainable
+from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
+from bench.flops import step_flops
 from bench.lengths import Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
 from pe.config import load_recipe
@@ -63,6 +66,10 @@ def test_workload_means_are_weighted() -> None:
     assert [batch.padded_tokens for batch in real.batches] == [3 * 5 + 3 * 3, 3 * 6 + 3 * 12]
     assert lengths.interleaved(SETS, 6) == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1)]
     assert workload("fixed", TOY).padding_share == 0
+    (long,) = workload("long", CASES["tiny"]).batches
+    assert long.lengths == ([512] * 16, [512] * 16)
+    many = workload("real", dataclasses.replace(TOY, queries=6)).batches[0]
+    assert many.lengths[0] == [3, 5, 2, 4, 3, 5]
 
 
 def test_lora_and_prompt_embedder_read_the_same_texts() -> None:
@@ -92,19 +99,52 @@ def test_a_step_trains_the_same_loss(variant: str) -> None:
 def test_the_forms_of_lora_take_the_same_step() -> None:
     load = workload("real", TOY)
     losses = []
-    for form in ("lora-padded", "lora-checkpointed", "lora-packed"):
+    for form in ("lora-padded", "lora-checkpointed", "lora-packed", "lora-cached"):
         taken = step.prepare(TOY, form, load, CPU)
         taken.model.eval()
         losses.append(taken(load.batches[1]))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+        losses.append(taken(load.batches[1]))
+    assert losses[::2] == pytest.approx([losses[0]] * 4, rel=1e-4)
+    assert losses[1::2] == pytest.approx([losses[1]] * 4, rel=1e-4)
 
 
 def test_turns_rotate() -> None:
     order: list[str] = []
     steps = {name: lambda _, name=name: order.append(name) for name in "abc"}
     times = step.time_rounds(steps, workload("fixed", TOY), 2)
-    assert "".join(order) == "cab" + "abc" + "bca"
+    assert "".join(order) == "abc" + "bca"
     assert [len(found) for found in times.values()] == [2, 2, 2]
+
+
+def test_a_variant_without_memory_is_a_row(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, whole = workload("fixed", TOY), step.prepare
+
+    def prepare(case: Case, variant: str, *others: Any) -> step.TrainingStep:
+        if variant == "lora-padded":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return whole(case, variant, *others)
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    found = step.measure(TOY, load, ["lora-padded", "pe-suffix"], 1, CPU)
+    assert found[0]["failed"] == "CUDA out of memory."
+    assert 0 < step.use(found[1]) < 1
+    assert step.table(found).row_count == 2
+    monkeypatch.setattr(report, "MEASURED", ("toy",))
+    records.append("step", found)
+    assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in report.render_step(results)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_are_those_that_run(variant: str) -> None:
+    """Nothing is padded here, so only recomputation and what the formulas leave out stand between the two."""
+    case = dataclasses.replace(CASES["tiny"], queries=4)
+    load = workload("fixed", case)
+    taken, (batch,) = step.prepare(case, variant, load, CPU), load.batches
+    with FlopCounterMode(display=False) as counter:
+        taken(batch)
+    recomputed = {"lora-checkpointed": 1.5, "lora-cached": 1.5}.get(variant, 1.0)
+    expected = step_flops(taken.model, batch.requests) * recomputed
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
 
 
 def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +153,7 @@ def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFi
     assert "(b) LoRA" in shown
     assert "toy, mixed" in shown
     found = records.read("step", results)
-    assert len(found) == 3 * len(VARIANTS)
+    assert len(found) == 4 * len(VARIANTS)
     first = found[0]
     assert first["ms"]["p20"] <= first["ms"]["median"] <= first["ms"]["p80"]
     assert {"hardware", "versions", "commit", "dirty", "date", "run", "dtype", "sizes"} <= first.keys()
@@ -195,24 +235,43 @@ def write_sts(folder: Path) -> None:
     (folder / "eval" / "stsb_dev.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_quality_trains_and_scores_every_system(
-    tiny_models: Path, tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+def test_quality_tunes_trains_and_scores(
+    tiny_models: Path,
+    tmp_path: Path,
+    results: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_sts(tmp_path / "tasks")
     file = write_recipe(tiny_models, tmp_path, train__steps=2)
     overrides = ["--evaluate.tasks=[PE-STSb-dev]", f"--evaluate.data={tmp_path / 'tasks'}"]
     systems = ["pe", "static", "lora-mean"]
-    quality.main(
-        ["--recipe", str(file), "--seeds", "0", "1", "--systems", *systems, "--rates", "static=0.1", *overrides]
-    )
-    assert "PE, trained" in capsys.readouterr().out
+    command = ["--recipe", str(file), "--systems", *systems, *overrides]
+    monkeypatch.setattr(quality, "TUNING_STEPS", 2)
+    quality.main([*command, "--tune", "1e-3", "2e-1"])
+    tuned = records.read("tuning", results)
+    assert [(row["system"], row["rate"]) for row in tuned] == [(name, rate) for name in systems for rate in (1e-3, 0.2)]
+    best = max((row for row in tuned if row["system"] == "pe"), key=lambda row: row["mean"])["rate"]
+
+    run = [*command, "--seeds", "0", "1", "--rates", "static=0.1", "--data", str(tmp_path / "tasks")]
+    quality.main(run)
+    assert "PE, suffix, reader, seed 1" in capsys.readouterr().out
     found = records.read("quality", results)
-    assert len(found) == 2 + 2 * len(systems) + len(systems)
+    assert len(found) == len(quality.FROZEN) + 1 + 2 * len(systems)
     by_name = {(record["variant"], record["seed"]): record for record in found}
-    assert by_name["static prompts (control), trained", 1]["rate"] == 0.1
-    assert by_name["LoRA, mean, trained", 0]["seconds"] > 0
-    assert by_name["PE, untrained", 0]["seconds"] is None
-    assert "| PE, trained | " in report.render_quality(results)
+    assert by_name["static prompts, reader (control)", 1]["rate"] == 0.1
+    assert by_name["PE, suffix, reader", 1]["rate"] == best
+    assert by_name["LoRA, mean", 0]["cpu_seconds"] > 0
+    assert by_name["PE, suffix, reader, untrained", 0]["seconds"] is None
+    assert by_name["LoRA, mean", 0]["unseen"] == by_name["LoRA, mean", 0]["mean"]
+    page = quality.render(results)
+    assert "| PE, suffix, reader | " in page
+    assert "| 100% |" in page
+    quality.draw(results, tmp_path / "plots")
+    assert [path.suffix for path in (tmp_path / "plots").iterdir()] == [".svg"]
+
+    quality.main([*run, "--resume"])
+    assert len(records.read("quality", results)) == len(found)
 
 
 @pytest.mark.parametrize("name", quality.SYSTEMS)
@@ -245,7 +304,8 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
 
     times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "pe-suffix": 100.0}
     spreads = {name: {"median": ms, "p20": ms - 1, "p80": ms + 1} for name, ms in times.items()}
-    records.append("step", [fake(name, ms=ms, rounds=5) for name, ms in spreads.items()])
+    rates = {"flops": 5e9, "product_flops_per_s": 1e11}
+    records.append("step", [fake(name, ms=ms, rounds=5, **rates) for name, ms in spreads.items()])
     above = {"lora-padded": {"above_mib": 100.0}, "pe-suffix": {"above_mib": 31.0}}
     sizes = {"loaded_mib": 50.0, "peak_mib": 150.0, "interval_ms": 2.0, "longest_gap_ms": 3.0}
     found = [fake(name, memory={**sizes, **memory}) for name, memory in above.items()]
@@ -253,22 +313,24 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], page=page, folder=results) == 1
     report.main([], page=page, folder=results)
     text = page.read_text()
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 3.00 | 4.00 |" in text
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 |" in text
     assert "| tiny, fixed | 3.00 | 4.00 | - | - | 0.31 | - |" in text
     assert "| PE, suffix | 31 | 0.31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
 
     monkeypatch.setattr(records, "run_id", lambda: "later")
     records.append("step", [fake("pe-suffix", ms=spreads["pe-suffix"], rounds=5)])
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | - | - |" in report.render_step(results)
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | - | - | - |" in report.render_step(results)
 
 
-def test_page_shows_transfer_and_kernels(results: Path) -> None:
+def test_page_shows_transfer_and_kernels(results: Path, tmp_path: Path) -> None:
     reached = {"0.95": [12, 3.4], "0.99": None}
     scores = {"source_score": 60.0, "start_score": 40.0, "end_score": 58.0}
     moved = {"source": "one", "target": "two", "variant": "W alone", "seed": 0, "reached": reached, **scores}
-    records.append("transfer", [moved])
-    assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 12 steps, 3 s | not reached |" in report.render_transfer(results)
+    records.append("transfer", [moved | {"curve": [(0, 0.0, 40.0), (20, 7.0, 58.0)]}])
+    assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 7 | 12 steps, 3 s | not reached |" in transfer.render(results)
+    transfer.draw(results, tmp_path / "plots")
+    assert (tmp_path / "plots" / "transfer-one-to-two.svg").read_text().count("level: one") == 1
     resources = {"registers": 128, "spills": 0, "shared": 4096, "matrix": "wgmma", "dtype": "bf16", "case": "default"}
     records.append("kernels", [{"op": "pool", "kernel": "pool_normalize", "target": "sm_90", **resources}])
     assert "| `pool_normalize`, default | 128 / 4 / 0 wgmma |" in report.render_kernels(results)
@@ -288,9 +350,9 @@ def test_the_page_of_the_repository_is_not_stale(monkeypatch: pytest.MonkeyPatch
 
 def test_spread_and_scores() -> None:
     assert records.spread([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
-    assert report.mean_and_spread([46.0, 47.0]) == "46.5 (46.0 to 47.0)"
-    assert report.mean_and_spread([46.0, 46.0]) == "46.0"
-    assert report.mean_and_spread([46.0, None]) == "-"
+    assert quality.mean_and_spread([46.0, 47.0]) == "46.5 (46.0 to 47.0)"
+    assert quality.mean_and_spread([46.0, 46.0]) == "46.0"
+    assert quality.mean_and_spread([46.0, None]) == "-"
 
 
 class FakeBenchmark:

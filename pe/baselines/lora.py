@@ -60,11 +60,7 @@ class LoraEmbedder(nn.Module):
         self.config, self.backbone = config, backbone
         self.name = f"lora-{short_name(backbone.name)}-{config.pooling}"
         self.truncation = Truncation()
-        settings = config.lora
-        backbone.model.add_adapter(
-            lora_config(settings),
-            ADAPTER,
-        )
+        backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
         if config.form == "checkpointed":
             backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.train(self.training)
