@@ -17,6 +17,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTraine
 from pe import attention
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.config import BackboneConfig, LoraSettings
+from pe.final_norm import NormOptions, find_final_norm
+from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained, lora_config
 from pe.packing import Segments, pack
@@ -70,6 +72,7 @@ class Backbone(nn.Module):
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         self.stock_attention: str = model.config._attn_implementation
         self.position_limit = position_limit(model.config.get_text_config())
+        self.final_norm = find_final_norm(self.model)
         self.check_parity()
 
     @classmethod
@@ -134,7 +137,7 @@ class Backbone(nn.Module):
             keep: return this pass's own keys and values.
 
         Returns:
-            final hidden states `[T, D]`, after the model's final norm, and the kept keys and values.
+            hidden states `[T, D]` for `pool`, which applies the final norm, and the kept keys and values.
         """
         plan = AttentionPlan(segments, context, keep=keep)
         offsets = context.segments.lengths if context else (0,) * len(segments)
@@ -142,6 +145,26 @@ class Backbone(nn.Module):
             plan.context_index = torch.tensor(context_index, dtype=torch.int32, device=rows.device)
             offsets = tuple(offsets[i] for i in context_index)
         return self._run(rows, plan, offsets), self._kept(plan)
+
+    def pool(
+        self,
+        hidden: Tensor,
+        segments: Segments,
+        mode: Mode = "mean",
+        *,
+        token_weights: Tensor | None = None,
+        normalize: bool = True,
+    ) -> Tensor:
+        """Final norm, pooling of each text and L2 normalisation of `forward`'s states `[T, D]`: `[B, D]` float32."""
+        norm = self.final_norm.options if self.final_norm else NormOptions()
+        return pool_normalize(
+            hidden,
+            segments.cu_seqlens,
+            mode=mode,
+            token_weights=token_weights,
+            normalize=normalize,
+            **norm._asdict(),
+        )
 
     @torch.no_grad()
     def read(self, texts: Sequence[Sequence[int]]) -> KeyValues:
@@ -178,9 +201,9 @@ class Backbone(nn.Module):
             torch.tensor(segments.lengths, device=rows.device), output_size=segments.total
         )
         self.model.set_attn_implementation(attention.NAME)
-        output = self.model(
-            inputs_embeds=rows[None], position_ids=(segments.positions + before)[None], use_cache=False, plan=plan
-        )
+        positions = (segments.positions + before)[None]
+        with self.final_norm.left_out() if self.final_norm else contextlib.nullcontext():
+            output = self.model(inputs_embeds=rows[None], position_ids=positions, use_cache=False, plan=plan)
         return output.last_hidden_state[0]
 
     def _kept(self, plan: AttentionPlan) -> KeyValues | None:
@@ -190,10 +213,7 @@ class Backbone(nn.Module):
 
     def add_reader(self, settings: LoraSettings) -> None:
         """Put LoRA adapters on every linear layer; they start as the identity and are the only trainable weights."""
-        self.model.add_adapter(
-            lora_config(settings),
-            READER,
-        )
+        self.model.add_adapter(lora_config(settings), READER)
         self.train(self.training)
 
     def load_reader(self, folder: Path) -> None:
@@ -248,6 +268,7 @@ class Backbone(nn.Module):
             ids, segments = pack(soft, self.device)
             rows, context = self.token_rows(ids), self.read(texts)
             packed, _ = self(rows, segments, context=context)
+            packed = self.pool(packed, Segments((1,) * segments.total, self.device), normalize=False)
             self(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
             masks = self._masks(rows[:2])
         except torch.OutOfMemoryError:

@@ -38,7 +38,6 @@ from pe.alignment import (
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.config import ModelConfig, model_config_from_dict, to_dict
-from pe.kernels.pool_normalize import pool_normalize
 from pe.loading import load_pretrained
 from pe.packing import Segments, by_length, inverse, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
@@ -233,7 +232,7 @@ class PromptEmbedder(nn.Module):
         index: Sequence[int],
         context_index: Sequence[int] | None = None,
     ) -> Tensor:
-        """The K-token pass of the suffix layout: final states `[B, K, D]` of prompt `index[b]` behind segment b."""
+        """The K-token pass of the suffix layout: states `[B, K, D]` of prompt `index[b]` behind segment b."""
         k = prompts.prompts.shape[1]
         ids = self._soft_ids(index, k)
         rows = self.backbone.prompt_rows(ids, prompts.prompts, prompts.weight)
@@ -246,7 +245,7 @@ class PromptEmbedder(nn.Module):
         count, k = states.shape[:2]
         segments = Segments((k,) * count, states.device)
         mode: Literal["last", "mean"] = "last" if self.config.pooling == "last" else "mean"
-        return pool_normalize(states.flatten(0, 1), segments.cu_seqlens, mode=mode)
+        return self.backbone.pool(states.flatten(0, 1), segments, mode)
 
     def _embed_behind_prefix(
         self, requests: Requests, ids: list[list[int]], prompts: AlignedPrompts, index: list[int]
@@ -271,7 +270,7 @@ class PromptEmbedder(nn.Module):
             self.backbone.token_rows(flat), texts, context=prefix, context_index=[place[n] for n in index]
         )
         mode: Literal["last", "mean"] = "last" if self.config.pooling == "last" else "mean"
-        return pool_normalize(hidden, texts.cu_seqlens, mode=mode)
+        return self.backbone.pool(hidden, texts, mode)
 
     def _soft_ids(self, index: Sequence[int], k: int) -> Tensor:
         """Negative ids of the K rows of each prompt (see `kernels/prompt_rows.py`), `[B * K]`."""

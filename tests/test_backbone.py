@@ -14,6 +14,7 @@ from pe import attention
 from pe.attention import AttentionPlan
 from pe.backbone import Backbone, UnsupportedBackbone, position_limit
 from pe.config import BackboneConfig, LoraSettings
+from pe.final_norm import find_final_norm
 from pe.packing import Segments, pack
 from tests.tiny import SIZES, VOCABULARY, byte_tokenizer, decoder, randomise
 
@@ -78,6 +79,11 @@ def stock_states(model: Backbone, before: Tensor, after: Tensor) -> Tensor:
     return model.model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, len(before) :]
 
 
+def final_states(model: Backbone, hidden: Tensor) -> Tensor:
+    """Each row behind the final norm, which `forward` leaves to pooling."""
+    return model.pool(hidden, Segments((1,) * len(hidden), model.device), normalize=False)
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -89,6 +95,7 @@ def test_further_architectures_are_exact(name: str) -> None:
     soft = soft_rows(model, len(texts), 3).requires_grad_()
     weights = torch.randn(12, model.hidden_size)
     packed, _ = model(soft.flatten(0, 1).clone(), Segments((3,) * 4, model.device), context=model.read(texts))
+    packed = final_states(model, packed)
     (ours,) = torch.autograd.grad((packed * weights).sum(), soft)
     embed = model.model.get_input_embeddings()
     stock = torch.cat([stock_states(model, embed(torch.tensor(t)), s) for t, s in zip(texts, soft, strict=True)])
@@ -248,6 +255,7 @@ def test_prefix_context_is_shared_by_index() -> None:
     _, context = model(model.token_rows(ids), segments, keep=True)
     ids, segments = pack(texts, model.device)
     got, _ = model(model.token_rows(ids), segments, context=context, context_index=index)
+    got = final_states(model, got)
     rows = [model.token_rows(torch.tensor(t)) for t in texts]
     leads = [model.token_rows(torch.tensor(lead[i])) for i in index]
     expected = torch.cat([stock_states(model, a, b) for a, b in zip(leads, rows, strict=True)])
@@ -320,3 +328,41 @@ def test_reader_is_off_in_the_text_pass_only() -> None:
 def test_a_name_that_leads_nowhere(tmp_path: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no model there; tried the folder .*nowhere and the model h"):
         Backbone.from_pretrained(BackboneConfig(model=str(tmp_path / "nowhere")), torch.device("cpu"))
+
+
+NORMS = {
+    "llama": ("rms", 0.0),
+    "gemma2": ("rms", 1.0),
+    "gpt2": ("layer", 0.0),
+    "gpt_neox": ("layer", 0.0),
+}
+
+
+@pytest.mark.parametrize("architecture", NORMS)
+def test_final_norm_is_recognised(architecture: str) -> None:
+    """Weights away from their initial ones and zeros: a norm that starts as the identity says little."""
+    model = backbone(architecture)
+    assert model.final_norm
+    assert (model.final_norm.kind, model.final_norm.shift) == NORMS[architecture]
+    nn.init.normal_(model.final_norm.module.weight)
+    stock = torch.cat([model.stock_forward(ids) for ids in ([1, 2, 3], [4, 5])])
+    ids, segments = pack([[1, 2, 3], [4, 5]], model.device)
+    hidden, _ = model(model.token_rows(ids), segments)
+    assert relative(final_states(model, hidden), stock) < 1e-5
+    assert model.final_norm.module is getattr(model.model, model.final_norm.name)
+
+
+def test_a_norm_of_another_formula_stays_in_the_model() -> None:
+    class Halved(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    model = backbone("llama").model
+    model.norm = Halved(model.norm)
+    assert find_final_norm(model) is None
+    model.second = nn.LayerNorm(model.config.hidden_size)
+    assert find_final_norm(model) is None

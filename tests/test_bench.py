@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import lengths, memory, quality, records, report, step, transfer
+from bench import largest, lengths, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
 from bench.flops import step_flops
 from bench.lengths import Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
 from pe.config import load_recipe
-from pe.model import PromptEmbedder
+from pe.model import PromptEmbedder, Requests
 from tests.test_train import write_recipe
 
 CPU = Setting.of("cpu")
@@ -375,3 +375,40 @@ def test_benchmark_says_what_it_ran_on() -> None:
     assert (benchmark.group, benchmark.calls) == ("toy, real", 1)
     assert benchmark.extra_info["hardware"]["gpu"] is None or torch.cuda.is_available()
     assert benchmark.extra_info["sizes"]["queries"] == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 64, 1000])
+def test_largest_batch_is_found(limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= limit
+
+    found = largest.largest(fits, most=512)
+    assert found <= limit
+    assert limit == 1000 or limit - found <= max(1, found // 8)
+    assert found == 512 or limit < 1000
+    assert len(asked) < 20
+
+
+def test_a_batch_that_does_not_fit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = step.prepare(TOY, "pe-suffix", workload("long", TOY), CPU)
+    sizes: list[int] = []
+
+    def forward(requests: Requests) -> torch.Tensor:
+        sizes.append(len(requests.texts))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert largest.batch_fits(taken, TOY, "fixed", 2)
+    monkeypatch.setattr(taken.model, "forward", forward)
+    assert not largest.batch_fits(taken, TOY, "long", 3)
+    assert sizes == [6]
+
+
+def test_largest_batch_is_rendered_and_needs_a_gpu(results: Path) -> None:
+    assert largest.render(results) == "GPU: not yet measured."
+    records.append("largest", [fake("pe-suffix", gib=24, queries=96, tokens=24_576)])
+    assert "| PE, suffix | 96 (24,576) |" in largest.render(results)
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        largest.main(["--cases", "toy", "--device", "cpu"])

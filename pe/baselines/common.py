@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pe.kernels.pool_normalize import pool_normalize
+from pe.backbone import Backbone
 from pe.loading import TextTokenizer
 from pe.model import Requests, Truncation
 from pe.packing import Segments, token_batches
@@ -78,18 +78,18 @@ class Templates:
         return [reading for reading in readings if reading is not None]
 
 
-def pool(hidden: Tensor, readings: Sequence[Reading], pooling: Pooling) -> Tensor:
+def pool(backbone: Backbone, hidden: Tensor, readings: Sequence[Reading], pooling: Pooling) -> Tensor:
     """L2-normalised embeddings `[N, D]` of packed states `[T, D]`: mean over the text alone, or the last token."""
     segments = Segments(tuple(map(len, readings)), hidden.device)
     if pooling == "last":
-        return pool_normalize(hidden, segments.cu_seqlens, mode="last")
+        return backbone.pool(hidden, segments, "last")
     if not any(reading.start for reading in readings):
-        return pool_normalize(hidden, segments.cu_seqlens, mode="mean")
+        return backbone.pool(hidden, segments, "mean")
     starts = torch.tensor([reading.start for reading in readings], device=hidden.device)
     lengths = torch.tensor(segments.lengths, device=hidden.device)
     first = starts.repeat_interleave(lengths, output_size=segments.total)
     weights = (segments.positions >= first).float()
-    return pool_normalize(hidden, segments.cu_seqlens, mode="weighted", token_weights=weights)
+    return backbone.pool(hidden, segments, "weighted", token_weights=weights)
 
 
 def encode(

@@ -87,4 +87,4 @@ class FrozenEncoder:
         ids, segments = pack([reading.ids for reading in readings], self.backbone.device)
         with self.backbone.reader_off():
             hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
-        return pool(hidden, readings, self.pooling)
+        return pool(self.backbone, hidden, readings, self.pooling)

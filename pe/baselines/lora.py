@@ -117,7 +117,7 @@ class LoraEmbedder(nn.Module):
         """`[B, D]` of readings that stand sorted by length, without padding."""
         ids, segments = pack([reading.ids for reading in readings], self.device)
         hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
-        return pool(hidden, readings, self.config.pooling)
+        return pool(self.backbone, hidden, readings, self.config.pooling)
 
     def _padded(self, readings: Sequence[Reading]) -> Tensor:
         """`[B, D]` of readings padded on the right to the longest."""
