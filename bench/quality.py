@@ -46,10 +46,11 @@ class System(Trainable, TextEncoder, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A system: its row's title, and how it is built for a recipe."""
+    """A system: its row's title, how it is built for a recipe, and how often it takes the recipe's steps."""
 
     title: str
     build: Callable[[Recipe, torch.device], System]
+    times: int = 1
 
 
 class Row(NamedTuple):
@@ -98,6 +99,7 @@ BOTH = "instruction_and_text"
 PREFIX = {"layout": "prefix", "pooling": "mean_text", "reader": "none"}
 SYSTEMS = {
     "pe": Entry(title="PE, suffix, reader", build=build_pe()),
+    "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(), times=4),
     "pe-no-reader": Entry(title="PE, suffix", build=build_pe(reader="none")),
     "pe-text": Entry(title="PE, suffix, reader, text read", build=build_pe(conditioning=BOTH)),
     "pe-text-no-reader": Entry(title="PE, suffix, text read", build=build_pe(reader="none", conditioning=BOTH)),
@@ -236,8 +238,9 @@ def measure(
         keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
     for seed in seeds:
         for system in systems:
-            rate = rates.get(system) or best_rate(system, recipe, name)
-            keep(train_one, system, SYSTEMS[system].title, with_train(recipe, seed=seed, lr=rate))
+            rate, steps = rates.get(system) or best_rate(system, recipe, name), recipe.train.steps
+            own = with_train(recipe, seed=seed, lr=rate, steps=steps * SYSTEMS[system].times)
+            keep(train_one, system, SYSTEMS[system].title, own)
 
 
 def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
