@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import plots, quality, records, transfer
+from bench import encoding, largest, plots, quality, records, scaling, transfer
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
 from bench.markdown import NOT_YET, gpu_line, grid, share, where
@@ -159,13 +159,16 @@ SECTIONS: dict[str, Render] = {
     "headline": render_headline,
     "step": render_step,
     "memory": render_memory,
+    "largest": largest.render,
+    "scaling": scaling.render,
+    "encoding": encoding.render,
     "quality": quality.render,
     "transfer": transfer.render,
     "kernels": render_kernels,
 }
 
 
-DRAWN = (quality, transfer)
+DRAWN = (scaling, quality, transfer)
 """Modules whose section shows plots."""
 PLOT = re.compile(r"\]\((bench/plots/[^)]+)\)")
 
