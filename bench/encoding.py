@@ -29,10 +29,11 @@ from bench.records import Record
 from pe.backbone import PROBE_TOLERANCE, Backbone
 from pe.baselines.common import INSTRUCT, Floats
 from pe.baselines.frozen import FrozenEncoder
-from pe.config import ModelConfig, load_recipe
+from pe.config import ModelConfig
 from pe.data import read_jsonl
 from pe.loading import quiet
 from pe.model import PromptEmbedder
+from pe.recipes import load_recipe
 
 SOURCES = {
     "data/eval/medquad/corpus.jsonl.xz": ("text",),

@@ -21,7 +21,6 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.cases import ROOT, Case
-from pe.config import load_recipe
 from pe.data import BatchPlan, load_dataset
 from pe.loading import TextTokenizer
 from pe.model import Instruction, Requests
@@ -99,6 +98,8 @@ class Workload:
 
 def measure(recipe_file: Path) -> dict[str, object]:
     """Lengths of every data set's first batch under the recipe's templates, tokenizer and limit."""
+    from pe.recipes import load_recipe  # needs a package that batches do not
+
     recipe = load_recipe(recipe_file)
     name = recipe.model.backbone.model
     tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(name))

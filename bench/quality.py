@@ -32,11 +32,12 @@ from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
-from pe.config import AlignmentConfig, LoraSettings, Recipe, load_recipe
+from pe.config import AlignmentConfig, LoraSettings, Recipe
 from pe.evaluate import Scores, score
 from pe.integrations.mteb import TextEncoder
 from pe.loading import quiet
 from pe.model import Instruction, PromptEmbedder
+from pe.recipes import load_recipe
 from pe.train import Trainable, build_accelerator, build_plan, fit
 
 

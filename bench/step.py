@@ -7,8 +7,9 @@ backbone, texts, batch, type and loss; they take turns round by round, so that a
 from __future__ import annotations
 
 import argparse
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -129,8 +130,26 @@ def product_rate(setting: Setting, size: int) -> float:
     return 2 * size**3 / min(spent)
 
 
-def measure(case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting) -> list[records.Record]:
-    """Records of one case and distribution, one a variant; a variant that runs out of memory says so in its record."""
+def measure(
+    case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting
+) -> Iterator[list[records.Record]]:
+    """Records of one case and distribution, one a variant, as they are had.
+
+    On a CPU the variants take turns, so that a machine that slows down slows all; on a GPU, whose memory may hold one
+    of them alone, they come one after another.
+    """
+    groups = [variants] if setting.device.type == "cpu" else [[name] for name in variants]
+    for group in groups:
+        yield measure_together(case, load, group, rounds, setting)
+        if setting.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def measure_together(
+    case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting
+) -> list[records.Record]:
+    """Records of variants that take turns; one that runs out of memory says so in its record."""
     common = {**describe(case, load, setting), "rounds": rounds}
     steps, flops, found = {}, {}, []
     for name in variants:
@@ -202,9 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
             load = workload(cast(Distribution, distribution), CASES[name])
-            found = measure(CASES[name], load, arguments.variants, arguments.rounds, setting)
-            if not arguments.dry:
-                records.append("step", found)
+            found = []
+            for group in measure(CASES[name], load, arguments.variants, arguments.rounds, setting):
+                found += group
+                if not arguments.dry:
+                    records.append("step", group)
             Console().print(table(found))
 
 

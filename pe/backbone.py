@@ -21,7 +21,7 @@ from pe.final_norm import NormOptions, find_final_norm
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained, lora_config
-from pe.packing import Segments, pack
+from pe.packing import Segments, pack, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         plan = AttentionPlan(segments, context, keep=keep)
         offsets = context.segments.lengths if context else (0,) * len(segments)
         if context and context_index is not None:
-            plan.context_index = torch.tensor(context_index, dtype=torch.int32, device=rows.device)
+            plan.context_index = to_device(torch.tensor(context_index, dtype=torch.int32), rows.device)
             offsets = tuple(offsets[i] for i in context_index)
         return self._run(rows, plan, offsets), self._kept(plan)
 
@@ -197,8 +197,8 @@ class Backbone(nn.Module):
                 f" {self.position_limit} only (beyond them they are missing, or depend on the longest text of a batch);"
                 " lower max_length"
             )
-        before = torch.tensor(offsets, device=rows.device).repeat_interleave(
-            torch.tensor(segments.lengths, device=rows.device), output_size=segments.total
+        before = to_device(offsets, rows.device).repeat_interleave(
+            to_device(segments.lengths, rows.device), output_size=segments.total
         )
         self.model.set_attn_implementation(attention.NAME)
         positions = (segments.positions + before)[None]

@@ -1,26 +1,12 @@
-"""Recipes: what a run is made of, as frozen dataclasses read from YAML and the command line.
-
-A recipe is checked twice: the file's keys against the dataclasses (errors name file, line and nearest known key), then
-every value where its dataclass is built.
-"""
+"""What a run is made of, as frozen dataclasses that check their values where they are built."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class RecipeError(ValueError):
@@ -265,112 +251,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _nested_dataclass(annotation: Any) -> type | None:
-    """The dataclass inside an annotation such as `X`, `X | None`, `list[X]`."""
-    if dataclasses.is_dataclass(annotation):
-        return typing.cast(type, annotation)
-    if typing.get_origin(annotation) in (list, tuple, typing.Union, types.UnionType):
-        return next(filter(None, map(_nested_dataclass, typing.get_args(annotation))), None)
-    return None
-
-
-def _problems(node: yaml.Node, annotation: Any, where: str) -> Iterator[tuple[int, str]]:
-    """Line and message of each unknown or repeated key under the dataclass in `annotation`, and of sections without."""
-    kind = _nested_dataclass(annotation)
-    if kind is None:
-        return
-    hints = typing.get_type_hints(kind)
-    name = where or "the recipe"
-    if isinstance(node, yaml.SequenceNode) and annotation is not kind:
-        for number, item in enumerate(node.value):
-            yield from _problems(item, kind, f"{where}[{number}]")
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            line, known = key.start_mark.line + 1, f"Known keys: {', '.join(hints)}"
-            if not isinstance(key, yaml.ScalarNode):
-                yield line, f"expected a key in {name}, got a list or mapping. {known}"
-            elif key.value not in hints:
-                yield line, f"unknown key {key.value!r} in {name}{nearest(key.value, list(hints)) or '.'} {known}"
-            elif key.value in seen:
-                yield line, f"key {key.value!r} stands twice in {name}"
-            else:
-                seen.add(key.value)
-                yield from _problems(value, hints[key.value], f"{where}.{key.value}" if where else key.value)
-    elif annotation is kind:
-        got = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value) if node.value else "nothing"
-        yield node.start_mark.line + 1, f"{name}: expected a mapping of {', '.join(hints)}, got {got}"
-
-
-def read_yaml(path: Path, kind: type) -> yaml.Node:
-    """The YAML document of a recipe.
-
-    Raises:
-        RecipeError: with file and line, for YAML that does not parse, a key that `kind` does not know, a key given
-            twice, or a section that is no mapping.
-    """
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise RecipeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {error}") from error
-    if node is None:
-        raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}, got nothing")
-    for line, problem in _problems(node, kind, ""):
-        raise RecipeError(f"{path}:{line}: {problem}")
-    return node
-
-
-def _line_of(node: yaml.Node, option: str) -> int | None:
-    """Line of a dotted option in a YAML document, or of the section that holds it."""
-    line = None
-    for name in option.split("."):
-        entries = node.value if isinstance(node, yaml.MappingNode) else []
-        found = next(((key, value) for key, value in entries if key.value == name), None)
-        if found is None:
-            break
-        line, node = found[0].start_mark.line + 1, found[1]
-    return line
-
-
-def build_parser(kind: type, **settings: Any) -> ArgumentParser:
-    """An argument parser with every field of `kind` as an option; errors are raised, not printed."""
-    parser = ArgumentParser(exit_on_error=False, **settings)
-    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
-    parser.add_class_arguments(kind)
-    return parser
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as `--train.steps=50`.
-
-    Raises:
-        RecipeError: unreadable file, unknown key, wrong type or value; the message names file, line or option.
-    """
-    path = Path(path)
-    node = read_yaml(path, Recipe)
-    parser = build_parser(Recipe)
-    for override in overrides:
-        option = override.partition("=")[0]
-        known = [name for action in parser._actions for name in action.option_strings]
-        if option.startswith("--") and option not in known:
-            raise RecipeError(f"unknown option {option}{nearest(option, known)}")
-    try:
-        parsed = parser.parse_args(["--config", str(path), *overrides])
-        parsed.pop("config", None)
-        return Recipe(**vars(parser.instantiate_classes(parsed)))
-    except (ArgumentError, TypeError, ValueError) as error:
-        match = re.match(r'(?:Parser key "|argument --)?([\w.]+)', str(error))
-        option = match[1] if match else ""
-        names = (option, f"model.{option}")
-        given = next((item for item in overrides if item.partition("=")[0].removeprefix("--") in names), None)
-        line = next(filter(None, (_line_of(node, name) for name in names)), None)
-        where = given or (f"{path}:{line}" if line else str(path))
-        raise RecipeError(f"{where}: {error}") from error
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain YAML-ready values."""
     return _plain(dataclasses.asdict(config))
@@ -380,21 +260,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def write_yaml(config: Any, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """A ModelConfig from saved values.
-
-    Raises:
-        RecipeError: a key or value that this version does not know.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModelConfig)
-    try:
-        return ModelConfig(**vars(parser.instantiate_classes(parser.parse_object(values))))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}") from error

@@ -19,6 +19,7 @@ from pe.config import LossConfig
 from pe.data import Batch
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
+from pe.packing import to_device
 
 Embed = Callable[[Requests], Tensor]
 """Requests -> embeddings `[S, B + N, D]`."""
@@ -47,8 +48,8 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
     if too_large := [m for m in config.matryoshka if m > size]:
         raise ValueError(f"loss.matryoshka: expected sizes up to {size}, the backbone's width, got {too_large}")
     count, device = len(batch.queries), embeddings.device
-    query_ids, labels = (torch.from_numpy(x).to(device) for x in (batch.query_ids, batch.labels))
-    ids, document_labels = (torch.from_numpy(x).to(device) for x in (batch.document_ids, batch.document_labels))
+    query_ids, labels = (to_device(torch.from_numpy(x), device) for x in (batch.query_ids, batch.labels))
+    ids, document_labels = (to_device(torch.from_numpy(x), device) for x in (batch.document_ids, batch.document_labels))
     documents, first = embeddings[:, count:].transpose(0, 1), 0
     if accelerator.num_processes > 1:
         documents, first = gather_rows(documents, accelerator)

@@ -37,13 +37,16 @@ from pe.alignment import (
 )
 from pe.attention import KeyValues
 from pe.backbone import Backbone
-from pe.config import ModelConfig, model_config_from_dict, to_dict
+from pe.config import ModelConfig, to_dict
 from pe.loading import load_pretrained
-from pe.packing import Segments, by_length, inverse, token_batches
+from pe.packing import Segments, by_length, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
+from pe.recipes import model_config_from_dict
 
 Side = Literal["query", "document"]
 FORMAT = 1
+SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 1024
+"""Rows of soft tokens that run at once when texts are encoded under many instructions; on a CPU, what caches hold."""
 
 _optimizer_steps = 0
 
@@ -160,7 +163,7 @@ class PromptEmbedder(nn.Module):
             embeddings = self.pool_prompt(states)
         else:
             embeddings = self._embed_behind_prefix(part, ids, prompts, index)
-        return embeddings[inverse(order)]
+        return embeddings[inverse(order, self.device)]
 
     def stepwise(self, requests: Requests) -> Tensor:
         """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout.
@@ -174,7 +177,7 @@ class PromptEmbedder(nn.Module):
         prompts, index = self.write_prompts(part)
         states = self.prompt_states(self.backbone.read(ids), prompts, index)
         steps = [self.pool_prompt(states[:, : k + 1]) for k in range(states.shape[1])]
-        return torch.stack(steps)[:, inverse(order)]
+        return torch.stack(steps)[:, inverse(order, self.device)]
 
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """What the backbone reads of each text, cut to `max_length` tokens and counted."""
@@ -258,13 +261,12 @@ class PromptEmbedder(nn.Module):
         pieces = [
             piece
             for n, row in zip(used, instruction_ids, strict=True)
-            for piece in (torch.tensor(row, device=self.device), self._soft_ids([n], k))
+            for piece in (to_device(row, self.device), self._soft_ids([n], k))
         ]
         segments = Segments(tuple(len(row) + k for row in instruction_ids), self.device)
         rows = self.backbone.prompt_rows(torch.cat(pieces), prompts.prompts, prompts.weight)
         _, prefix = self.backbone(rows, segments, keep=True)
-        flat = torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=self.device)
-        texts = Segments(tuple(map(len, ids)), self.device)
+        flat, texts = pack(ids, self.device)
         place = {n: position for position, n in enumerate(used)}
         hidden, _ = self.backbone(
             self.backbone.token_rows(flat), texts, context=prefix, context_index=[place[n] for n in index]
@@ -274,7 +276,7 @@ class PromptEmbedder(nn.Module):
 
     def _soft_ids(self, index: Sequence[int], k: int) -> Tensor:
         """Negative ids of the K rows of each prompt (see `kernels/prompt_rows.py`), `[B * K]`."""
-        prompts = torch.tensor(index, dtype=torch.int64, device=self.device)
+        prompts = to_device(index, self.device)
         return (-1 - (prompts[:, None] * k + torch.arange(k, device=self.device))).flatten()
 
     def _sorted(self, requests: Requests) -> tuple[list[int], list[list[int]], Requests]:
@@ -363,10 +365,16 @@ class PromptEmbedder(nn.Module):
                 parts.append(self._embed_behind_prefix(requests, ids, prompts, index))
             return torch.stack(parts)
         context = self.backbone.read(ids)
-        requests = Requests(list(texts) * len(wanted), wanted, [n for n in range(len(wanted)) for _ in texts])
-        prompts, index = self._encode_prompts(requests)
-        states = self.prompt_states(context, prompts, index, list(range(count)) * len(wanted))
-        return self.pool_prompt(states).unflatten(0, (len(wanted), count))
+        rows = SOFT_ROWS_CPU if self.device.type == "cpu" else SOFT_ROWS
+        at_once = max(1, rows // (count * self.config.prompter.soft_tokens))
+        parts = []
+        for first in range(0, len(wanted), at_once):
+            group = wanted[first : first + at_once]
+            requests = Requests(list(texts) * len(group), group, [n for n in range(len(group)) for _ in texts])
+            prompts, index = self._encode_prompts(requests)
+            states = self.prompt_states(context, prompts, index, list(range(count)) * len(group))
+            parts.append(self.pool_prompt(states).unflatten(0, (len(group), count)))
+        return torch.cat(parts)
 
     def _encode_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
         if self.config.conditioning == "instruction_and_text":
@@ -497,6 +505,7 @@ class PromptEmbedder(nn.Module):
             FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
             ValueError: another format, or a backbone whose content differs from the one trained on.
         """
+
         path, device = Path(path), torch.device(device)
         saved = read_config(path)
         config = model_config_from_dict(saved["model"], str(path / "config.json"))

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 
+def to_device(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Integers of the host, `int64` where they are no tensor, on `device`: a GPU's stream is not waited for."""
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Where the texts of a packed row begin and end.
@@ -38,13 +44,13 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """Begin of each text and the end of the last, `[B + 1] int32`."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+        return to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of each token in its text, `[T] int64`."""
         ranges = [torch.arange(length) for length in self.lengths]
-        return (torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)).to(self.device)
+        return to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.device)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -60,8 +66,7 @@ class Segments:
 def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Segments]:
     """Token ids one text after another, `[T] int64`, and their segments."""
     flat = [token for text in texts for token in text]
-    ids = torch.tensor(flat, dtype=torch.int64, device=device)
-    return ids, Segments(tuple(map(len, texts)), device)
+    return to_device(flat, device), Segments(tuple(map(len, texts)), device)
 
 
 def by_length(texts: Sequence[Sequence[int]]) -> list[int]:
@@ -69,12 +74,11 @@ def by_length(texts: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(texts)), key=lambda i: len(texts[i]))
 
 
-def inverse(order: Sequence[int]) -> list[int]:
-    """The permutation that undoes `order`."""
-    back = [0] * len(order)
-    for place, index in enumerate(order):
-        back[index] = place
-    return back
+def inverse(order: Sequence[int], device: torch.device) -> Tensor:
+    """The permutation that undoes `order`, as an index `[B] int64`."""
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+    return to_device(back, device)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

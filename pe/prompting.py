@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, embedding_scale, load_pretrained, lora_config
+from pe.packing import to_device
 
 ADAPTER = "prompter"
 TOLERANCE = 1e-4  # relative, of float32 probes
@@ -169,8 +170,8 @@ class PromptingLLM(nn.Module):
 def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
     """Ids, attention mask (None where nothing is padded) and positions, each `[N, L]`."""
     longest = max(map(len, requests))
-    pads = torch.tensor([longest - len(row) for row in requests], device=device)
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in requests], device=device)
+    pads = to_device([longest - len(row) for row in requests], device)
+    ids = to_device([[0] * (longest - len(row)) + list(row) for row in requests], device)
     places = torch.arange(longest, device=device)
     mask = (places >= pads[:, None]).long()
     padded = any(len(row) != longest for row in requests)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pe.config import Recipe, load_recipe, to_dict, write_yaml
+from pe.config import Recipe, to_dict
+from pe.recipes import load_recipe, write_yaml
 
 
 class RunError(ValueError):

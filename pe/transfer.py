@@ -22,10 +22,11 @@ from rich.table import Table
 from pe.alignment import build_alignment
 from pe.backbone import Backbone
 from pe.card import model_card
-from pe.config import Recipe, RecipeError, load_recipe, write_yaml
+from pe.config import Recipe, RecipeError
 from pe.evaluate import Scores, comparison
 from pe.loading import quiet
 from pe.model import PromptEmbedder
+from pe.recipes import load_recipe, write_yaml
 from pe.runs import RunFolder
 from pe.train import History, build_accelerator, build_plan, describe, fit, measurer
 

@@ -18,8 +18,8 @@ from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trai
 from bench.flops import step_flops
 from bench.lengths import Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
-from pe.config import load_recipe
 from pe.model import PromptEmbedder, Requests
+from pe.recipes import load_recipe
 from tests.test_train import write_recipe
 
 CPU = Setting.of("cpu")
@@ -125,7 +125,7 @@ def test_a_variant_without_memory_is_a_row(results: Path, monkeypatch: pytest.Mo
         return whole(case, variant, *others)
 
     monkeypatch.setattr(step, "prepare", prepare)
-    found = step.measure(TOY, load, ["lora-padded", "pe-suffix"], 1, CPU)
+    (found,) = step.measure(TOY, load, ["lora-padded", "pe-suffix"], 1, CPU)
     assert found[0]["failed"] == "CUDA out of memory."
     assert 0 < step.use(found[1]) < 1
     assert step.table(found).row_count == 2

@@ -17,12 +17,10 @@ from pe.config import (
     RecipeError,
     SideTemplates,
     TemplatesConfig,
-    load_recipe,
-    model_config_from_dict,
     nearest,
     to_dict,
-    write_yaml,
 )
+from pe.recipes import load_recipe, model_config_from_dict, write_yaml
 
 GOOD = """\
 output: runs/x

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pe import train as training
-from pe.config import LossConfig, Recipe, TrainConfig, load_recipe
+from pe.config import LossConfig, Recipe, TrainConfig
 from pe.data import Batch, BatchPlan
 from pe.losses import backward, batch_requests, contrastive_loss, cut
 from pe.model import PromptEmbedder
+from pe.recipes import load_recipe
 from pe.runs import RunError, RunFolder, flatten
 from pe.train import TrainingError, embeddings_of, fit, main, rate, train
 from tests.tiny import write_training_data
@@ -270,7 +271,7 @@ import sys, json, torch, dataclasses
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from accelerate import Accelerator
-from pe.config import load_recipe
+from pe.recipes import load_recipe
 from pe.losses import backward
 from pe import train as training
 from tests.test_train import new_model, plan_of

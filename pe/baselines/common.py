@@ -13,14 +13,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pe.backbone import Backbone
 from pe.loading import TextTokenizer
 from pe.model import Requests, Truncation
-from pe.packing import Segments, token_batches
+from pe.packing import Segments, to_device, token_batches
 
 Floats = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last"]
@@ -85,8 +84,8 @@ def pool(backbone: Backbone, hidden: Tensor, readings: Sequence[Reading], poolin
         return backbone.pool(hidden, segments, "last")
     if not any(reading.start for reading in readings):
         return backbone.pool(hidden, segments, "mean")
-    starts = torch.tensor([reading.start for reading in readings], device=hidden.device)
-    lengths = torch.tensor(segments.lengths, device=hidden.device)
+    starts = to_device([reading.start for reading in readings], hidden.device)
+    lengths = to_device(segments.lengths, hidden.device)
     first = starts.repeat_interleave(lengths, output_size=segments.total)
     weights = (segments.positions >= first).float()
     return backbone.pool(hidden, segments, "weighted", token_weights=weights)

@@ -64,7 +64,7 @@ class FrozenEncoder:
         """L2-normalised embeddings `[N, D]` float32, in the order of the texts."""
         readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
         order = by_length([reading.ids for reading in readings])
-        return self._embed([readings[i] for i in order])[inverse(order)]
+        return self._embed([readings[i] for i in order])[inverse(order, self.backbone.device)]
 
     def encode(
         self,

@@ -25,7 +25,7 @@ from pe.baselines.common import Floats, Pooling, Reading, Templates, content_has
 from pe.config import BackboneConfig, LoraSettings
 from pe.loading import lora_config
 from pe.model import Instruction, Requests, Side, Truncation
-from pe.packing import by_length, inverse, pack
+from pe.packing import by_length, inverse, pack, to_device
 
 ADAPTER = "lora"
 Form = Literal["padded", "checkpointed", "packed"]
@@ -96,13 +96,13 @@ class LoraEmbedder(nn.Module):
         readings = self.read(requests)
         if self.config.form == "packed":
             order = by_length([reading.ids for reading in readings])
-            return self._packed([readings[i] for i in order])[inverse(order)]
+            return self._packed([readings[i] for i in order])[inverse(order, self.device)]
         sides: dict[Side, list[int]] = {}
         for place in range(len(readings)):
             sides.setdefault(requests.instruction(place).side, []).append(place)
         order = [place for places in sides.values() for place in places]
         parts = [self._padded([readings[i] for i in places]) for places in sides.values()]
-        return torch.cat(parts)[inverse(order)]
+        return torch.cat(parts)[inverse(order, self.device)]
 
     def read(self, requests: Requests) -> list[Reading]:
         """Instruction and text of each request as token ids, the text cut to `max_length` and counted."""
@@ -122,8 +122,8 @@ class LoraEmbedder(nn.Module):
     def _padded(self, readings: Sequence[Reading]) -> Tensor:
         """`[B, D]` of readings padded on the right to the longest."""
         longest, model = max(map(len, readings)), self.backbone.model
-        ids = torch.tensor([reading.ids + [0] * (longest - len(reading)) for reading in readings], device=self.device)
-        lengths = torch.tensor(list(map(len, readings)), device=self.device)
+        ids = to_device([reading.ids + [0] * (longest - len(reading)) for reading in readings], self.device)
+        lengths = to_device(list(map(len, readings)), self.device)
         places = torch.arange(longest, device=self.device)
         mask = places < lengths[:, None]
         if model.config._attn_implementation != "sdpa":
@@ -131,7 +131,7 @@ class LoraEmbedder(nn.Module):
         states = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [B, L, D]
         if self.config.pooling == "last":
             return F.normalize(states[torch.arange(len(readings), device=self.device), lengths - 1].float(), dim=-1)
-        starts = torch.tensor([reading.start for reading in readings], device=self.device)
+        starts = to_device([reading.start for reading in readings], self.device)
         weights = (mask & (places >= starts[:, None])).float()
         mean = torch.einsum("bl,bld->bd", weights, states.float()) / weights.sum(1, keepdim=True)
         return F.normalize(mean, dim=-1)
