@@ -4,95 +4,32 @@ Peak memory of a training step, every configuration in a process of its own.
 
 On a CPU: the process's resident memory (RSS), sampled in a thread while it takes a few steps, together with the
 operating system's own peak where that grew meanwhile; `above` is the peak less what stands after loading (weights and
-libraries), so it holds gradients, optimiser, activations and workspace. On a GPU: torch's allocated and reserved peaks,
-and the device's used memory by NVML, sampled in a thread.
+libraries), so it holds gradients, optimiser, activations and workspace, but also what the allocator keeps of what was
+freed. Hence the peak of live tensors beside it, counted storage by storage in one more step. On a GPU: torch's allocated
+and reserved peaks, and the device's used memory by NVML, sampled in a thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import resource
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench import records
 from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases
-from bench.lengths import Distribution, workload
+from bench.lengths import Batch, Distribution, Workload, workload
+from bench.scaling import step_bytes
 from bench.step import describe, parser, prepare
+from pe.meters import INTERVAL, MIB, Sampler, device_used, give_back_freed, highest_resident, resident
 
-INTERVAL = 0.002
-MIB = 2**20
 MARK = "bench.memory: "
-
-
-class Sampler(threading.Thread):
-    """The highest value of `read` while it runs, asked every `interval` seconds.
-
-    Attributes:
-        highest: so far.
-        longest_gap: seconds between two samples at most: what is shorter may have been missed.
-    """
-
-    def __init__(self, read: Callable[[], int], interval: float = INTERVAL) -> None:
-        super().__init__(daemon=True)
-        self.read, self.interval = read, interval
-        self.highest, self.samples, self.longest_gap = read(), 1, 0.0
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        last = time.perf_counter()
-        while not self._ended.wait(self.interval):
-            self.highest, self.samples = max(self.highest, self.read()), self.samples + 1
-            now = time.perf_counter()
-            last, self.longest_gap = now, max(self.longest_gap, now - last)
-
-    def __enter__(self) -> Sampler:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self.join()
-
-
-def resident() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
-def highest_resident() -> int:
-    """The operating system's own peak of the process, in bytes (Linux gives KiB, macOS bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def give_back_freed() -> None:
-    """Return freed pages to the system, so that what stands is what is in use."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)
-
-
-def device_used(device: torch.device) -> Callable[[], int]:
-    """Used bytes of the whole GPU by NVML, found by its UUID: what the driver holds is in it."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
 def measure(
@@ -127,7 +64,17 @@ def measure(
         "peak_mib": round(peak / MIB, 1),
         "above_mib": round((peak - before) / MIB, 1),
     }
+    if not on_gpu:
+        del step
+        found["live_mib"] = round(
+            max(live_bytes(case, variant, load, batch, setting) for batch in load.batches) / MIB, 1
+        )
     return {**describe(CASES[case], load, setting), "variant": variant, "passes": passes, "memory": found}
+
+
+def live_bytes(case: str, variant: str, load: Workload, batch: Batch, setting: Setting) -> int:
+    """Peak of live tensors above the loaded model in a step on a batch: what an allocator keeps is not in it."""
+    return step_bytes(prepare(CASES[case], variant, load, setting), batch)[0]
 
 
 def in_fresh_process(case: str, distribution: str, variant: str, passes: int, setting: Setting) -> records.Record:
@@ -153,18 +100,23 @@ def table(found: Sequence[records.Record]) -> Table:
     """The records of one case and distribution, with the share of padded LoRA's memory."""
     first = found[0]
     title = f"{first['case']}, {first['distribution']}: peak memory in MiB"
-    grid = Table("", "above the loaded model", "x (a)", "whole process", "loaded", title=title, title_justify="left")
-    base = {record["variant"]: record["memory"].get("above_mib") for record in found}.get(BASELINE)
+    grid = Table("", "above the loaded model", "x (a)", "process, above", "process", title=title, title_justify="left")
+    base = {record["variant"]: above(record["memory"]) for record in found}.get(BASELINE)
     for record in found:
         name, memory = VARIANTS[record["variant"]].title, record["memory"]
         if "failed" in memory:
             grid.add_row(name, memory["failed"])
             continue
-        share = f"{memory['above_mib'] / base:.2f}" if base else "-"
-        grid.add_row(
-            name, f"{memory['above_mib']:.0f}", share, f"{memory['peak_mib']:.0f}", f"{memory['loaded_mib']:.0f}"
-        )
+        value = above(memory) or 0.0
+        share = f"{value / base:.2f}" if base else "-"
+        grid.add_row(name, f"{value:.0f}", share, f"{memory['above_mib']:.0f}", f"{memory['peak_mib']:.0f}")
     return grid
+
+
+def above(memory: records.Record) -> float | None:
+    """The peak above the loaded model, MiB: of live tensors where they were counted; None for a failed run."""
+    found: float | None = memory.get("live_mib", memory.get("above_mib"))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,12 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for case in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
-            found = [
-                in_fresh_process(case, distribution, variant, arguments.passes, setting)
-                for variant in arguments.variants
-            ]
-            if not arguments.dry:
-                records.append("memory", found)
+            found = []
+            for variant in arguments.variants:
+                found.append(in_fresh_process(case, distribution, variant, arguments.passes, setting))
+                if not arguments.dry:
+                    records.append("memory", found[-1:])
             Console().print(table(found))
 
 

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import encoding, largest, plots, quality, records, scaling, transfer
+from bench import encoding, kernels, largest, plots, quality, records, scaling, transfer
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
 from bench.markdown import NOT_YET, gpu_line, grid, share, where
+from bench.memory import above
 from bench.records import ROOT, Record
 from bench.step import use
 
@@ -96,16 +97,21 @@ def render_memory(folder: Path) -> str:
     parts = []
     for group in measured("memory", folder):
         found = in_order(group)
-        base = next((r["memory"].get("above_mib") for r in found if r["variant"] == BASELINE), None)
+        base = next((above(r["memory"]) for r in found if r["variant"] == BASELINE), None)
+        on_gpu = found[0]["device"] != "cpu"
         rows = []
         for record in found:
             memory, title = record["memory"], VARIANTS[record["variant"]].title
             if "failed" in memory:
-                rows.append([title, f"failed: {memory['failed']}", "", "", ""])
+                rows.append([title, f"failed: {memory['failed']}", "", "", "", "", ""])
                 continue
-            cells = (memory["above_mib"], memory["loaded_mib"], memory["peak_mib"])
-            rows.append([title, f"{cells[0]:,.0f}", share(base, cells[0]), *(f"{cell:,.0f}" for cell in cells[1:])])
-        table = grid(["", "above the loaded model, MiB", "share of (a)", "loaded, MiB", "whole process, MiB"], rows)
+            more = ("allocated_mib", "reserved_mib") if on_gpu else ("live_mib", "above_mib")
+            cells = [memory.get(name) for name in (*more, "loaded_mib", "peak_mib")]
+            shown = ["-" if cell is None else f"{cell:,.0f}" for cell in cells]
+            rows.append([title, f"{above(memory):,.0f}", share(base, above(memory)), *shown])
+        more = ["allocated", "reserved"] if on_gpu else ["live tensors above it", "process above it"]
+        header = ["", "above the loaded model, MiB", "share of (a)", *more, "loaded", "whole process"]
+        table = grid(header, rows)
         gaps = [record["memory"].get("longest_gap_ms", 0.0) for record in found]
         interval = next((r["memory"]["interval_ms"] for r in found if "interval_ms" in r["memory"]), 0.0)
         sampling = f"sampled every {interval:g} ms (longest gap {max(gaps):g} ms)"
@@ -119,9 +125,9 @@ def render_headline(folder: Path) -> str:
     rows = []
     for key in dict.fromkeys([*steps, *memory]):
         times = {record["variant"]: record for record in steps.get(key, []) if "ms" in record}
-        above = {record["variant"]: record["memory"].get("above_mib") for record in memory.get(key, [])}
+        peaks = {record["variant"]: above(record["memory"]) for record in memory.get(key, [])}
         faster = [ratio(times.get(base), times.get(name)) for name in CLAIMED for base in (BASELINE, CHECKPOINTED)]
-        shares = [share(above.get(BASELINE), above.get(name)) for name in CLAIMED]
+        shares = [share(peaks.get(BASELINE), peaks.get(name)) for name in CLAIMED]
         rows.append([key, *faster, *shares])
     suffix = [f"{name}: {value}" for name in CLAIMED.values() for value in ("times (a)", "times (b)")]
     table = grid(["", *suffix, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
@@ -164,6 +170,7 @@ SECTIONS: dict[str, Render] = {
     "encoding": encoding.render,
     "quality": quality.render,
     "transfer": transfer.render,
+    "ops": kernels.render,
     "kernels": render_kernels,
 }
 

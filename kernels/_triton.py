@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.library
@@ -15,6 +17,8 @@ from torch._subclasses.fake_tensor import is_fake
 from pe.kernels._checks import INTERPRETED
 
 LOG2E = 1.4426950408889634
+Config = dict[str, int]  # keyword arguments of a launch: BLOCKs, num_warps, num_stages
+MATMUL_CONFIGS: tuple[Config, ...] = ({"BLOCK_K": 32, "num_stages": 4}, {"num_stages": 4}, {"num_warps": 8})
 
 
 class _Interpreted:
@@ -47,9 +51,62 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, for interpreted kernels too. The name is what torch looks for in an op's source."""
-    return _Interpreted(kernel) if INTERPRETED else torch.library.wrap_triton(kernel)
+class _Tuned:
+    """A kernel that is launched with the fastest of its default and its candidate configurations.
+
+    Timed once a kernel, GPU, dtypes, constants and sizes to a power of two (the arguments in capitals), on the tensors
+    of the first such launch. A traced launch takes the default, a captured one the winner if it is known.
+    """
+
+    winners: ClassVar[dict[tuple[Hashable, ...], Config]] = {}
+
+    def __init__(self, kernel: Any, candidates: Sequence[Config], updates: str) -> None:
+        self.kernel, self.candidates, self.updates = kernel, candidates, updates
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            torch.library.wrap_triton(self.kernel)[grid](**arguments | self.winner(grid, arguments))
+
+        return launch
+
+    def winner(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Config:
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if not _are_real_and_on_a_gpu(tensors):
+            return {}
+        sizes = (value for name, value in arguments.items() if name == name.upper())
+        sizes = (value.bit_length() if isinstance(value, int) else value for value in sizes)
+        key = (self.kernel.__name__, str(tensors[0].device), *(x.dtype for x in tensors), *sizes)
+        if key not in self.winners and not torch.cuda.is_current_stream_capturing():
+            before = arguments[self.updates].clone() if self.updates else None
+            self.winners[key] = min(({}, *self.candidates), key=lambda config: self.time(grid, arguments | config))
+            if before is not None:
+                arguments[self.updates].copy_(before)
+        return self.winners.get(key, {})
+
+    def time(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> float:
+        """Median ms of a launch, infinite where the configuration does not fit the chip."""
+        try:
+            return triton.testing.do_bench(lambda: self.kernel[grid](**arguments), return_mode="median")
+        except triton.OutOfResources:
+            return math.inf
+
+
+def _are_real_and_on_a_gpu(tensors: Sequence[Tensor]) -> bool:
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda for x in tensors)
+
+
+def wrap_triton(kernel: Any, candidates: Sequence[Config] = (), updates: str = "") -> Any:
+    """`torch.library.wrap_triton`, for interpreted kernels too. The name is what torch looks for in an op's source.
+
+    With PE_AUTOTUNE=1 in the environment the launch is tuned over `candidates`: changes to the default launch's keyword
+    arguments that leave the grid as it is. `updates` names the buffer that the kernel adds to, if any. Interpreted
+    kernels are never tuned.
+    """
+    if INTERPRETED:
+        return _Interpreted(kernel)
+    if candidates and os.environ.get("PE_AUTOTUNE") == "1":
+        return _Tuned(kernel, candidates, updates)
+    return torch.library.wrap_triton(kernel)
 
 
 def generation(device: torch.device) -> int:
@@ -139,7 +196,9 @@ def matmul_into(c: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, sc
     if M == 0 or N == 0:
         return
     block_m, block_n = tile(M, 16, 128), tile(N, 16, 128)
-    wrap_triton(_matmul_kernel)[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+    wrap_triton(_matmul_kernel, MATMUL_CONFIGS, updates="c_ptr" if accumulate else "")[
+        (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
+    ](
         a_ptr=a,
         b_ptr=b,
         c_ptr=c,

@@ -38,6 +38,7 @@ from pe.kernels._triton import LOG2E, distinct, generation, tile, triton_op, uni
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
 MAX_WIDTH = 256
+CONFIGS = ({"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 1})
 
 
 def context_attention_ref(
@@ -99,11 +100,12 @@ def _attend_ref(
 ) -> Tensor:
     """q [..., Hkv, G, Lq, D] on key and value parts [..., Hkv, L, D]: the parts' scores are joined, they are not.
 
-    visible is broadcast to [..., Hkv, G, Lq, sum of L]; -> [..., Hkv, G, Lq, Dv], at least float32.
+    A part [Hkv, L, D] is shared by all of q's leading dimension. visible is broadcast to [..., Hkv, G, Lq, sum of L];
+    -> [..., Hkv, G, Lq, Dv], at least float32.
     """
     dtype, group = torch.promote_types(q.dtype, torch.float32), q.shape[-3:-1]
     rows = (q.to(dtype) * scale).flatten(-3, -2)  # [..., Hkv, G·Lq, D]
-    scores = torch.cat([rows @ part.to(dtype).transpose(-2, -1) for part in keys], dim=-1)
+    scores = torch.cat([_product(rows, part.to(dtype).transpose(-2, -1)) for part in keys], dim=-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(-2, group).masked_fill(~visible, -torch.inf)
@@ -113,9 +115,16 @@ def _attend_ref(
     p = scores.softmax(dim=-1).flatten(-3, -2)
     first, out = 0, rows.new_zeros(())
     for part in values:
-        out = out + p[..., first : first + part.shape[-2]] @ part.to(dtype)
+        out = out + _product(p[..., first : first + part.shape[-2]], part.to(dtype))
         first += part.shape[-2]
     return out.unflatten(-2, group)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [U, Hkv, R, X] times a matrix [U, Hkv, X, Y], or times one [Hkv, X, Y] that is never copied for each U."""
+    if rows.dim() == matrix.dim():
+        return rows @ matrix
+    return (rows.transpose(0, 1).flatten(1, 2) @ matrix).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
 
 
 def _by_sequence(
@@ -132,30 +141,41 @@ def _by_sequence(
 ) -> Tensor:
     """The reference one sequence after another on views: nothing is gathered, padded or saved twice.
 
-    Reads the lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the
-    padded contexts no longer fit the cache.
+    Sequences with fewer tokens than the segment they share go together, so the segment is read once for all. Reads the
+    lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the padded
+    contexts no longer fit the cache.
     """
     Hkv, lengths = k.shape[1], cu_seqlens.diff().tolist()
     segments = range(len(lengths)) if context_index is None else context_index.tolist()
-    context_parts = None
+    context_lengths, context_parts = [0] * len(lengths), None
     if context is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
-        context_parts = [part.to(dtype).split(context[2].diff().tolist()) for part in context[:2]]
-    out = []
-    own = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    for n, segment, (q_own, k_own, v_own) in zip(lengths, segments, own, strict=True):
+        context_lengths = context[2].diff().tolist()
+        context_parts = [part.to(dtype).split(context_lengths) for part in context[:2]]
+    together: dict[tuple[int, int, int], list[int]] = {}
+    for b, (n, segment) in enumerate(zip(lengths, segments, strict=True)):
+        alone = b if context_parts is None or n >= context_lengths[segment] else -1
+        together.setdefault((n, segment, alone), []).append(b)
+    own, out = [part.split(lengths) for part in (q, k, v)], dict[int, Tensor]()
+    for (n, segment, _), members in together.items():
         if n == 0:
             continue
-        keys, values, n_context = [k_own.transpose(0, 1)], [v_own.transpose(0, 1)], 0
+        q_own, k_own, v_own = (_stacked([part[b] for b in members]) for part in own)  # [U, n, heads, D]
+        keys, values, n_context = [k_own.transpose(1, 2)], [v_own.transpose(1, 2)], 0
         if context_parts is not None:
             keys.insert(0, context_parts[0][segment].transpose(0, 1))
             values.insert(0, context_parts[1][segment].transpose(0, 1))
             n_context = keys[0].shape[1]
         distance = torch.arange(n_context, n_context + n)[:, None] - torch.arange(n_context + n)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        rows = q_own.unflatten(1, (Hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, Lq, D]
-        out.append(_attend_ref(rows, keys, values, visible, scale, softcap, sinks).permute(2, 0, 1, 3).flatten(1, 2))
-    return torch.cat(out).to(q.dtype)
+        rows = q_own.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)  # [U, Hkv, G, n, D]
+        attended = _attend_ref(rows, keys, values, visible, scale, softcap, sinks).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        out.update(zip(members, attended.to(q.dtype), strict=True))
+    return torch.cat([out[b] for b in sorted(out)])
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts) if len(parts) > 1 else parts[0][None]
 
 
 @triton.jit
@@ -764,7 +784,7 @@ def _context_attention_fwd(
         partial_lse = q.new_empty(splits, T, H, dtype=torch.float32)
     qk_scale, cap_scale = _scales(scale, softcap)
     ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
-    wrap_triton(_context_attention_fwd_kernel)[(B * Hkv, row_tiles, splits)](
+    wrap_triton(_context_attention_fwd_kernel, CONFIGS)[(B * Hkv, row_tiles, splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -858,7 +878,7 @@ def _context_attention_bwd(
     splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
     delta = torch.empty_like(lse)
     dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
-    wrap_triton(_context_attention_bwd_dq_kernel)[(B * Hkv, row_tiles, splits)](
+    wrap_triton(_context_attention_bwd_dq_kernel, CONFIGS)[(B * Hkv, row_tiles, splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -908,7 +928,7 @@ def _context_attention_bwd(
     if needs_own:
         dk, dv = k.new_empty(T, Hkv, D), v.new_empty(T, Hkv, Dv)
         block_m, own_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * G, max_seqlen)
-        wrap_triton(_context_attention_bwd_own_kernel)[(B * Hkv, triton.cdiv(max_seqlen, own_n))](
+        wrap_triton(_context_attention_bwd_own_kernel, CONFIGS)[(B * Hkv, triton.cdiv(max_seqlen, own_n))](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -953,7 +973,7 @@ def _context_attention_bwd(
         dtype = torch.float32 if user_splits > 1 else q.dtype
         dck, dcv = q.new_empty(user_splits, C, Hkv, D, dtype=dtype), q.new_empty(user_splits, C, Hkv, Dv, dtype=dtype)
         if key_tiles > 0 and N > 0:
-            wrap_triton(_context_attention_bwd_context_kernel)[(N * Hkv, key_tiles, user_splits)](
+            wrap_triton(_context_attention_bwd_context_kernel, CONFIGS)[(N * Hkv, key_tiles, user_splits)](
                 q_ptr=q,
                 context_k_ptr=context_k,
                 context_v_ptr=context_v,
@@ -1119,7 +1139,9 @@ def context_attention(
         rest = (None if x is None else x.contiguous() for x in (cu_context, context_index, sinks))
         tensors = distinct(*own, *context, *rest)
         return _ContextAttention.apply(*tensors, max_seqlen, max_context, scale, window, softcap)
-    if T > 0 and values_are_free(q) and (max_seqlen + max_context) * Hkv * (D + v.shape[2]) > BY_SEQUENCE_FROM:
+    is_large = (max_seqlen + max_context) * Hkv * (D + v.shape[2]) > BY_SEQUENCE_FROM
+    is_shared = cu_context is not None and 2 * (cu_context.shape[0] - 1) < B
+    if T > 0 and values_are_free(q) and (is_large or is_shared):
         whole = None
         if context_k is not None and context_v is not None and cu_context is not None:
             whole = (context_k, context_v, cu_context)

@@ -30,6 +30,7 @@ from pe.kernels._triton import (
 )
 
 PROGRAMS = 264  # split the documents until about this many programs run: two for each of 132 multiprocessors
+CONFIGS = ({"BLOCK_D": 128, "num_stages": 2}, {"BLOCK_D": 32, "num_stages": 4}, {"num_warps": 4})
 CHUNK = 1024  # documents a chunk of the backward pass, at least
 
 
@@ -265,7 +266,7 @@ def _info_nce_fwd(
     row_tiles, column_tiles = triton.cdiv(B, block_m), triton.cdiv(N, block_n)
     splits = max(1, min(PROGRAMS // row_tiles, column_tiles))
     top, total, score = (q.new_empty(splits, B, dtype=torch.float32) for _ in range(3))
-    wrap_triton(_info_nce_fwd_kernel)[(row_tiles, splits)](
+    wrap_triton(_info_nce_fwd_kernel, CONFIGS)[(row_tiles, splits)](
         q_ptr=q,
         d_ptr=d,
         positive_ptr=positive,
@@ -328,7 +329,7 @@ def _info_nce_bwd(
     dd = d.new_empty(N, D) if needs_d else d.new_empty(0)
     for n in range(0, N, chunk):
         size = min(chunk, N - n)
-        wrap_triton(_info_nce_bwd_kernel)[(triton.cdiv(size, block_n), triton.cdiv(B, block_m))](
+        wrap_triton(_info_nce_bwd_kernel, CONFIGS)[(triton.cdiv(size, block_n), triton.cdiv(B, block_m))](
             q_ptr=q,
             d_ptr=d,
             positive_ptr=positive,

@@ -27,6 +27,7 @@ L2_EPS = 1e-12  # torch.nn.functional.normalize's
 PROGRAMS = 528  # split segments until about this many programs run: four for each of 132 multiprocessors
 TILE_ELEMENTS = 8192  # elements of a [BLOCK_T, BLOCK_D] tile
 MAX_WIDTH = 16384
+CONFIGS = ({"num_warps": 16}, {"num_warps": 8}, {"num_warps": 4})
 
 Mode = Literal["mean", "last", "weighted"]
 Norm = Literal["none", "rms", "layer"]
@@ -277,7 +278,7 @@ def _pool_normalize_fwd(
     splits = _splits(T, B, block_t, mode)
     partial = h.new_empty(B, splits, D, dtype=torch.float32) if splits > 1 else h
     num_warps = 8 if block_d * block_t >= 4096 else 4
-    wrap_triton(_pool_normalize_fwd_kernel)[(B, splits)](
+    wrap_triton(_pool_normalize_fwd_kernel, CONFIGS)[(B, splits)](
         h_ptr=h,
         cu_ptr=cu_seqlens,
         weight_ptr=h if weight is None else weight,
@@ -337,7 +338,7 @@ def _pool_normalize_bwd(
         return dh
     block_d = _block_d(D)
     block_t = max(1, min(16, TILE_ELEMENTS // block_d))
-    wrap_triton(_pool_normalize_bwd_kernel)[(B, _splits(T, B, block_t, "mean"))](
+    wrap_triton(_pool_normalize_bwd_kernel, CONFIGS)[(B, _splits(T, B, block_t, "mean"))](
         h_ptr=h,
         cu_ptr=cu_seqlens,
         weight_ptr=h if weight is None else weight,

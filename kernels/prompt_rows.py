@@ -21,6 +21,8 @@ from torch.autograd.function import FunctionCtx
 from pe.kernels._checks import Impl, require, require_float, require_range, require_same_device, use_triton
 from pe.kernels._triton import matmul_into, tile, triton_op, unit_stride, wrap_triton
 
+CONFIGS = ({"num_warps": 8}, {"num_warps": 2}, {"num_warps": 1})
+
 
 def prompt_rows_ref(ids: Tensor, embedding: Tensor, prompts: Tensor, weight: Tensor | None, *, scale: float) -> Tensor:
     """Plain torch: every soft row is aligned once, however many texts use it, then rows are gathered by `ids`."""
@@ -105,7 +107,7 @@ def _prompt_rows_fwd(ids: Tensor, embedding: Tensor, soft: Tensor, weight: Tenso
         aligned = embedding.new_empty(soft.shape[0], D)
         matmul_into(aligned, soft, weight)
     block_d = tile(D, 16, 1024)
-    wrap_triton(_prompt_rows_fwd_kernel)[(T, triton.cdiv(D, block_d))](
+    wrap_triton(_prompt_rows_fwd_kernel, CONFIGS)[(T, triton.cdiv(D, block_d))](
         ids_ptr=ids,
         embedding_ptr=embedding,
         aligned_ptr=aligned,
@@ -138,7 +140,7 @@ def _prompt_rows_bwd(
         da = dx.new_empty(R, D, dtype=dx.dtype if same else torch.float32)
     if R > 0 and D > 0:
         block_d = tile(D, 16, 128)
-        wrap_triton(_prompt_rows_bwd_kernel)[(R, triton.cdiv(D, block_d))](
+        wrap_triton(_prompt_rows_bwd_kernel, CONFIGS)[(R, triton.cdiv(D, block_d))](
             order_ptr=order,
             begin_ptr=begin,
             dx_ptr=dx,

@@ -5,9 +5,19 @@ a row, so that bringing tiles to a common offset is exact; S = sum 2^(k - k_max)
 Backward: P = 2^(z - lse) again, dP = dS E_inᵀ, rowsum(P * dP) = rowsum(dS * S), dZ = P * (dP - rowsum) / T,
 dh = dZ E_out, dE_out = dZᵀ h, dE_in = Pᵀ dS. Saved: the inputs, S and the log-sum-exp.
 
-Both run over chunks of the vocabulary: [M, chunk] is the largest buffer, and a chunk of tied rows is still in the L2
-cache when its second product reads it. Bytes at small M: E once forward, twice backward. FLOPs at large M: 4·M·V·D
-forward, 6·M·V·D backward without embedding gradients. Reductions go through partial buffers, so runs repeat bitwise.
+Chunked form, any shape: two products for each chunk of the vocabulary. [M, chunk] is the largest buffer, and a chunk of
+tied rows up to 1,024 wide is still in the L2 cache when its second product reads it. Floor 4·M·V·D FLOPs forward,
+6·M·V·D backward without embedding gradients.
+
+Fused form, few rows (`_fused_rows` is the rule): one launch and a merge. The vocabulary is split over programs; one
+walks over its tiles, reads a tile of E once into shared memory, takes both products from it (all three backward, where
+only dh is asked for) and adds to an accumulator [BLOCK_M, Din] that its warps share out by columns. Floor: E from
+memory once forward and once backward, 2·V·D bytes of half precision where E_out is E_in, 4·V·D else; at V = 151,936 and
+D = 1,024, tied, 311 MB or 65 us at 4.8 TB/s. On top come the float32 partials, at most PROGRAMS·16·Din·4 bytes (17 MB
+at Din = 1,024) written and read once. The accumulator bounds BLOCK_M: 32 rows of 1,024 columns fill half the register
+file. Up to 64 rows are two blocks, and E crosses from the L2 cache to a multiprocessor twice, as often as chunked.
+
+Reductions of both go through partial buffers, so runs repeat bitwise.
 
 Shape legend: M rows, V vocabulary entries, D width of `h` and `e_out`, Din width of `e_in`, C entries of a chunk.
 """
@@ -27,6 +37,12 @@ BLOCK_V = 128  # vocabulary entries that share an offset
 CHUNK = 16384  # vocabulary entries a chunk, at most: 32 MB of 1024-wide half-precision rows
 CHUNK_ELEMENTS = 1 << 25  # elements of a [M, chunk] buffer, at most
 PROGRAMS = 264  # split a product until about this many programs share it: two for each of 132 multiprocessors
+LOGITS_CONFIGS = ({"BLOCK_D": 128, "num_stages": 2}, {"BLOCK_D": 32, "num_stages": 4}, {"num_warps": 4})
+MIX_CONFIGS = ({"BLOCK_K": 128, "num_stages": 2}, {"BLOCK_K": 32, "num_stages": 4}, {"num_warps": 4})
+FUSED_CONFIGS = ({"BLOCK_V": 32, "num_stages": 2}, {"num_stages": 2}, {"num_warps": 4})
+FUSED_SLICES = 4  # column slices of a fused tile: each is a product of its own, so that warps need not share rows
+FUSED_WIDTH = 1024  # widest embedding of the fused form
+FUSED_TILE = 16 * FUSED_WIDTH  # elements of a tile of E: 32 KB of half-precision rows
 
 
 def vocab_mixture_ref(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0) -> Tensor:
@@ -34,6 +50,24 @@ def vocab_mixture_ref(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float
     dtype = torch.promote_types(h.dtype, torch.float32)
     logits = (h.to(dtype) / temperature) @ e_out.to(dtype).T  # [M, V]
     return (logits.softmax(dim=-1) @ e_in.to(dtype)).to(h.dtype)
+
+
+@triton.jit
+def _rows_by_entries(
+    x_ptr, e_ptr, offs_m, offs_v, mask_m, mask_v, D, stride_xm, stride_ev,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x eᵀ [BLOCK_M, BLOCK_V] in float32 for rows `offs_m` of x and `offs_v` of e, both D wide."""
+    offs_d = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :]
+    e_ptrs = e_ptr + offs_v[None, :] * stride_ev + offs_d[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        mask_d = offs_d < D - d
+        x = tl.load(x_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
+        e = tl.load(e_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
+        acc = tl.dot(x, e, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -60,16 +94,11 @@ def _vocab_mixture_fwd_probs_kernel(
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m, mask_v = offs_m < M, v_begin + offs_c < V
-    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_d[None, :]
-    e_ptrs = e_out_ptr + (v_begin + offs_c)[None, :] * stride_ev + offs_d[:, None]
-    z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        mask_d = offs_d < D - d
-        h = tl.load(h_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
-        e = tl.load(e_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
-        z = tl.dot(h, e, z, input_precision="ieee")
+    offs_v = v_begin + offs_c
+    mask_m, mask_v = offs_m < M, offs_v < V
+    z = _rows_by_entries(
+        h_ptr, e_out_ptr, offs_m, offs_v, mask_m, mask_v, D, stride_hm, stride_ev, BLOCK_M, BLOCK_V, BLOCK_D
+    )
     z = tl.where(mask_v[None, :], z * scale, -float("inf"))
     offset = tl.ceil(tl.max(z, axis=1))  # [BM]
     p = tl.exp2(z - offset[:, None])
@@ -92,11 +121,26 @@ def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _row_total(offset_ptrs, sum_ptrs, mask_m, last, offset, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sum of probabilities [BM] of a row's tiles [0, last), at a common `offset`."""
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for t in range(0, last, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = mask_m[:, None] & (offs_t < last)[None, :]
+        offsets = tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf"))
+        sums = tl.load(sum_ptrs[:, None] + offs_t[None, :], mask=mask, other=0.0)
+        total += tl.sum(sums * tl.exp2(offsets - offset[:, None]), axis=1)
+    return total
+
+
+@triton.jit
 def _vocab_mixture_mix_kernel(
     p_ptr,
     e_ptr,
     offset_ptr,
+    sum_ptr,
     partial_ptr,
+    tile_eps,
     M,
     N,
     n_entries,
@@ -108,6 +152,7 @@ def _vocab_mixture_mix_kernel(
     stride_as,
     stride_am,
     HAS_OFFSET: tl.constexpr,
+    HAS_EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,6 +174,9 @@ def _vocab_mixture_mix_kernel(
         before = _row_offset(offset_ptrs, mask_m, 0, first_tile, before, BLOCK_T)
         last_tile = first_tile + tl.cdiv(n_entries, BLOCK_V)
         now = tl.where(mask_m, _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_T), 0.0)
+    if HAS_EPS:
+        sum_ptrs = sum_ptr + offs_m * stride_om
+        total = _row_total(offset_ptrs, sum_ptrs, mask_m, last_tile, now, BLOCK_M, BLOCK_T)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if first_tile > 0:
         acc = tl.load(partial_ptrs, mask=mask_out, other=0.0)
@@ -137,15 +185,22 @@ def _vocab_mixture_mix_kernel(
     begin = split * tiles_per_split * BLOCK_V
     end = tl.minimum(begin + tiles_per_split * BLOCK_V, n_entries)
     for k in range(begin, end, BLOCK_K):
-        mask_k = k + offs_k < end
-        p_ptrs = p_ptr + offs_m[:, None] * stride_pm + (k + offs_k)[None, :]
-        p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+        is_needed = True
         if HAS_OFFSET:
             offset = tl.load(offset_ptrs + first_tile + k // BLOCK_V, mask=mask_m, other=0.0)
-            p = (p * tl.exp2(offset - now)[:, None]).to(p_ptr.dtype.element_ty)  # a power of two: exact
-        e_ptrs = e_ptr + (k + offs_k)[:, None] * stride_ev + offs_n[None, :]
-        e = tl.load(e_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
-        acc = tl.dot(p, e, acc, input_precision="ieee")
+        if HAS_EPS:
+            sums = tl.load(sum_ptrs + first_tile + k // BLOCK_V, mask=mask_m, other=0.0)
+            mass = sums * tl.exp2(offset - now)
+            is_needed = tl.max((mask_m & (mass > tile_eps * total)).to(tl.int32), axis=0) > 0  # not asked: rows of NaN
+        if is_needed:
+            mask_k = k + offs_k < end
+            p_ptrs = p_ptr + offs_m[:, None] * stride_pm + (k + offs_k)[None, :]
+            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+            if HAS_OFFSET:
+                p = (p * tl.exp2(offset - now)[:, None]).to(p_ptr.dtype.element_ty)  # a power of two: exact
+            e_ptrs = e_ptr + (k + offs_k)[:, None] * stride_ev + offs_n[None, :]
+            e = tl.load(e_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
+            acc = tl.dot(p, e, acc, input_precision="ieee")
     tl.store(partial_ptrs, acc, mask=mask_out)
 
 
@@ -165,17 +220,18 @@ def _vocab_mixture_merge_kernel(
     stride_om,
     stride_sm,
     HAS_OFFSET: tl.constexpr,
+    TILES_ARE_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program sums the splits of one row's BLOCK_N columns and, forward, divides by the sum of probabilities."""
+    """One program sums the splits of one row's BLOCK_N columns and, forward, divides by the sum of probabilities.
+
+    The splits stand at one offset, or each at its own where TILES_ARE_SPLITS.
+    """
     row, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    acc = tl.zeros([BLOCK_N], tl.float32)
-    for split in range(n_splits):
-        partial_ptrs = partial_ptr + split * stride_as + row * stride_am + offs_n
-        acc += tl.load(partial_ptrs, mask=mask_n, other=0.0)
     if HAS_OFFSET:
         total = tl.zeros([BLOCK_T], tl.float32)
         top = tl.full([BLOCK_T], -float("inf"), tl.float32)
@@ -190,9 +246,21 @@ def _vocab_mixture_merge_kernel(
             sums = tl.load(sum_ptr + row * stride_om + offs_t, mask=offs_t < n_tiles, other=0.0)
             total += sums * tl.exp2(offsets - offset)
         denominator = tl.sum(total, axis=0)
-        acc = acc / denominator
         tl.store(lse_ptr + row, offset + tl.log2(denominator), mask=pid_n == 0)
-    tl.store(s_ptr + row * stride_sm + offs_n, acc.to(s_ptr.dtype.element_ty), mask=mask_n)
+    acc = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for split in range(0, n_splits, BLOCK_S):
+        offs_s = (split + tl.arange(0, BLOCK_S)).to(tl.int64)
+        mask_s = offs_s < n_splits
+        partial_ptrs = partial_ptr + offs_s[:, None] * stride_as + row * stride_am + offs_n[None, :]
+        partial = tl.load(partial_ptrs, mask=mask_s[:, None] & mask_n[None, :], other=0.0)
+        if TILES_ARE_SPLITS:
+            offsets = tl.load(offset_ptr + row * stride_om + offs_s, mask=mask_s, other=-float("inf"))
+            partial = partial * tl.exp2(offsets - offset)[:, None]
+        acc += partial
+    out = tl.sum(acc, axis=0)
+    if HAS_OFFSET:
+        out = out / denominator
+    tl.store(s_ptr + row * stride_sm + offs_n, out.to(s_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -227,16 +295,11 @@ def _vocab_mixture_bwd_logits_kernel(
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m, mask_v = offs_m < M, v_begin + offs_c < V
-    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_d[None, :]
-    o_ptrs = e_out_ptr + (v_begin + offs_c)[None, :] * stride_ov + offs_d[:, None]
-    z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        mask_d = offs_d < D - d
-        h = tl.load(h_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
-        e = tl.load(o_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
-        z = tl.dot(h, e, z, input_precision="ieee")
+    offs_v = v_begin + offs_c
+    mask_m, mask_v = offs_m < M, offs_v < V
+    z = _rows_by_entries(
+        h_ptr, e_out_ptr, offs_m, offs_v, mask_m, mask_v, D, stride_hm, stride_ov, BLOCK_M, BLOCK_V, BLOCK_D
+    )
     lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
     p = tl.exp2(z * scale - lse[:, None])
     out = offs_m[:, None] * stride_zm + offs_c[None, :]
@@ -244,17 +307,112 @@ def _vocab_mixture_bwd_logits_kernel(
     if NEEDS_P:
         tl.store(p_ptr + out, p.to(p_ptr.dtype.element_ty), mask=mask_out)
     if NEEDS_DZ:
-        s_ptrs = ds_ptr + offs_m[:, None] * stride_sm + offs_d[None, :]
-        i_ptrs = e_in_ptr + (v_begin + offs_c)[None, :] * stride_iv + offs_d[:, None]
-        dp = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        for d in range(0, DIN, BLOCK_D):
-            mask_d = offs_d < DIN - d
-            ds = tl.load(s_ptrs + d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
-            e = tl.load(i_ptrs + d, mask=mask_d[:, None] & mask_v[None, :], other=0.0)  # [BD, BV]
-            dp = tl.dot(ds, e, dp, input_precision="ieee")
+        dp = _rows_by_entries(
+            ds_ptr, e_in_ptr, offs_m, offs_v, mask_m, mask_v, DIN, stride_sm, stride_iv, BLOCK_M, BLOCK_V, BLOCK_D
+        )
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         dz = p * (dp - delta[:, None]) * inverse_temperature
         tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=mask_out)
+
+
+@triton.jit
+def _vocab_mixture_fused_kernel(
+    h_ptr,
+    e_out_ptr,
+    e_in_ptr,
+    ds_ptr,
+    lse_ptr,
+    delta_ptr,
+    partial_ptr,
+    offset_ptr,
+    sum_ptr,
+    scale,
+    inverse_temperature,
+    M,
+    V,
+    D,
+    DIN,
+    stride_hm,
+    stride_ov,
+    stride_iv,
+    stride_sm,
+    stride_as,
+    stride_am,
+    stride_om,
+    IS_BACKWARD: tl.constexpr,
+    IS_TIED: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns a split's tiles of the vocabulary for BLOCK_M rows: partial[split] of S, or of dh backward.
+
+    Operands are [SLICES, rows, columns of a slice]: D = SLICES * BLOCK_D, Din = SLICES * BLOCK_N, less what is masked.
+    """
+    pid_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_s = tl.arange(0, SLICES)[:, None, None]
+    offs_d = offs_s * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]  # [S, 1, BD]
+    offs_n = offs_s * BLOCK_N + tl.arange(0, BLOCK_N)[None, None, :]  # [S, 1, BN]
+    mask_m, mask_d, mask_n = offs_m < M, offs_d < D, offs_n < DIN
+    rows, mask_rows = offs_m[None, :, None], mask_m[None, :, None]
+    h = tl.load(h_ptr + rows * stride_hm + offs_d, mask=mask_rows & mask_d, other=0.0)  # [S, BM, BD]
+    if IS_BACKWARD:
+        ds = tl.load(ds_ptr + rows * stride_sm + offs_n, mask=mask_rows & mask_n, other=0.0)  # [S, BM, BN]
+        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        offset = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32)
+    for tile_v in range(split, tl.cdiv(V, BLOCK_V), tl.num_programs(1)):
+        offs_v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        entries, mask_e = offs_v[None, :, None], mask_v[None, :, None]
+        e_out = tl.load(e_out_ptr + entries * stride_ov + offs_d, mask=mask_e & mask_d, other=0.0)  # [S, BV, BD]
+        if IS_TIED:  # noqa: SIM108 (a compile-time branch)
+            e_in = e_out
+        else:
+            e_in = tl.load(e_in_ptr + entries * stride_iv + offs_n, mask=mask_e & mask_n, other=0.0)  # [S, BV, BN]
+        z = tl.sum(tl.dot(h, tl.permute(e_out, (0, 2, 1)), input_precision="ieee"), axis=0) * scale  # [BM, BV]
+        if IS_BACKWARD:
+            dp = tl.sum(tl.dot(ds, tl.permute(e_in, (0, 2, 1)), input_precision="ieee"), axis=0)
+            dz = tl.exp2(z - lse[:, None]) * (dp - delta[:, None]) * inverse_temperature
+            factors = tl.broadcast_to(dz.to(h.dtype)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
+            acc = tl.dot(factors, e_out, acc, input_precision="ieee")
+        else:
+            z = tl.where(mask_v[None, :], z, -float("inf"))
+            before = offset
+            offset = tl.maximum(before, tl.ceil(tl.max(z, axis=1)))
+            p = tl.exp2(z - offset[:, None])
+            shrink = tl.exp2(before - offset)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = acc * shrink[None, :, None]
+            factors = tl.broadcast_to(p.to(h.dtype)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
+            acc = tl.dot(factors, e_in, acc, input_precision="ieee")
+    out_ptrs = partial_ptr + split * stride_as + rows * stride_am
+    if IS_BACKWARD:
+        tl.store(out_ptrs + offs_d, acc, mask=mask_rows & mask_d)
+    else:
+        tl.store(out_ptrs + offs_n, acc, mask=mask_rows & mask_n)
+        tl.store(offset_ptr + offs_m * stride_om + split, offset, mask=mask_m)
+        tl.store(sum_ptr + offs_m * stride_om + split, total, mask=mask_m)
+
+
+def _fused_rows(h: Tensor, width_in: int, is_backward: bool) -> int:
+    """BLOCK_M of the fused form, or 0 where the chunked form runs.
+
+    Fused are half-precision rows, embeddings up to FUSED_WIDTH wide, as many rows as two blocks hold: 64 forward and 32
+    backward above 512 columns, 64 both ways below. A chip with 64 KB of shared memory goes by the backward limits.
+    """
+    width = max(tile(h.shape[1], 64, FUSED_WIDTH), tile(width_in, 64, FUSED_WIDTH))
+    elements = 32 * 512 if is_backward or not generation(h.device) else 32 * 1024  # of an accumulator
+    block_m = min(tile(h.shape[0], 16, 32), elements // width)
+    fits = h.element_size() == 2 and max(h.shape[1], width_in) <= FUSED_WIDTH and h.shape[0] <= 2 * block_m
+    return block_m if fits else 0
 
 
 def _chunk(n_rows: int, n_entries: int) -> int:
@@ -269,15 +427,27 @@ def _splits(n_rows: int, width: int, n_tiles: int) -> int:
     return max(1, min(PROGRAMS // output_tiles, n_tiles // 2))
 
 
-def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_tile: int) -> None:
+def _mix(
+    p: Tensor,
+    e: Tensor,
+    partial: Tensor,
+    first_tile: int,
+    offset: Tensor | None = None,
+    sums: Tensor | None = None,
+    tile_eps: float = 0.0,
+) -> None:
     """partial [splits, M, N] += p [M, C] e [C, N], split over C; the first chunk writes without reading."""
-    n_splits, M, N = partial.shape
-    block_m, block_n = tile(M, 16, 128), tile(N, 16, 128)
-    wrap_triton(_vocab_mixture_mix_kernel)[(triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)](
+    (n_splits, M, N), chip = partial.shape, generation(p.device)
+    block_m, block_n = tile(M, 16, 64 if tile_eps > 0 else 128), tile(N, 16, 128)  # few rows agree to skip more
+    wrap_triton(_vocab_mixture_mix_kernel, MIX_CONFIGS, updates="partial_ptr")[
+        (triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)
+    ](
         p_ptr=p,
         e_ptr=e,
         offset_ptr=p if offset is None else offset,
+        sum_ptr=p if sums is None else sums,
         partial_ptr=partial,
+        tile_eps=tile_eps,
         M=M,
         N=N,
         n_entries=e.shape[0],
@@ -289,20 +459,28 @@ def _mix(p: Tensor, e: Tensor, offset: Tensor | None, partial: Tensor, first_til
         stride_as=partial.stride(0),
         stride_am=partial.stride(1),
         HAS_OFFSET=offset is not None,
+        HAS_EPS=tile_eps > 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=64 if p.element_size() == 2 else 32,
         BLOCK_V=BLOCK_V,
         BLOCK_T=32,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=3 if generation(p.device) else 1,
+        num_warps=8 if block_m == 128 or (tile_eps > 0 and chip < 9) else 4,
+        num_stages=3 if chip else 1,
     )
 
 
-def _merge(partial: Tensor, offset: Tensor | None, sums: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
+def _merge(
+    partial: Tensor,
+    out: Tensor,
+    lse: Tensor | None = None,
+    offset: Tensor | None = None,
+    sums: Tensor | None = None,
+    tiles_are_splits: bool = False,
+) -> None:
     """out [M, N] = the sum of the splits, divided by the sum of probabilities where offsets are given."""
     n_splits, M, N = partial.shape
-    block_n = tile(N, 16, 1024)
+    block_n = tile(N, 16, 128)
     wrap_triton(_vocab_mixture_merge_kernel)[(M, triton.cdiv(N, block_n))](
         partial_ptr=partial,
         offset_ptr=partial if offset is None else offset,
@@ -318,18 +496,85 @@ def _merge(partial: Tensor, offset: Tensor | None, sums: Tensor | None, out: Ten
         stride_om=0 if offset is None else offset.stride(0),
         stride_sm=out.stride(0),
         HAS_OFFSET=offset is not None,
+        TILES_ARE_SPLITS=tiles_are_splits,
+        BLOCK_S=tile(n_splits, 1, 32),
         BLOCK_N=block_n,
         BLOCK_T=256,
         num_warps=4,
     )
 
 
+def _fused(
+    h: Tensor,
+    e_out: Tensor,
+    e_in: Tensor,
+    temperature: float,
+    is_tied: bool,
+    block_m: int,
+    out: Tensor,
+    lse: Tensor,
+    ds: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> None:
+    """out = S, and lse with it; or out = dh where `ds` and `delta` are given."""
+    (M, D), (V, Din) = h.shape, e_in.shape
+    width_out, width_in = tile(D, 64, FUSED_WIDTH), tile(Din, 64, FUSED_WIDTH)
+    block_v = min(64, FUSED_TILE // max(width_out, width_in))
+    n_blocks = triton.cdiv(M, block_m)
+    n_splits = max(1, min(16 * PROGRAMS // (n_blocks * block_m), triton.cdiv(V, block_v)))
+    partial = h.new_empty(n_splits, M, out.shape[1], dtype=torch.float32)
+    offset, sums = h.new_empty(M, n_splits, dtype=torch.float32), h.new_empty(M, n_splits, dtype=torch.float32)
+    chip = generation(h.device)
+    wrap_triton(_vocab_mixture_fused_kernel, FUSED_CONFIGS)[(n_blocks, n_splits)](
+        h_ptr=h,
+        e_out_ptr=e_out,
+        e_in_ptr=e_in,
+        ds_ptr=h if ds is None else ds,
+        lse_ptr=lse,
+        delta_ptr=lse if delta is None else delta,
+        partial_ptr=partial,
+        offset_ptr=offset,
+        sum_ptr=sums,
+        scale=LOG2E / temperature,
+        inverse_temperature=1.0 / temperature,
+        M=M,
+        V=V,
+        D=D,
+        DIN=Din,
+        stride_hm=h.stride(0),
+        stride_ov=e_out.stride(0),
+        stride_iv=e_in.stride(0),
+        stride_sm=0 if ds is None else ds.stride(0),
+        stride_as=partial.stride(0),
+        stride_am=partial.stride(1),
+        stride_om=offset.stride(0),
+        IS_BACKWARD=ds is not None,
+        IS_TIED=is_tied,
+        SLICES=FUSED_SLICES,
+        BLOCK_M=block_m,
+        BLOCK_V=block_v,
+        BLOCK_D=width_out // FUSED_SLICES,
+        BLOCK_N=width_in // FUSED_SLICES,
+        num_warps=8,
+        num_stages=1 if chip == 0 else 3 if is_tied or chip > 8 else 2,
+    )
+    if ds is None:
+        _merge(partial, out, lse, offset, sums, tiles_are_splits=True)
+    else:
+        _merge(partial, out)
+
+
 @triton_op("pe::vocab_mixture_fwd")
-def _vocab_mixture_fwd(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _vocab_mixture_fwd(
+    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     """S [M, Din] in h's dtype and the base-2 log-sum-exp of the scaled logits, [M] float32."""
     (M, D), (V, Din) = h.shape, e_in.shape
     out, lse = h.new_empty(M, Din), h.new_empty(M, dtype=torch.float32)
     if M == 0:
+        return out, lse
+    if fused_rows := _fused_rows(h, Din, is_backward=False):
+        _fused(h, e_out, e_in, temperature, is_tied, fused_rows, out, lse)
         return out, lse
     chunk, n_tiles = _chunk(M, V), triton.cdiv(V, BLOCK_V)
     p = h.new_empty(M, chunk)
@@ -338,7 +583,9 @@ def _vocab_mixture_fwd(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: floa
     block_m = tile(M, 16, 128)
     for v in range(0, V, chunk):
         size = min(chunk, V - v)
-        wrap_triton(_vocab_mixture_fwd_probs_kernel)[(triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))](
+        wrap_triton(_vocab_mixture_fwd_probs_kernel, LOGITS_CONFIGS)[
+            (triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))
+        ](
             h_ptr=h,
             e_out_ptr=e_out,
             p_ptr=p,
@@ -359,8 +606,8 @@ def _vocab_mixture_fwd(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: floa
             num_warps=8 if block_m == 128 else 4,
             num_stages=3 if generation(h.device) else 1,
         )
-        _mix(p, e_in[v : v + size], offset, partial, v // BLOCK_V)
-    _merge(partial, offset, sums, out, lse)
+        _mix(p, e_in[v : v + size], partial, v // BLOCK_V, offset, sums, eps / n_tiles)
+    _merge(partial, out, lse, offset, sums)
     return out, lse
 
 
@@ -373,6 +620,7 @@ def _vocab_mixture_bwd(
     s: Tensor,
     lse: Tensor,
     temperature: float,
+    is_tied: bool,
     needs_h: bool,
     needs_out: bool,
     needs_in: bool,
@@ -385,6 +633,10 @@ def _vocab_mixture_bwd(
     if M == 0:
         return dh, de_out, de_in
     delta = (ds.float() * s.float()).sum(dim=1)
+    fused_rows = _fused_rows(h, Din, is_backward=True)
+    if fused_rows and needs_h and not (needs_out or needs_in):
+        _fused(h, e_out, e_in, temperature, is_tied, fused_rows, dh, lse, ds=ds, delta=delta)
+        return dh, de_out, de_in
     chunk, needs_dz = _chunk(M, V), needs_h or needs_out
     dz = h.new_empty(M, chunk) if needs_dz else h
     p = h.new_empty(M, chunk) if needs_in else h
@@ -393,7 +645,9 @@ def _vocab_mixture_bwd(
     block_m = tile(M, 16, 128)
     for v in range(0, V, chunk):
         size = min(chunk, V - v)
-        wrap_triton(_vocab_mixture_bwd_logits_kernel)[(triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))](
+        wrap_triton(_vocab_mixture_bwd_logits_kernel, LOGITS_CONFIGS)[
+            (triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))
+        ](
             h_ptr=h,
             e_out_ptr=e_out,
             e_in_ptr=e_in,
@@ -423,37 +677,50 @@ def _vocab_mixture_bwd(
             num_stages=3 if generation(h.device) else 1,
         )
         if needs_h:
-            _mix(dz, e_out[v : v + size], None, partial, v // BLOCK_V)
+            _mix(dz, e_out[v : v + size], partial, v // BLOCK_V)
         if needs_out:
             matmul_into(de_out[v : v + size], dz[:, :size].T, h)
         if needs_in:
             matmul_into(de_in[v : v + size], p[:, :size].T, ds)
     if needs_h:
-        _merge(partial, None, None, dh, None)
+        _merge(partial, dh)
     return dh, de_out, de_in
 
 
 class _VocabMixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float) -> Tensor:
-        s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature)
+    def forward(
+        ctx: FunctionCtx, h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, eps: float
+    ) -> Tensor:
+        s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature, is_tied, eps)
         ctx.save_for_backward(h, e_out, e_in, s, lse)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.is_tied = temperature, is_tied
         return s
 
     @staticmethod
     def backward(ctx: FunctionCtx, ds: Tensor) -> tuple[Tensor | None, ...]:
         h, e_out, e_in, s, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = _vocab_mixture_bwd(ds.contiguous(), h, e_out, e_in, s, lse, ctx.temperature, *needs)
-        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
+        grads = _vocab_mixture_bwd(ds.contiguous(), h, e_out, e_in, s, lse, ctx.temperature, ctx.is_tied, *needs)
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
 
 
-def vocab_mixture(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, impl: Impl = "auto") -> Tensor:
+def vocab_mixture(
+    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, eps: float = 0.0, impl: Impl = "auto"
+) -> Tensor:
     """Mix the rows of `e_in` with the probabilities softmax(h e_outᵀ / temperature).
 
     h [M, D], e_out [V, D], e_in [V, Din], one floating dtype -> [M, Din] in that dtype. Differentiable in all three.
-    Raises ValueError on shapes, dtypes or devices that do not fit and on a temperature that is not positive.
+
+    `eps` lets the chunked form leave tiles of the vocabulary out of the product with `e_in`; 0 leaves out none. Left
+    out is a tile that holds at most eps / tiles of each row's probability, so that no row loses more than eps in all
+    and no element of the result moves by more than eps * max |e_in|. What is left is not renormalised. Gradients are
+    the exact function's, with the result as it came out. impl="torch" is exact, and so is the fused form, where reading
+    E takes the time.
+
+    Pass one tensor as `e_out` and `e_in` where embeddings are tied: the fused form then reads it once.
+    Raises ValueError on shapes, dtypes or devices that do not fit, on a temperature that is not positive and on an eps
+    outside [0, 1).
     """
     require_float("h", h, 2)
     require_float("e_out", e_out, 2)
@@ -466,7 +733,8 @@ def vocab_mixture(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1
     require_same_device("e_out", e_out, h.device)
     require_same_device("e_in", e_in, h.device)
     require(temperature > 0, "temperature", "a number > 0", temperature)
+    require(0 <= eps < 1, "eps", "a number in [0, 1)", eps)
     if use_triton(impl, h):
         tensors = distinct(unit_stride(h), unit_stride(e_out), unit_stride(e_in))
-        return _VocabMixture.apply(*tensors, float(temperature))
+        return _VocabMixture.apply(*tensors, float(temperature), e_in is e_out, float(eps))
     return vocab_mixture_ref(h, e_out, e_in, temperature)

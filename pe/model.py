@@ -45,7 +45,7 @@ from pe.recipes import model_config_from_dict
 
 Side = Literal["query", "document"]
 FORMAT = 1
-SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 1024
+SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 """Rows of soft tokens that run at once when texts are encoded under many instructions; on a CPU, what caches hold."""
 
 _optimizer_steps = 0

@@ -178,6 +178,8 @@ def test_memory_of_this_process() -> None:
     assert measured["source"] == "rss"
     assert measured["peak_mib"] >= measured["loaded_mib"] > 0
     assert measured["above_mib"] == pytest.approx(measured["peak_mib"] - measured["loaded_mib"], abs=0.11)
+    assert memory.above(measured) == measured["live_mib"] > 0
+    assert memory.above({"above_mib": 3.0}) == 3.0
 
 
 def test_memory_command_uses_a_fresh_process(
@@ -186,7 +188,7 @@ def test_memory_command_uses_a_fresh_process(
     memory.main(["--cases", "toy", "--distributions", "fixed", "--variants", "lora-packed", "--passes", "1"])
     (found,) = records.read("memory", results)
     assert found["memory"]["peak_mib"] > found["memory"]["above_mib"]
-    assert "whole process" in capsys.readouterr().out
+    assert "process, above" in capsys.readouterr().out
 
     failed = subprocess.CompletedProcess([], -9, "", "RuntimeError: out of memory\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
@@ -299,7 +301,7 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], page=page, folder=results) == 1
     assert report.main([], page=page, folder=results) == 0
     assert report.main(["--check"], page=page, folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 8
+    assert page.read_text().count("Not yet measured.") == 9
     assert "GPU: not yet measured." in page.read_text()
 
     times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "pe-suffix": 100.0}
@@ -315,7 +317,7 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     text = page.read_text()
     assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 |" in text
     assert "| tiny, fixed | 3.00 | 4.00 | - | - | 0.31 | - |" in text
-    assert "| PE, suffix | 31 | 0.31 | 50 | 150 |" in text
+    assert "| PE, suffix | 31 | 0.31 | - | 31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
 
     monkeypatch.setattr(records, "run_id", lambda: "later")

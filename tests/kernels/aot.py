@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,15 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def vocab_mixture(module: Any, dtype: torch.dtype, m: int, v: int, d: int) -> None:
-    h, e = empty(m, d, dtype=dtype), empty(v, d, dtype=dtype)
-    s, lse = module._vocab_mixture_fwd(h, e, e, 1.0)
-    module._vocab_mixture_bwd(s, h, e, e, s, lse, 1.0, True, True, True)
+def vocab_mixture(
+    module: Any, dtype: torch.dtype, m: int, v: int, d: int, d_in: int, frozen: bool = True, eps: float = 0.0
+) -> None:
+    """Tied where both widths agree; `frozen` embeddings get no gradient."""
+    h, e_out = empty(m, d, dtype=dtype), empty(v, d, dtype=dtype)
+    e_in = e_out if d == d_in else empty(v, d_in, dtype=dtype)
+    s, lse = module._vocab_mixture_fwd(h, e_out, e_in, 1.0, d == d_in, eps)
+    if not eps:
+        module._vocab_mixture_bwd(s, h, e_out, e_in, s, lse, 1.0, d == d_in, True, not frozen, not frozen)
 
 
 def prompt_rows(module: Any, dtype: torch.dtype, t: int, de: int, n_soft: int, dp: int) -> None:
@@ -120,10 +125,15 @@ def info_nce(module: Any, dtype: torch.dtype, b: int, n: int, d: int, masked: bo
     module._info_nce_bwd(loss, q, docs, positive, *ids, lse, 0.02, True, True)
 
 
-# The default case of an op runs for every target and dtype; each further case for the targets named.
+# The first case of a kernel runs for every target and dtype; each further case in bf16 for the targets named.
 CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...]]] = [
-    ("vocab_mixture", "default", tuple(TARGETS), vocab_mixture, (1024, 151936, 1024)),
-    ("vocab_mixture", "few rows", ("sm_90",), vocab_mixture, (5, 32000, 896)),
+    ("vocab_mixture", "default", tuple(TARGETS), vocab_mixture, (1024, 151936, 1024, 1024, False)),
+    ("vocab_mixture", "few rows", tuple(TARGETS), vocab_mixture, (5, 151936, 896, 896)),
+    ("vocab_mixture", "few rows, 32", tuple(TARGETS), vocab_mixture, (32, 151936, 1024, 1024)),
+    ("vocab_mixture", "few rows, untied", tuple(TARGETS), vocab_mixture, (32, 32000, 1024, 896)),
+    ("vocab_mixture", "few rows, narrow", ("sm_80", "gfx942"), vocab_mixture, (32, 32000, 512, 384)),
+    ("vocab_mixture", "few rows, wide", tuple(TARGETS), vocab_mixture, (5, 151936, 4096, 4096)),
+    ("vocab_mixture", "eps", tuple(TARGETS), vocab_mixture, (1024, 151936, 1024, 1024, True, 1e-3)),
     ("prompt_rows", "default", tuple(TARGETS), prompt_rows, (8192, 4096, 1280, 1024)),
     ("context_attention", "default", tuple(TARGETS), context_attention, (16, 5, 512, (32, 8), 128, 16, False)),
     ("context_attention", "many queries", tuple(TARGETS), context_attention, (64, 512, 32, (32, 8), 128, 4, False)),
@@ -135,34 +145,43 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("info_nce", "default", tuple(TARGETS), info_nce, (4096, 8192, 1024, True)),
     ("info_nce", "small", ("gfx942",), info_nce, (16, 48, 384, False)),
 ]
+FIRST = ("default", "few rows")
 
 
-def record(target: str) -> Iterator[Launch]:
-    """Every distinct launch of the cases of `target`."""
+def record(target: str, candidates: bool = False) -> Iterator[Launch]:
+    """Every distinct launch of the cases of `target`; or those of FIRST in bf16, with a tuning candidate each."""
     calls: list[tuple[JITFunction, dict[str, Any]]] = []
 
     class Recorder:
-        def __init__(self, kernel: JITFunction) -> None:
-            self.kernel = kernel
+        def __init__(self, kernel: JITFunction, configs: Sequence[dict[str, int]] = (), updates: str = "") -> None:
+            self.kernel, self.configs, self.updates = kernel, configs, updates
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             assert all(0 < size < 2 ** (31 if axis == 0 else 16) for axis, size in enumerate(grid)), (self.kernel, grid)
-            return lambda **arguments: calls.append((self.kernel, arguments))
+            return self.launch
+
+        def launch(self, **arguments: Any) -> None:
+            assert not self.updates or isinstance(arguments[self.updates], Tensor)
+            assert all(config.keys() <= arguments.keys() for config in self.configs), (self.kernel, self.configs)
+            if not candidates:
+                calls.append((self.kernel, arguments))
+            elif self.configs:
+                calls.append((self.kernel, arguments | self.configs[0]))
 
     torch.library.triton_op = lambda name, fn, mutates_args: fn  # type: ignore[assignment]
-    torch.library.wrap_triton = Recorder
     seen = set()
     for op, case, targets, call, arguments in CASES:
         module = importlib.import_module(f"pe.kernels.{op}")
         for name in ("pe.kernels._triton", f"pe.kernels.{op}"):
             owner = importlib.import_module(name)
+            owner.wrap_triton = Recorder  # type: ignore[attr-defined]
             if hasattr(owner, "generation"):
                 owner.generation = lambda device: GENERATION[target]  # type: ignore[attr-defined]
-        if target not in targets:
+        is_first = case in FIRST
+        if target not in targets or (candidates and not is_first):
             continue
-        for dtype_name, dtype in DTYPES.items():
-            if case != "default" and dtype_name == "fp16":
-                continue
+        for dtype_name in DTYPES if is_first and not candidates else ("bf16",):
+            dtype = DTYPES[dtype_name]
             calls.clear()
             call(module, dtype, *arguments)
             for kernel, kwargs in calls:
@@ -172,7 +191,8 @@ def record(target: str) -> Iterator[Launch]:
                 if key not in seen:
                     seen.add(key)
                     name = f"{kernel.fn.__module__}:{kernel.__name__}"
-                    yield Launch(op=op, case=case, kernel=name, target=target, dtype=dtype_name, arguments=kwargs)
+                    what = "candidate" if candidates else case
+                    yield Launch(op=op, case=what, kernel=name, target=target, dtype=dtype_name, arguments=kwargs)
 
 
 def compile_launch(launch: Launch) -> Result:
@@ -249,10 +269,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--op", help="only this op")
+    parser.add_argument("--candidates", action="store_true", help="also sm_90 with a tuning candidate of each kernel")
     arguments = parser.parse_args()
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     launches = [launch for target in TARGETS for launch in record(target)]
+    if arguments.candidates:
+        launches += record("sm_90", candidates=True)
     if arguments.op:
         launches = [launch for launch in launches if launch.op == arguments.op]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:

@@ -36,11 +36,21 @@ def leaf(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Te
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 
-def mixture(rows: tuple[int, int], vocabulary: tuple[int, int], width: tuple[int, int], tied: bool) -> Build:
+def mixture(
+    rows: tuple[int, int], vocabulary: tuple[int, int], width: tuple[int, int], tied: bool, frozen: bool = False
+) -> Build:
     def build(dtype: torch.dtype, device: str, large: bool) -> Problem:
         m, v, d = rows[large], vocabulary[large], width[large]
         h = leaf(m, d, dtype=dtype, device=device)
         e_out = leaf(v, d, dtype=dtype, device=device, scale=2 * d**-0.5)
+        if frozen:
+            entries = {kind: e_out.detach().to(kind) for kind in (dtype, torch.float64)}
+
+            def run(x: Sequence[Tensor], impl: Any) -> Tensor:
+                e = entries[x[0].dtype]
+                return vocab_mixture(x[0], e, e, 0.8, impl=impl)
+
+            return Problem((h,), run)
         if tied:
             return Problem((h, e_out), lambda x, impl: vocab_mixture(x[0], x[1], x[1], 0.8, impl=impl))
         e_in = leaf(v, d // 2 + 3, dtype=dtype, device=device)
@@ -136,6 +146,7 @@ def contrast(masked: bool, symmetric: bool) -> Build:
 PROBLEMS: dict[str, Build] = {
     "mixture untied": mixture((5, 300), (300, 20011), (24, 520), tied=False),
     "mixture tied": mixture((35, 70), (300, 9001), (40, 1096), tied=True),
+    "mixture few rows": mixture((19, 61), (300, 20011), (40, 896), tied=True, frozen=True),
     "rows aligned": rows(aligned=True),
     "rows copied": rows(aligned=False),
     "attention suffix": attention((3, 0, 5, 2), (70, 4, 0, 9), heads=(6, 2), widths=(24, 40)),

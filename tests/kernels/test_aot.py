@@ -19,6 +19,7 @@ KERNELS = {
     "_vocab_mixture_mix_kernel",
     "_vocab_mixture_merge_kernel",
     "_vocab_mixture_bwd_logits_kernel",
+    "_vocab_mixture_fused_kernel",
     "_prompt_rows_fwd_kernel",
     "_prompt_rows_bwd_kernel",
     "_context_attention_fwd_kernel",
@@ -39,7 +40,7 @@ def results() -> list[dict[str, Any]]:
     """Compiled in a process of its own: this one interprets its kernels where there is no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py")]
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), "--candidates"]
     done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -70,7 +71,13 @@ def test_shared_memory_fits(results: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_spills(results: list[dict[str, Any]]) -> None:
-    assert not failures(results, lambda r: r["spills"] == 0)
+    """At the default configurations; a tuning candidate that spills loses on the GPU."""
+    assert not failures(results, lambda r: r["spills"] == 0 or r["case"] == "candidate")
+
+
+def test_every_tuned_kernel_has_a_candidate_that_compiles(results: list[dict[str, Any]]) -> None:
+    untuned = {kernel for kernel in KERNELS if "merge" in kernel}
+    assert {r["kernel"] for r in results if r["case"] == "candidate"} == KERNELS - untuned
 
 
 def test_dots_run_on_matrix_units(results: list[dict[str, Any]]) -> None:

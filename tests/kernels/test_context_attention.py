@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ def plain_loop(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    lengths: Sequence[int] = LENGTHS,
 ) -> Tensor:
     """One query, head and key at a time."""
     rows, group = [], q.shape[1] // k.shape[1]
-    own = zip(q.split(LENGTHS), k.split(LENGTHS), v.split(LENGTHS), strict=True)
+    own = zip(*(part.split(list(lengths)) for part in (q, k, v)), strict=True)
     for (queries, own_k, own_v), (context_k, context_v) in zip(own, contexts, strict=True):
         keys, values, n_context = torch.cat([context_k, own_k]), torch.cat([context_v, own_v]), len(context_k)
         for i, query in enumerate(queries):
@@ -67,6 +69,23 @@ def test_reference_is_attention_key_by_key(
     torch.testing.assert_close(context_attention(q, k, v, offsets(LENGTHS), **kwargs), expected)
     leaves = [q, k, v, *([context_k, context_v] if context != "none" else []), *([sinks] if with_sinks else [])]
     assert gradcheck(lambda *_: context_attention(q, k, v, offsets(LENGTHS), **kwargs), leaves, fast_mode=True)
+
+
+def test_sequences_that_share_a_segment_go_together() -> None:
+    """Five of two tokens behind the long segment, three behind the short one, one of another length, one empty."""
+    double: Any = {"dtype": torch.float64, "requires_grad": True}
+    lengths, index, parts = [2, 2, 3, 2, 0, 2, 2, 2, 2, 2], [0, 1, 0, 0, 1, 1, 0, 1, 0, 0], [6, 2]
+    q, k, v = (torch.randn(sum(lengths), heads, d, **double) for heads, d in ((4, 3), (2, 3), (2, 5)))
+    context_k, context_v = (torch.randn(sum(parts), 2, d, **double) for d in (3, 5))
+    kwargs: Any = {
+        "max_seqlen": 3, "context_k": context_k, "context_v": context_v, "cu_context": offsets(parts),
+        "max_context": 6, "context_index": torch.tensor(index),
+    }  # fmt: skip
+    got = context_attention(q, k, v, offsets(lengths), **kwargs)
+    split = list(zip(context_k.split(parts), context_v.split(parts), strict=True))
+    torch.testing.assert_close(got, plain_loop(q, k, v, [split[i] for i in index], None, None, None, lengths))
+    leaves = [q, k, v, context_k, context_v]
+    assert gradcheck(lambda *_: context_attention(q, k, v, offsets(lengths), **kwargs), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

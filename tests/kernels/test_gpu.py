@@ -85,6 +85,15 @@ def test_vocab_mixture_past_2_31_elements() -> None:
     torch.testing.assert_close(vocab_mixture(h, e, e), torch.ones_like(h))
 
 
+def test_fused_vocab_mixture_past_2_31_elements() -> None:
+    e = torch.zeros(2**31 // 1024 + 5000, 1024, device="cuda", dtype=torch.bfloat16)
+    e[-1] = 1
+    h = torch.full((3, 1024), 0.05, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = vocab_mixture(h, e, e)
+    torch.testing.assert_close(out, torch.ones_like(h))
+    assert torch.isfinite(torch.autograd.grad(out.sum(), h)[0]).all()
+
+
 def test_prompt_rows_past_2_31_elements() -> None:
     embedding = torch.zeros(ROWS, 4096, device="cuda", dtype=torch.bfloat16)
     embedding[-3:] = torch.randn(3, 4096, device="cuda")

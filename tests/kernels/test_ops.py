@@ -21,7 +21,7 @@ def rand(*shape: int) -> Tensor:
 def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Each op with arguments for it; backward ops get the forward's real outputs."""
     h, e_out, e_in = rand(3, 16), rand(40, 16), rand(40, 24)
-    s, lse = vocab_mixture._vocab_mixture_fwd(h, e_out, e_in, 0.8)
+    s, lse = vocab_mixture._vocab_mixture_fwd(h, e_out, e_in, 0.8, False, 0.0)
     ids, embedding, soft, weight = torch.tensor([1, -1, 0, -3], device=DEVICE), rand(4, 24), rand(3, 16), rand(16, 24)
     x = rand(4, 24)
     q, k, v, ck, cv = (rand(*shape) for shape in ((5, 4, 16), (5, 2, 16), (5, 2, 16), (9, 2, 16), (9, 2, 16)))
@@ -44,9 +44,9 @@ def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ids_of = texts[:3], texts[:3], None, texts, None, None
     losses, loss_lse = info_nce._info_nce_fwd(h, docs, positive, *ids_of, 0.1)
     return {
-        "vocab_mixture_fwd": (vocab_mixture._vocab_mixture_fwd, (h, e_out, e_in, 0.8)),
+        "vocab_mixture_fwd": (vocab_mixture._vocab_mixture_fwd, (h, e_out, e_in, 0.8, False, 0.0)),
         "vocab_mixture_bwd": (
-            vocab_mixture._vocab_mixture_bwd, (s, h, e_out, e_in, s, lse, 0.8, True, False, True)
+            vocab_mixture._vocab_mixture_bwd, (s, h, e_out, e_in, s, lse, 0.8, False, True, False, True)
         ),
         "prompt_rows_fwd": (prompt_rows._prompt_rows_fwd, (ids, embedding, soft, weight, 1.0)),
         "prompt_rows_bwd": (prompt_rows._prompt_rows_bwd, (x, ids, soft, weight, True, True)),

@@ -1,0 +1,341 @@
+"""What memory is measured with: samplers of the process and of the GPU, torch's peaks, and every live tensor's bytes.
+
+A training step tells a `Phases` what it is doing, so each meter knows which phase its figures belong to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import itertools
+import os
+import resource
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+INTERVAL = 0.002
+MIB = 2**20
+LOADED = "loaded"
+FROZEN, TRAINABLE = "frozen weights", "trainable weights"
+GRADIENTS, OPTIMISER = "gradients", "optimiser state"
+KEY_VALUES, ACTIVATIONS, WORKSPACE = "keys and values", "saved activations", "workspace"
+CATEGORIES = (FROZEN, TRAINABLE, OPTIMISER, GRADIENTS, KEY_VALUES, ACTIVATIONS, WORKSPACE)
+
+
+class MissingPackage(ValueError):
+    """A package of the extra `bench` is not installed."""
+
+
+def extra(name: str) -> ModuleType:
+    """A module of the extra `bench`.
+
+    Raises:
+        MissingPackage: with the command that installs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"{name} is not installed: pip install 'promptembedder[bench]'") from error
+
+
+class Phases:
+    """What a training step is doing.
+
+    Attributes:
+        now: the phase.
+        listeners: called with the next phase when it begins, while `now` is still the last one.
+    """
+
+    def __init__(self) -> None:
+        self.now = LOADED
+        self.listeners: list[Callable[[str], None]] = []
+
+    def enter(self, name: str) -> None:
+        for listener in self.listeners:
+            listener(name)
+        self.now = name
+
+
+# Sampling.
+
+
+class Sampler(threading.Thread):
+    """The highest value of `read` while it runs, asked every `interval` seconds.
+
+    Attributes:
+        highest: so far.
+        peaks: the same in each phase of `phases`.
+        longest_gap: seconds between two samples at most: what is shorter may have been missed.
+    """
+
+    def __init__(self, read: Callable[[], int], interval: float = INTERVAL, phases: Phases | None = None) -> None:
+        super().__init__(daemon=True)
+        self.read, self.interval, self.phases = read, interval, phases or Phases()
+        self.peaks: dict[str, int] = {}
+        self.samples, self.longest_gap = 0, 0.0
+        self._ended = threading.Event()
+        self._take()
+
+    @property
+    def highest(self) -> int:
+        return max(self.peaks.values())
+
+    def _take(self) -> None:
+        phase, value = self.phases.now, self.read()
+        self.peaks[phase] = max(self.peaks.get(phase, 0), value)
+        self.samples += 1
+
+    def run(self) -> None:
+        last = time.perf_counter()
+        while not self._ended.wait(self.interval):
+            self._take()
+            now = time.perf_counter()
+            last, self.longest_gap = now, max(self.longest_gap, now - last)
+
+    def __enter__(self) -> Sampler:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def resident() -> int:
+    """Resident bytes of this process (RSS)."""
+    return int(extra("psutil").Process().memory_info().rss)
+
+
+def highest_resident() -> int:
+    """The operating system's own peak of the process, in bytes (Linux gives KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def give_back_freed() -> None:
+    """Return freed pages to the system, so that what stands is what is in use."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
+def _handle(device: torch.device) -> tuple[ModuleType, Any]:
+    """NVML, and its handle of the GPU, found by UUID: CUDA's order of devices is not NVML's."""
+    pynvml = extra("pynvml")
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def device_used(device: torch.device) -> Callable[[], int]:
+    """Used bytes of the whole GPU by NVML: what the driver holds is in it."""
+    pynvml, handle = _handle(device)
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def driver_reserved(device: torch.device) -> int | None:
+    """Bytes that the driver keeps for itself; None where NVML does not tell them apart."""
+    pynvml, handle = _handle(device)
+    if not hasattr(pynvml, "nvmlMemory_v2"):
+        return None
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
+    except pynvml.NVMLError:
+        return None
+
+
+def process_used(device: torch.device) -> int | None:
+    """Bytes of the GPU that NVML assigns to this process; None where it does not say, as in many containers."""
+    pynvml, handle = _handle(device)
+    used = {item.pid: item.usedGpuMemory for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    found = used.get(os.getpid())
+    return None if found is None else int(found)
+
+
+class AllocatorPeaks:
+    """Peaks of torch's CUDA allocator in each phase: of tensors (`allocated`), and with its cache (`reserved`)."""
+
+    def __init__(self, device: torch.device, phases: Phases) -> None:
+        self.device, self.phases = device, phases
+        self.allocated: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
+        torch.cuda.reset_peak_memory_stats(device)
+        phases.listeners.append(self.note)
+
+    def note(self, _next: str = "") -> None:
+        """Book the peaks since the last call to the phase that ends."""
+        torch.cuda.synchronize(self.device)
+        for peaks, read in (
+            (self.allocated, torch.cuda.max_memory_allocated),
+            (self.reserved, torch.cuda.max_memory_reserved),
+        ):
+            peaks[self.phases.now] = max(peaks.get(self.phases.now, 0), read(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+# Live tensors.
+
+
+@dataclass(slots=True)
+class _Piece:
+    """The storage of one or more tensors: its bytes, and its life in seconds since the meter started."""
+
+    size: int
+    born: float
+    died: float = float("inf")
+    category: str = WORKSPACE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of the live tensors over one training step.
+
+    Attributes:
+        times: seconds since the step began.
+        bytes: of each category, at each time.
+        phases: the phases and when they began.
+    """
+
+    times: list[float]
+    bytes: dict[str, list[int]]
+    phases: list[tuple[str, float]]
+
+    @property
+    def totals(self) -> list[int]:
+        return [sum(values) for values in zip(*self.bytes.values(), strict=True)]
+
+    @property
+    def peak(self) -> int:
+        return max(self.totals)
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Bytes of each category when the sum is highest."""
+        totals = self.totals
+        place = totals.index(max(totals))
+        return {name: values[place] for name, values in self.bytes.items()}
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of the model alone."""
+        return self.bytes[FROZEN][0] + self.bytes[TRAINABLE][0]
+
+    @property
+    def above(self) -> int:
+        """The peak above the loaded model: optimiser state, gradients and all that a step makes."""
+        return self.peak - self.loaded
+
+    def peak_in(self, phase: str) -> int:
+        """The highest sum while `phase` ran."""
+        ends = [begin for _, begin in self.phases[1:]] + [float("inf")]
+        spans = [(begin, end) for (name, begin), end in zip(self.phases, ends, strict=True) if name == phase]
+        pairs = zip(self.times, self.totals, strict=True)
+        return max((total for when, total in pairs if any(a <= when < b for a, b in spans)), default=0)
+
+    def thinned(self, points: int) -> Footprint:
+        """The same with about `points` times: of each stretch the moment with the highest sum."""
+        totals, count = self.totals, len(self.times)
+        edges = [count * n // points for n in range(points + 1)] if count > points else list(range(count + 1))
+        kept = [max(range(a, b), key=totals.__getitem__) for a, b in itertools.pairwise(edges)]
+        return Footprint(
+            times=[self.times[i] for i in kept],
+            bytes={name: [values[i] for i in kept] for name, values in self.bytes.items()},
+            phases=self.phases,
+        )
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the storages that torch's operations make and free while it is entered, by what they are for.
+
+    A storage is counted once however many tensors view it, from the operation that returns it until nothing refers to
+    it. What is alive when a backward pass begins are saved activations, what is a parameter's `grad` before the
+    optimiser's step are gradients; all else is workspace. Buffers inside one operation are not seen.
+    """
+
+    def __init__(
+        self, known: Mapping[str, Iterable[Tensor]], parameters: Sequence[nn.Parameter], phases: Phases
+    ) -> None:
+        """
+        Args:
+            known: tensors that stand before, by category.
+            parameters: whose gradients count as such.
+            phases: of the step that runs.
+        """
+        super().__init__()
+        self.parameters = parameters
+        self.pieces: list[_Piece] = []
+        self.alive: dict[int, _Piece] = {}
+        self.begun: list[tuple[str, float]] = []
+        self.start = time.perf_counter()
+        for category, tensors in known.items():
+            self.mark(category, tensors)
+        for piece in self.pieces:
+            piece.born = 0.0
+        phases.listeners.append(self._begin)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for item in tree_iter(output):
+            if isinstance(item, Tensor):
+                self._note(item)
+        return output
+
+    def mark(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these tensors are for, from their first moment on."""
+        for tensor in tensors:
+            self._note(tensor).category = category
+
+    def footprint(self) -> Footprint:
+        """What was counted so far."""
+        changes = [(piece.born, piece.size, piece.category) for piece in self.pieces]
+        changes += [(piece.died, -piece.size, piece.category) for piece in self.pieces if piece.died < float("inf")]
+        changes += [(when, 0, WORKSPACE) for _, when in self.begun]
+        now, times = dict.fromkeys(CATEGORIES, 0), list[float]()
+        series: dict[str, list[int]] = {name: [] for name in CATEGORIES}
+        for when, size, category in sorted(changes, key=lambda change: change[0]):
+            now[category] += size
+            if times and times[-1] == when:
+                for name in CATEGORIES:
+                    series[name][-1] = now[name]
+                continue
+            times.append(when)
+            for name in CATEGORIES:
+                series[name].append(now[name])
+        return Footprint(times=times, bytes=series, phases=self.begun)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def _note(self, tensor: Tensor) -> _Piece:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = _Piece(storage.nbytes(), self._seconds())
+            self.pieces.append(self.alive[key])
+            weakref.finalize(storage, self._gone, key).atexit = False
+        return self.alive[key]
+
+    def _gone(self, key: int) -> None:
+        self.alive.pop(key).died = self._seconds()
+
+    def _begin(self, phase: str) -> None:
+        if phase == "backward":
+            for piece in self.alive.values():
+                if piece.category == WORKSPACE:
+                    piece.category = ACTIVATIONS
+        if phase == "optimiser":
+            self.mark(GRADIENTS, [p.grad for p in self.parameters if p.grad is not None])
+        self.begun.append((phase, self._seconds()))

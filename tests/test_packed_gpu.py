@@ -1,0 +1,75 @@
+"""What only a GPU can show of the model layer: packed equals stock in bfloat16, and a real training step there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from pe.kernels.info_nce import info_nce
+from pe.model import PromptEmbedder, Requests
+from tests import oracle
+from tests.kernels.tolerance import assert_no_worse
+from tests.test_exactness import POOLING, REQUESTS, build
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+ARCHITECTURES = ("llama", "qwen3", "mistral_window", "gemma2", "gemma3", "gpt_neox", "gpt_oss")
+LAYOUTS = pytest.mark.parametrize("layout", ["suffix", "prefix"])
+
+
+def upstream(embeddings: Tensor) -> Tensor:
+    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3))
+    return weights.to(embeddings.device, embeddings.dtype)
+
+
+def results(model: PromptEmbedder, embeddings: Tensor) -> dict[str, Tensor]:
+    """Embeddings, and the gradient of a fixed functional of them to each part that trains."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(embeddings, list(named.values()), upstream(embeddings))
+    found = {"embeddings": embeddings.detach()}
+    for part in ("prompter.", "alignment."):
+        pairs = zip(named, grads, strict=True)
+        found[part] = torch.cat([grad.flatten() for name, grad in pairs if name.startswith(part)])
+    return found
+
+
+def plain(model: PromptEmbedder, requests: Requests) -> dict[str, Tensor]:
+    """The same by the stock model's forward over each concatenated sequence."""
+    with torch.device(DEVICE):
+        return results(model, oracle.embed(model, requests))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_stock_in_bfloat16(architecture: str, layout: str) -> None:
+    """No further from the stock model in float32 than the stock model in bfloat16, by the kernels' tolerance rule."""
+    model = build(architecture, layout=layout, pooling=POOLING[layout]).to(DEVICE, torch.bfloat16)
+    got = results(model, model(REQUESTS))
+    wide, same = plain(copy.deepcopy(model).float(), REQUESTS), plain(model, REQUESTS)
+    for name, value in got.items():
+        assert wide[name].norm() > 0
+        assert_no_worse(value.to(same[name].dtype), wide[name], same[name], name)
+
+
+@LAYOUTS
+def test_training_step_in_bfloat16(layout: str) -> None:
+    """Frozen backbone in bfloat16, trained weights in float32, forward under autocast."""
+    model = build("qwen3", layout=layout, pooling=POOLING[layout]).to(DEVICE).train()
+    model.backbone.to(torch.bfloat16)
+    parameters = [p for part in model.trainable_parameters().values() for p in part]
+    before = [p.detach().clone() for p in parameters]
+    frozen = {name: p.clone() for name, p in model.backbone.named_parameters()}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        embeddings = model(REQUESTS)
+        loss = info_nce(embeddings[:2], embeddings[2:], torch.arange(2, device=DEVICE), temperature=0.05)
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in parameters)
+    changed = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
+    assert any(changed)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.backbone.named_parameters())
