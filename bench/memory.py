@@ -5,8 +5,8 @@ Peak memory of a training step, every configuration in a process of its own.
 On a CPU: the process's resident memory (RSS), sampled in a thread while it takes a few steps, together with the
 operating system's own peak where that grew meanwhile; `above` is the peak less what stands after loading (weights and
 libraries), so it holds gradients, optimiser, activations and workspace, but also what the allocator keeps of what was
-freed. Hence the peak of live tensors beside it, counted storage by storage in one more step. On a GPU: torch's allocated
-and reserved peaks, and the device's used memory by NVML, sampled in a thread.
+freed. Hence the peak of live tensors beside it, counted storage by storage in one more step. On a GPU: torch's
+allocated and reserved peaks, and the device's used memory by NVML, sampled in a thread.
 """
 
 from __future__ import annotations

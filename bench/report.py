@@ -105,8 +105,8 @@ def render_memory(folder: Path) -> str:
             if "failed" in memory:
                 rows.append([title, f"failed: {memory['failed']}", "", "", "", "", ""])
                 continue
-            more = ("allocated_mib", "reserved_mib") if on_gpu else ("live_mib", "above_mib")
-            cells = [memory.get(name) for name in (*more, "loaded_mib", "peak_mib")]
+            own = ("allocated_mib", "reserved_mib") if on_gpu else ("live_mib", "above_mib")
+            cells = [memory.get(name) for name in (*own, "loaded_mib", "peak_mib")]
             shown = ["-" if cell is None else f"{cell:,.0f}" for cell in cells]
             rows.append([title, f"{above(memory):,.0f}", share(base, above(memory)), *shown])
         more = ["allocated", "reserved"] if on_gpu else ["live tensors above it", "process above it"]
