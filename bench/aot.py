@@ -1,4 +1,4 @@
-"""`python -m bench.aot`: what the compilers say of every kernel, without a GPU.
+"""`python -m bench.aot [--op NAME]`: what the compilers say of every kernel, without a GPU.
 
 Compiles each launch of the shipped configurations ahead of time (`tests/kernels/aot.py`) for sm_80, sm_90, sm_100 and
 gfx942 and appends registers, shared memory, spills and matrix instruction to the records.
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from bench import records
 from bench.records import ROOT
@@ -17,11 +18,11 @@ from bench.records import ROOT
 SCRIPT = ROOT / "tests" / "kernels" / "aot.py"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compile in a process of its own, where Triton's interpreter is off, and append one record a kernel and target."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
+        [sys.executable, str(SCRIPT), *(sys.argv[1:] if argv is None else argv)],
         check=True,
         capture_output=True,
         text=True,

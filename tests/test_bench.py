@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import largest, lengths, memory, quality, records, report, step, transfer
+from bench import aot, largest, lengths, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
 from bench.flops import step_flops
@@ -20,6 +20,7 @@ from bench.lengths import Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
 from pe.recipes import load_recipe
+from pe.train import train
 from tests.test_train import write_recipe
 
 CPU = Setting.of("cpu")
@@ -323,6 +324,33 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(records, "run_id", lambda: "later")
     records.append("step", [fake("pe-suffix", ms=spreads["pe-suffix"], rounds=5)])
     assert "| PE, suffix | 100 | 99 to 101 | 163,840 | - | - | - |" in report.render_step(results)
+
+
+def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_path: Path, results: Path) -> None:
+    write_sts(tmp_path / "tasks")
+    file = write_recipe(tiny_models, tmp_path, train__steps=2)
+    tasks = ["--evaluate.tasks=[PE-STSb-dev]", f"--evaluate.data={tmp_path / 'tasks'}"]
+    train(load_recipe(file, tasks))
+    command = [str(tmp_path / "run" / "model"), "--backbone", str(tiny_models / "two"), "--steps", "2"]
+    transfer.main([*command, "--scratch", "lora-mean", "--rate", "0.01", "--train.eval_every=1"])
+    moved, scratch = records.read("transfer", results)
+    assert moved["variant"] == "PE: alignment and reader"
+    assert scratch["variant"] == "LoRA, mean, from scratch"
+    assert (moved["source"], moved["target"]) == (scratch["source"], scratch["target"]) == ("one", "two")
+    assert [point[0] for point in moved["curve"]] == [point[0] for point in scratch["curve"]] == [0, 1, 2]
+    assert scratch["source_score"] == moved["source_score"]
+    assert (moved["rate"], scratch["rate"]) == (0.003, 0.01)
+    level = ["--scratch", "lora-last", "--only-scratch", "-1.0", "--output", str(tmp_path / "other")]
+    transfer.main([*command, *level])
+    assert records.read("transfer", results)[-1]["reached"]["0.99"][:2] == [0, 0.0]
+
+
+def test_aot_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aot.main(["--op", "pool_normalize"])
+    found = records.read("kernels", results)
+    assert {record["target"] for record in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {record["op"] for record in found} == {"pool_normalize"}
+    assert f"{len(found)} records in" in capsys.readouterr().out
 
 
 def test_page_shows_transfer_and_kernels(results: Path, tmp_path: Path) -> None:
