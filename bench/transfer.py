@@ -63,49 +63,51 @@ def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Reco
     return record(f"{SYSTEMS[system].title}, from scratch", level, [*curve, *history.scores], recipe, source)
 
 
-def newest(folder: Path) -> dict[tuple[str, str], list[Record]]:
-    """The newest record of every variant and seed, by source and target."""
-    latest = {
-        (row["source"], row["target"], row["variant"], row["seed"]): row for row in records.read("transfer", folder)
-    }
-    groups: dict[tuple[str, str], list[Record]] = {}
+def title(row: Record) -> str:
+    """What rows have in common that can be compared: backbones, type and steps."""
+    return f"{row['source']} to {row['target']}, {row.get('dtype', 'float32')}, {row['curve'][-1][0]} steps"
+
+
+def newest(folder: Path) -> dict[str, list[Record]]:
+    """The newest record of every variant and seed, by title."""
+    latest = {(title(row), row["variant"], row["seed"]): row for row in records.read("transfer", folder)}
+    groups: dict[str, list[Record]] = {}
     for row in latest.values():
-        groups.setdefault((row["source"], row["target"]), []).append(row)
+        groups.setdefault(title(row), []).append(row)
     return groups
 
 
-def plot_name(source: str, target: str) -> str:
-    return f"transfer-{source}-to-{target}.svg"
+def plot_name(title: str) -> str:
+    return f"transfer-{title.replace(', ', '-').replace(' ', '-')}.svg"
 
 
 def render(folder: Path) -> str:
     """Score on the new backbone before and after, and when the shares of the source's score were reached."""
     parts = []
-    for (source, target), group in newest(folder).items():
+    for name, group in newest(folder).items():
         rows = []
         for row in group:
             at = [row["reached"].get(share) for share in ("0.95", "0.99")]
             cells = ["not reached" if found is None else f"{found[0]} steps, {found[1]:,.0f} s" for found in at]
-            scores = [f"{row[name]:.1f}" for name in ("source_score", "start_score", "end_score")]
+            scores = [f"{row[field]:.1f}" for field in ("source_score", "start_score", "end_score")]
             rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
         header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
-        image = f"![Score against seconds of training](bench/plots/{plot_name(source, target)})"
-        table = grid(header, rows)
-        parts.append(f"**{source} to {target}**\n\n{table}\n\n{image}\n\n{where(group[-1])}.")
+        image = f"![Score against seconds of training](bench/plots/{plot_name(name)})"
+        parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}\n\n{where(group[-1])}.")
     return "\n\n".join(parts or [NOT_YET])
 
 
-def draw(folder: Path, target_folder: Path = plots.FOLDER) -> None:
-    """The curves, one file a pair of backbones."""
-    for (source, target), group in newest(folder).items():
+def draw(folder: Path, images: Path = plots.FOLDER) -> None:
+    """The curves, one file a title."""
+    for name, group in newest(folder).items():
         series = [
             Series(label=row["variant"], x=[point[1] for point in row["curve"]], y=[point[2] for point in row["curve"]])
             for row in group
         ]
         ends, level = [0.0, max(max(line.x) for line in series)], group[-1]["source_score"]
-        series.append(Series(label=f"level: {source}", x=ends, y=[level, level]))
-        panel = Panel(x="seconds of training", y=f"mean score on {target}", series=series)
-        plots.lines(target_folder / plot_name(source, target), panel)
+        series.append(Series(label=f"level: {group[-1]['source']}", x=ends, y=[level, level]))
+        panel = Panel(x="seconds of training", y=f"mean score on {group[-1]['target']}", series=series)
+        plots.lines(images / plot_name(name), panel)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
