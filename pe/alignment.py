@@ -123,7 +123,13 @@ def initial_weight(
     y = backbone.embedding.cpu()[theirs].double() * backbone.embedding_scale
     gram = x.T @ x
     gram += config.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    weight = torch.linalg.solve(gram, x.T @ y)
+    try:
+        weight = torch.linalg.solve(gram, x.T @ y)
+    except RuntimeError as error:
+        raise ValueError(
+            f"alignment.ridge: expected more than {config.ridge:g}: the rows of {len(ours)} shared tokens determine"
+            f" no matrix of width {size[0]}"
+        ) from error
     residual = ((x @ weight - y).norm() / y.norm()).item()
     return weight.float().contiguous(), AlignmentReport(len(ours), residual)
 

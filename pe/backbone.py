@@ -86,7 +86,8 @@ class Backbone(nn.Module):
         automatic = torch.float32 if device.type == "cpu" else "auto"
         dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
-        revision = config.revision or fingerprint(config.model)
+        commit = getattr(model.config, "_commit_hash", None)  # of the hub: a branch's content may change
+        revision = fingerprint(config.model) or commit or config.revision
         return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]
 
     @property

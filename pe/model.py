@@ -41,7 +41,6 @@ from pe.config import ModelConfig, to_dict
 from pe.loading import load_pretrained
 from pe.packing import Segments, by_length, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
-from pe.recipes import model_config_from_dict
 
 Side = Literal["query", "document"]
 FORMAT = 1
@@ -505,6 +504,7 @@ class PromptEmbedder(nn.Module):
             FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
             ValueError: another format, or a backbone whose content differs from the one trained on.
         """
+        from pe.recipes import model_config_from_dict  # its parser is a package that training steps do without
 
         path, device = Path(path), torch.device(device)
         saved = read_config(path)
@@ -512,7 +512,11 @@ class PromptEmbedder(nn.Module):
         prompter = load_prompter(path / "prompter", config, device)
         own = saved["backbone"]["included"] and backbone is None
         name = str(path / "backbone") if own else backbone or saved["backbone"]["name"]
-        revision = None if Path(name).is_dir() else config.backbone.revision
+        revision = config.backbone.revision
+        if name == saved["backbone"]["name"]:
+            revision = saved["backbone"]["revision"]
+        if Path(name).is_dir():
+            revision = None
         frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
         if not (own or frozen.revision is None or frozen.revision == saved["backbone"]["revision"]):
             raise ValueError(

@@ -128,6 +128,14 @@ def test_least_squares_recovers_a_linear_map() -> None:
     assert report.residual < 1e-5
 
 
+def test_rows_that_determine_no_matrix_need_a_ridge() -> None:
+    prompter, backbone = parts()
+    with torch.no_grad():
+        prompter.embedding.zero_()
+    with pytest.raises(ValueError, match=r"alignment.ridge: expected more than 0: .* no matrix of width 24"):
+        initial_weight(prompter, backbone, AlignmentConfig(ridge=0))
+
+
 def test_least_squares_is_the_ridge_minimum_and_tells_its_residual() -> None:
     prompter, backbone = parts()
     config = AlignmentConfig(ridge=0.1)

@@ -366,3 +366,15 @@ def test_a_norm_of_another_formula_stays_in_the_model() -> None:
     assert find_final_norm(model) is None
     model.second = nn.LayerNorm(model.config.hidden_size)
     assert find_final_norm(model) is None
+
+
+def test_a_hub_backbone_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: type, name: str, revision: str | None, dtype: Any) -> tuple[PreTrainedModel, Any]:
+        model = decoder("llama")
+        model.config._commit_hash = "0123abcd"
+        return model, byte_tokenizer()
+
+    monkeypatch.setattr("pe.backbone.load_pretrained", load)
+    for branch in (None, "main"):
+        config = BackboneConfig(model="owner/name", revision=branch)
+        assert Backbone.from_pretrained(config, torch.device("cpu")).revision == "0123abcd"
