@@ -169,6 +169,18 @@ def register() -> None:
     AttentionMaskInterface.register(PROBE, mask_rule)
 
 
+def joined(parts: Sequence[KeyValues]) -> KeyValues:
+    """Keys and values of neighbouring parts as those of one row."""
+    if len(parts) == 1:
+        return parts[0]
+    layers = [
+        (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
+        for pairs in zip(*(part.layers for part in parts), strict=True)
+    ]
+    lengths = tuple(length for part in parts for length in part.segments.lengths)
+    return KeyValues(layers, Segments(lengths, parts[0].segments.device))
+
+
 def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:
     """The stored keys and values in layer order."""
     return KeyValues([plan.stored[layer] for layer in layers], plan.segments)

@@ -21,7 +21,7 @@ from pe.final_norm import NormOptions, find_final_norm
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained, lora_config
-from pe.packing import Segments, pack, to_device
+from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -173,6 +173,11 @@ class Backbone(nn.Module):
 
         The last layer stops at its keys and values: nothing behind them can reach a later token.
         """
+        if self.device.type == "cpu":
+            return attention.joined([self._read(part) for part in neighbours(texts, CPU_TOKENS)])
+        return self._read(texts)
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> KeyValues:
         ids, segments = pack(texts, self.device)
         plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
         with self.reader_off(), contextlib.suppress(LastLayerReached):

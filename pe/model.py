@@ -39,7 +39,7 @@ from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.config import ModelConfig, to_dict
 from pe.loading import load_pretrained
-from pe.packing import Segments, by_length, inverse, pack, to_device, token_batches
+from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 
 Side = Literal["query", "document"]
@@ -300,7 +300,7 @@ class PromptEmbedder(nn.Module):
             texts: what to embed.
             instruction: the task, in a sentence; use the one of training for a task seen there.
             side: whose templates are used.
-            batch_tokens: tokens of a packed batch; a longer text stands alone.
+            batch_tokens: tokens of a packed batch, fewer on a CPU; a longer text stands alone.
             progress: show a progress bar.
         """
         return self.encode_many(
@@ -346,7 +346,7 @@ class PromptEmbedder(nn.Module):
         ids = self.tokenize(everything) if wanted else []
         embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
         bar = tqdm(total=len(texts), unit="text", disable=not progress, desc="encode")
-        for batch in token_batches([len(row) for row in ids], batch_tokens):
+        for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
             embeddings[:, batch] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
             bar.update(len(batch))
         bar.close()

@@ -20,6 +20,10 @@ def to_device(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: 
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+CPU_TOKENS = 2048
+"""Tokens that a CPU reads at once: larger tensors leave its caches, and each is mapped and cleared anew."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """Where the texts of a packed row begin and end.
@@ -79,6 +83,22 @@ def inverse(order: Sequence[int], device: torch.device) -> Tensor:
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
     return to_device(back, device)
+
+
+def fitting(budget: int, device: torch.device) -> int:
+    """Tokens of a batch without gradient on `device`, `budget` at most."""
+    return min(budget, CPU_TOKENS) if device.type == "cpu" else budget
+
+
+def neighbours(texts: Sequence[Sequence[int]], budget: int) -> list[Sequence[Sequence[int]]]:
+    """The texts in their order, cut where a part would exceed `budget` tokens; a longer text stands alone."""
+    parts, first, used = [], 0, 0
+    for place, text in enumerate(texts):
+        if used and used + len(text) > budget:
+            parts.append(texts[first:place])
+            first, used = place, 0
+        used += len(text)
+    return [*parts, texts[first:]]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -378,3 +378,14 @@ def test_a_hub_backbone_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch)
     for branch in (None, "main"):
         config = BackboneConfig(model="owner/name", revision=branch)
         assert Backbone.from_pretrained(config, torch.device("cpu")).revision == "0123abcd"
+
+
+def test_texts_read_in_parts_are_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = backbone("qwen3"), random_texts(3, 4, 4, 9)
+    whole = model.read(texts)
+    monkeypatch.setattr("pe.backbone.CPU_TOKENS", 7)
+    parts = model.read(texts)
+    assert parts.segments.lengths == whole.segments.lengths == (3, 4, 4, 9)
+    for ours, theirs in zip(parts.layers, whole.layers, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from pe.packing import Segments, by_length, inverse, pack, token_batches
+from pe.packing import CPU_TOKENS, Segments, by_length, fitting, inverse, neighbours, pack, token_batches
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,16 @@ def test_no_texts_no_batches() -> None:
 def test_a_batch_may_fill_its_budget_exactly() -> None:
     assert token_batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
     assert token_batches([4, 6], 10) == [[0, 1]]
+
+
+def test_neighbours_keep_order_and_budget() -> None:
+    texts = [[1], [2, 2], [3, 3, 3], [4] * 9, [5]]
+    assert neighbours(texts, 3) == [[[1], [2, 2]], [[3, 3, 3]], [[4] * 9], [[5]]]
+    assert neighbours(texts, 100) == [texts]
+    assert neighbours([], 5) == [[]]
+
+
+def test_a_cpu_takes_smaller_batches() -> None:
+    assert fitting(16_384, CPU) == CPU_TOKENS
+    assert fitting(100, CPU) == 100
+    assert fitting(16_384, torch.device("cuda")) == 16_384

@@ -14,7 +14,7 @@ from pe.backbone import Backbone
 from pe.baselines.common import BARE, Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig
 from pe.model import Instruction, Requests, Side, Truncation
-from pe.packing import by_length, inverse, pack
+from pe.packing import by_length, fitting, inverse, pack
 
 
 class FrozenEncoder:
@@ -79,7 +79,9 @@ class FrozenEncoder:
         requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
         readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
         size = self.backbone.hidden_size
-        return encode(self._embed, readings, size, batch_tokens=batch_tokens, progress=progress)
+        return encode(
+            self._embed, readings, size, batch_tokens=fitting(batch_tokens, self.backbone.device), progress=progress
+        )
 
     @torch.no_grad()
     def _embed(self, readings: Sequence[Reading]) -> Tensor:

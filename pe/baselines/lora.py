@@ -25,7 +25,7 @@ from pe.baselines.common import Floats, Pooling, Reading, Templates, content_has
 from pe.config import BackboneConfig, LoraSettings
 from pe.loading import lora_config
 from pe.model import Instruction, Requests, Side, Truncation
-from pe.packing import by_length, inverse, pack, to_device
+from pe.packing import by_length, fitting, inverse, pack, to_device
 
 ADAPTER = "lora"
 Form = Literal["padded", "checkpointed", "packed"]
@@ -150,7 +150,13 @@ class LoraEmbedder(nn.Module):
         was_training = self.training
         self.eval()
         readings = self.read(Requests(texts, [Instruction(instruction, side)], [0] * len(texts)))
-        found = encode(self._packed, readings, self.dimensions, batch_tokens=batch_tokens, progress=progress)
+        found = encode(
+            self._packed,
+            readings,
+            self.dimensions,
+            batch_tokens=fitting(batch_tokens, self.backbone.device),
+            progress=progress,
+        )
         self.train(was_training)
         return found
 
