@@ -104,8 +104,9 @@ def draw(folder: Path, images: Path = plots.FOLDER) -> None:
             Series(label=row["variant"], x=[point[1] for point in row["curve"]], y=[point[2] for point in row["curve"]])
             for row in group
         ]
-        ends, level = [0.0, max(max(line.x) for line in series)], group[-1]["source_score"]
-        series.append(Series(label=f"level: {group[-1]['source']}", x=ends, y=[level, level]))
+        ends = [0.0, max(max(line.x) for line in series)]
+        for level in dict.fromkeys(row["source_score"] for row in group):
+            series.append(Series(label=f"level: {group[0]['source']}, {level:.1f}", x=ends, y=[level, level]))
         panel = Panel(x="seconds of training", y=f"mean score on {group[-1]['target']}", series=series)
         plots.lines(images / plot_name(name), panel)
 
