@@ -300,10 +300,18 @@ def test_page_shows_the_newest_run_of_every_case(results: Path, monkeypatch: pyt
 
 def test_benchmark_says_what_it_ran_on() -> None:
     benchmark = FakeBenchmark()
-    benchmarked.test_kernel(benchmark, case("pool"), OURS, "both")
+    benchmarked.test_kernel(benchmark, DISTINCT["pool"], OURS, "both")
     assert (benchmark.group, benchmark.calls) == (f"{DISTINCT['pool']}, both", 1)
     assert benchmark.extra_info["sizes"] == dict(case("pool").toy)
-    with pytest.raises(pytest.skip.Exception, match="does not compute this op"):
-        benchmarked.test_kernel(benchmark, case("pool"), ops.VARLEN, "both")
+    assert (DISTINCT["pool"], ops.VARLEN) not in benchmarked.PAIRS
     with pytest.raises(pytest.skip.Exception, match="_flash_attention_forward"):
-        benchmarked.test_kernel(benchmark, case("suffix"), ops.VARLEN, "both")
+        benchmarked.test_kernel(benchmark, DISTINCT["suffix"], ops.VARLEN, "both")
+
+
+def test_a_fault_of_ours_is_no_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("wrong result")
+
+    monkeypatch.setattr(benchmarked, "check", broken)
+    with pytest.raises(ValueError, match="wrong result"):
+        benchmarked.test_kernel(FakeBenchmark(), DISTINCT["pool"], OURS, "both")
