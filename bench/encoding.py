@@ -1,12 +1,12 @@
-"""`python -m bench.encoding [--recipe FILE] [--texts N] [--max-length L] [--instructions 1 10 100] [--rounds N]`
+"""`python -m bench.encoding [--sources all documents] [--texts N] [--max-length L] [--instructions 1 10 100] ...`
 
 Encoding of real texts on one frozen backbone: sentence-transformers (mean pooling, its own batches sorted by length,
 the best of several batch sizes) against the packed backbone and untrained embedders of the recipe; and what more
 instructions over the same texts cost. The suffix layout shares its text pass among them, the others encode again.
 
-Texts are drawn from `SOURCES` in proportion to the number of their texts, the same for every run. Instructions are new
-in every round, so that writing their prompts is part of the time. Before anything is timed, sentence-transformers and
-the packed backbone have to read the same tokens and agree on their embeddings.
+Texts are drawn from the files of a source in proportion to the number of their texts, the same for every run.
+Instructions are new in every round, so that writing their prompts is part of the time. Before anything is timed,
+sentence-transformers and the packed backbone have to read the same tokens and agree on their embeddings.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
 
-SOURCES = {
-    "data/eval/medquad/corpus.jsonl.xz": ("text",),
-    "data/eval/stsb_test.jsonl.xz": ("sentence1", "sentence2"),
-    "data/eval/banking77_test.jsonl.xz": ("text",),
-}
+DOCUMENTS = {"data/eval/medquad/corpus.jsonl.xz": ("text",)}
+SENTENCES = {"data/eval/stsb_test.jsonl.xz": ("sentence1", "sentence2"), "data/eval/banking77_test.jsonl.xz": ("text",)}
+SOURCES = {"all": DOCUMENTS | SENTENCES, "documents": DOCUMENTS}
 BATCH_SIZES = (8, 16, 32, 64, 128)
 TITLES = {
     "st": "sentence-transformers",
@@ -98,9 +96,11 @@ class SentenceEncoder:
         return min(spent, key=lambda size: spent[size])
 
 
-def sample(count: int, sources: Mapping[str, Sequence[str]] = SOURCES) -> list[str]:
-    """That many texts of all the files' texts together, the same at every call."""
-    texts = [row[key] for file, keys in sources.items() for row in read_jsonl(ROOT / file, keys) for key in keys]
+def sample(count: int, source: str = "all") -> list[str]:
+    """That many texts of all the source's texts together, the same at every call."""
+    texts = [
+        row[key] for file, keys in SOURCES[source].items() for row in read_jsonl(ROOT / file, keys) for key in keys
+    ]
     return random.Random(0).sample(texts, min(count, len(texts)))
 
 
@@ -240,12 +240,12 @@ def repeated(found: Sequence[Record]) -> str:
 def render(folder: Path) -> str:
     """Throughput, and the cost of further instructions, of the newest run on each device."""
     parts = []
-    for found in records.newest("encoding", ("recipe", "device", "dtype"), folder):
+    for found in records.newest("encoding", ("recipe", "device", "dtype", "source"), folder):
         first = found[0]
         sizes, mean = first["sizes"], first["tokens"] / first["texts"]
         texts = f"{first['texts']:,} texts, {mean:.0f} tokens in the mean, cut at {sizes['max_length']}"
         ours = f"{sizes['soft_tokens']} soft tokens, reader: {sizes['reader']}"
-        heading = f"**{first['recipe']}, {first['device']}** ({sizes['backbone']}; {texts}; {ours};"
+        heading = f"**{first['recipe']}, {first['device']}, {first['source']}** ({sizes['backbone']}; {texts}; {ours};"
         heading += f" sentence-transformers in batches of {sizes['batch_size']})"
         parts += [heading, throughput(found), repeated(found), f"{where(first)}."]
     return "\n\n".join([*(parts or [NOT_YET]), *gpu_line("encoding", folder)])
@@ -254,7 +254,8 @@ def render(folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "tiny.yaml")
-    options.add_argument("--texts", type=int, default=1500)
+    options.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    options.add_argument("--texts", type=int, default=1500, help="of each source")
     options.add_argument("--max-length", type=int, default=512, help="tokens of a text; longer ones are cut")
     options.add_argument("--instructions", type=int, nargs="+", default=[1, 10, 100])
     options.add_argument("--rounds", type=int, default=3)
@@ -264,11 +265,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     config = dataclasses.replace(load_recipe(arguments.recipe).model, max_length=arguments.max_length)
     device = torch.device(arguments.device)
-    found = measure(config, sample(arguments.texts), arguments.instructions, arguments.rounds, device)
-    found = [{"recipe": arguments.recipe.stem, **record} for record in found]
-    if not arguments.dry:
-        records.append("encoding", found)
-    print(throughput(found), repeated(found), sep="\n\n")
+    for source in arguments.sources:
+        texts = sample(arguments.texts, source)
+        found = measure(config, texts, arguments.instructions, arguments.rounds, device)
+        found = [{"recipe": arguments.recipe.stem, "source": source, **record} for record in found]
+        if not arguments.dry:
+            records.append("encoding", found)
+        print(source, throughput(found), repeated(found), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ KEYWORDS = {
     "info_nce": "contrast or info_nce",
 }
 """What the names of an op's tests have in common, for pytest's -k."""
+SANITIZER = "tests under compute-sanitizer"
+"""Of `--full` alone; skipped where the tool is not installed."""
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=-p no:cacheprovider")
 """Without the repository's --strict-config, which would ask for pytest-timeout."""
 
@@ -84,9 +86,11 @@ def tests(quick: bool) -> list[Stage]:
     """The `gpu` tests, a process an op: one that faults takes no other with it."""
     fewer = " and not compiles and not fp16 and not fp32" if quick else ""
     pytest = [*PYTEST, "-x"] if quick else [*PYTEST]
+    file = "tests/kernels/test_gpu.py"
     return [
-        *(Stage(tests_of(op), [*pytest, "tests/kernels/test_gpu.py", "-k", f"({KEYWORDS[op]}){fewer}"]) for op in OPS),
+        *(Stage(tests_of(op), [*pytest, file, "-k", f"({KEYWORDS[op]}){fewer}"]) for op in OPS),
         Stage("tests of packed passes", [*pytest, "tests/test_packed_gpu.py"]),
+        *([] if quick else [Stage(SANITIZER, [*pytest, file, "-k", "sanitizer"])]),
     ]
 
 

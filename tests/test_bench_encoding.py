@@ -105,12 +105,16 @@ def test_texts_are_the_same_at_every_call() -> None:
     assert len(set(texts)) > 35
     short, long = min(map(len, texts)), max(map(len, texts))
     assert long > 5 * short
+    documents = encoding.sample(40, "documents")
+    assert sum(map(len, documents)) > 2 * sum(map(len, texts))
 
 
 def test_command_records_and_prints(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--recipe", str(recipe), "--texts", "6", "--max-length", "24", "--instructions", "1", "2"]
+    options += ["--sources", "documents"]
     encoding.main([*options, "--rounds", "2"])
     found = records.read("encoding", tmp_path / "results")
+    assert {r["source"] for r in found} == {"documents"}
     assert [(r["system"], r["instructions"], r["rounds"]) for r in found] == [
         *((name, 1, 2) for name in encoding.TITLES),
         ("st-instructed", 2, 1),
@@ -123,7 +127,7 @@ def test_command_records_and_prints(recipe: Path, tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert "| sentence-transformers |" in shown
     text = encoding.render(tmp_path / "results")
-    assert "**recipe, cpu**" in text
+    assert "**recipe, cpu, documents**" in text
     assert "| PE, suffix |" in text
     assert "2 instructions" in text
     encoding.main([*options, "--rounds", "1", "--dry"])
@@ -132,7 +136,15 @@ def test_command_records_and_prints(recipe: Path, tmp_path: Path, capsys: pytest
 
 def test_page_shows_rates_and_multiples(tmp_path: Path) -> None:
     sizes = {"max_length": 512, "soft_tokens": 5, "reader": "none", "batch_size": 32, "backbone": "qwen3"}
-    common = {"recipe": "tiny", "device": "cpu", "dtype": "float32", "texts": 100, "tokens": 5000, "sizes": sizes}
+    common = {
+        "recipe": "tiny",
+        "source": "all",
+        "device": "cpu",
+        "dtype": "float32",
+        "texts": 100,
+        "tokens": 5000,
+        "sizes": sizes,
+    }
     times = {("st", 1): 2000, ("st-instructed", 1): 3000, ("st-instructed", 10): 30000}
     times |= {("pe-suffix", 1): 1000, ("pe-suffix", 10): 1250}
     rows = [{**common, "system": name, "instructions": n, "ms": {"median": ms}} for (name, n), ms in times.items()]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from problems import PROBLEMS, offsets
@@ -65,6 +70,31 @@ def test_no_device_sync(name: str) -> None:
         torch.autograd.grad(out, problem.inputs, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.timeout(3600)
+def test_sanitizer_finds_no_access_out_of_bounds() -> None:
+    """Every allocation by itself, so that a step over its end is seen."""
+    cases = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        __file__,
+        "-k",
+        "bfloat16_small or large_and_ragged and bf16",
+    ]
+    checked = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9", *cases],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout[-4000:]
 
 
 def test_vocab_mixture_needs_no_rows_times_vocabulary_buffer() -> None:
