@@ -35,9 +35,14 @@ from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
 
-DOCUMENTS = {"data/eval/medquad/corpus.jsonl.xz": ("text",)}
-SENTENCES = {"data/eval/stsb_test.jsonl.xz": ("sentence1", "sentence2"), "data/eval/banking77_test.jsonl.xz": ("text",)}
-SOURCES = {"all": DOCUMENTS | SENTENCES, "documents": DOCUMENTS}
+Files = Mapping[str, Sequence[str]]
+"""Of each file the fields whose texts are read."""
+DOCUMENTS: Files = {"data/eval/medquad/corpus.jsonl.xz": ["text"]}
+SENTENCES: Files = {
+    "data/eval/stsb_test.jsonl.xz": ["sentence1", "sentence2"],
+    "data/eval/banking77_test.jsonl.xz": ["text"],
+}
+SOURCES: Mapping[str, Files] = {"all": {**DOCUMENTS, **SENTENCES}, "documents": DOCUMENTS}
 BATCH_SIZES = (8, 16, 32, 64, 128)
 TITLES = {
     "st": "sentence-transformers",

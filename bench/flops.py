@@ -87,15 +87,16 @@ def _reads_text(model: PromptEmbedder) -> bool:
 
 def _prompter_flops(model: PromptEmbedder, requests: Requests) -> float:
     """Of writing every distinct prompt, all weights trained, and of aligning it."""
-    texts = {
-        model.prompter_text(requests.instruction(i), text if _reads_text(model) else None)
-        for i, text in enumerate(requests.texts)
-    }
+    readings = set()
+    for i, text in enumerate(requests.texts):
+        instruction = requests.instruction(i)
+        read_too = text if _reads_text(model) else None
+        readings.add((model.prompter_text(instruction), model.prompter_text(instruction, read_too)))
     prompter, k = model.prompter, model.config.prompter.soft_tokens
     decoder = Decoder(prompter.model)
-    read = [len(row) + k - 1 for row in prompter.text_tokenizer(sorted(texts))]
+    read = [len(row) + k - 1 for row in model.prompter_ids(sorted(readings))]
     vocabulary, width = prompter.embedding.shape
-    mixtures = 8 * len(texts) * k * vocabulary * width
-    aligned = 6 * len(texts) * k * width * model.dimensions
+    mixtures = 8 * len(readings) * k * vocabulary * width
+    aligned = 6 * len(readings) * k * width * model.dimensions
     products = 6 * sum(read) * decoder.frozen if decoder.adapters == 0 else decoder.products(sum(read), backward=True)
     return products + decoder.attend(causal(read), backward=2) + mixtures + aligned

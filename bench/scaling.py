@@ -237,12 +237,12 @@ def prepare_at(case: Case, variant: str, load: Workload, length: int, setting: S
 
 
 def predict(history: Sequence[tuple[float, float]], value: float) -> float:
-    """Milliseconds at `value` from those at smaller values: growth as between the last two, and at least linear."""
+    """Milliseconds at `value` from those at smaller values: growth as between the last two, linear behind one alone."""
     if not history:
         return 0.0
     last, ms = history[-1]
-    power = max(1.0, slope([at for at, _ in history[-2:]], [spent for _, spent in history[-2:]]) or 1.0)
-    return ms * (value / last) ** power
+    power = slope([at for at, _ in history[-2:]], [spent for _, spent in history[-2:]])
+    return ms * (value / last) ** (1.0 if power is None else max(0.0, power))
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -20,7 +20,7 @@ from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import NormOptions, find_final_norm
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
-from pe.loading import TextTokenizer, embedding_scale, fingerprint, load_pretrained, lora_config
+from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained, lora_config
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,8 +86,7 @@ class Backbone(nn.Module):
         automatic = torch.float32 if device.type == "cpu" else "auto"
         dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
-        commit = getattr(model.config, "_commit_hash", None)  # of the hub: a branch's content may change
-        revision = fingerprint(config.model) or commit or config.revision
+        revision = content_of(model, config.model, config.revision)
         return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]
 
     @property
@@ -194,15 +193,22 @@ class Backbone(nn.Module):
         """Token rows and aligned soft-prompt rows as one packed input (see `kernels/prompt_rows.py`)."""
         return prompt_rows(ids, self.embedding, prompts, weight, scale=self.embedding_scale)
 
-    def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
-        segments = plan.segments
-        longest = max(map(sum, zip(offsets, segments.lengths, strict=True)), default=0)
-        if self.position_limit is not None and longest > self.position_limit:
+    def check_length(self, tokens: int) -> None:
+        """Refuse sequences whose positions the model does not have.
+
+        Raises:
+            ValueError: `tokens` of text and prompt are too many.
+        """
+        if self.position_limit is not None and tokens > self.position_limit:
             raise ValueError(
-                f"{self.name}: text and prompt take {longest} tokens, but its positions are fixed for the first"
+                f"{self.name}: text and prompt take {tokens} tokens, but its positions are fixed for the first"
                 f" {self.position_limit} only (beyond them they are missing, or depend on the longest text of a batch);"
                 " lower max_length"
             )
+
+    def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
+        segments = plan.segments
+        self.check_length(max(map(sum, zip(offsets, segments.lengths, strict=True)), default=0))
         before = to_device(offsets, rows.device).repeat_interleave(
             to_device(segments.lengths, rows.device), output_size=segments.total
         )

@@ -117,7 +117,8 @@ class ModelConfig:
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
     max_length: int = 256
-    """Tokens of a text; longer texts are truncated, counted and reported."""
+    """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
+    reported. Instructions are always read whole."""
     templates: TemplatesConfig = field(default_factory=TemplatesConfig)
 
     def __post_init__(self) -> None:

@@ -84,3 +84,8 @@ def fingerprint(name: str) -> str | None:
             file.seek(max(0, path.stat().st_size - (1 << 16)))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def content_of(model: PreTrainedModel, name: str, revision: str | None) -> str | None:
+    """What was loaded: a folder's fingerprint, or the hub's commit, since a branch's content may change."""
+    return fingerprint(name) or getattr(model.config, "_commit_hash", None) or revision

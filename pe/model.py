@@ -111,6 +111,7 @@ class PromptEmbedder(nn.Module):
 
     def __init__(self, config: ModelConfig, prompter: PromptingLLM, alignment: Alignment, backbone: Backbone) -> None:
         super().__init__()
+        backbone.check_length(config.max_length + config.prompter.soft_tokens)
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
@@ -124,6 +125,7 @@ class PromptEmbedder(nn.Module):
 
         Raises:
             FileNotFoundError, UnsupportedBackbone, UnsupportedPrompter: see the parts.
+            ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
         """
         device = torch.device(device)
         prompter = PromptingLLM.from_pretrained(config.prompter, device)
@@ -199,10 +201,11 @@ class PromptEmbedder(nn.Module):
         read = []
         for i, text in enumerate(requests.texts):
             instruction = requests.instruction(i)
+            head = self.prompter_text(instruction)
             before = self.prefix_text(instruction) if self.config.layout == "prefix" else ""
-            read.append((self.prompter_text(instruction, text if with_text else None), before))
+            read.append((head, self.prompter_text(instruction, text) if with_text else head, before))
         place = {key: number for number, key in enumerate(dict.fromkeys(read))}
-        return self._align([request for request, _ in place]), [place[key] for key in read]
+        return self._align([(head, whole) for head, whole, _ in place]), [place[key] for key in read]
 
     def prompter_text(self, instruction: Instruction, text: str | None = None) -> str:
         """What the prompting LLM reads."""
@@ -217,9 +220,19 @@ class PromptEmbedder(nn.Module):
         template: str = getattr(self.config.templates, instruction.side).prefix
         return template.replace("{instruction}", instruction.text)
 
-    def _align(self, texts: Sequence[str]) -> AlignedPrompts:
-        limit = self.config.max_length
-        requests = [row[:limit] for row in self.prompter.text_tokenizer(texts)]
+    def prompter_ids(self, readings: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids that the prompting LLM reads, for pairs of an instruction alone and of it with a text.
+
+        The instruction is read whole, the text up to `max_length` tokens.
+        """
+        heads = dict.fromkeys(head for head, _ in readings)
+        lengths = dict(zip(heads, map(len, self.prompter.text_tokenizer(list(heads))), strict=True))
+        limits = [lengths[head] + self.config.max_length for head, _ in readings]
+        read = self.prompter.text_tokenizer([whole for _, whole in readings])
+        return [row[:limit] for row, limit in zip(read, limits, strict=True)]
+
+    def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
+        requests = self.prompter_ids(readings)
         if any(p.requires_grad for p in self.prompter.parameters()):
             prompts = self.prompter(requests)
         else:
@@ -394,7 +407,7 @@ class PromptEmbedder(nn.Module):
             self._bank, self._bank_version = {}, version
         for item in instructions:
             if item not in self._bank:
-                aligned = self._align([self.prompter_text(item)])
+                aligned = self._align([(self.prompter_text(item),) * 2])
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
@@ -463,6 +476,7 @@ class PromptEmbedder(nn.Module):
         config = {
             "format": FORMAT,
             "model": to_dict(self.config),
+            "prompter": {"revision": self.prompter.revision},
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "included": include_backbone},
             "alignment": dataclasses.asdict(self.alignment.report),
             "dimensions": self.dimensions,
@@ -509,7 +523,7 @@ class PromptEmbedder(nn.Module):
         path, device = Path(path), torch.device(device)
         saved = read_config(path)
         config = model_config_from_dict(saved["model"], str(path / "config.json"))
-        prompter = load_prompter(path / "prompter", config, device)
+        prompter = load_prompter(path, config, device, saved.get("prompter", {}).get("revision"))
         own = saved["backbone"]["included"] and backbone is None
         name = str(path / "backbone") if own else backbone or saved["backbone"]["name"]
         revision = config.backbone.revision
@@ -565,13 +579,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return saved
 
 
-def load_prompter(folder: Path, config: ModelConfig, device: torch.device) -> PromptingLLM:
-    """The trained prompting LLM: whole weights, or its base model with the saved adapter."""
-    if config.prompter.trainable == "full":
-        stored = dataclasses.replace(config.prompter, model=str(folder), revision=None)
-        prompter = PromptingLLM.from_pretrained(stored, device)
-        prompter.config = config.prompter
+def load_prompter(path: Path, config: ModelConfig, device: torch.device, revision: str | None) -> PromptingLLM:
+    """The trained prompting LLM of a saved embedder: whole weights, or its base model with the saved adapter.
+
+    Raises:
+        ValueError: the base model's content is not `revision`, on which the adapter was trained.
+    """
+    folder, options = path / "prompter", config.prompter
+    if options.trainable == "full":
+        prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, model=str(folder), revision=None), device)
+        prompter.config = options
         return prompter
-    prompter = PromptingLLM.from_pretrained(config.prompter, device)
+    pinned = options.revision if Path(options.model).is_dir() else revision or options.revision
+    prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, revision=pinned), device)
+    if revision not in (None, prompter.revision):
+        raise ValueError(
+            f"{path}: its prompting LLM is an adapter of {options.model} with content {revision}, but that has content"
+            f" {prompter.revision} now; put the former checkpoint there"
+        )
     prompter.load_adapter(folder)
     return prompter

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
-from pe.loading import TextTokenizer, embedding_scale, load_pretrained, lora_config
+from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained, lora_config
 from pe.packing import to_device
 
 ADAPTER = "prompter"
@@ -45,9 +45,16 @@ class PromptingLLM(nn.Module):
     Attributes:
         model: the language model; its vocabulary embedding is frozen.
         config: K, T and what trains.
+        revision: content of the checkpoint, which a saved adapter refers to.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrompterConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PrompterConfig,
+        revision: str | None = None,
+    ) -> None:
         """Take over `model` and choose its trainable weights.
 
         Raises:
@@ -55,7 +62,7 @@ class PromptingLLM(nn.Module):
                 of embeddings in place of token ids would change.
         """
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.revision = model, config, revision
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.logit_scale = logit_scale(model)
         self.check_generation()
@@ -69,7 +76,8 @@ class PromptingLLM(nn.Module):
     def from_pretrained(cls, config: PrompterConfig, device: torch.device) -> PromptingLLM:
         """Load by folder or hub name, in float32: these are the weights that train."""
         model, tokenizer = load_pretrained(AutoModelForCausalLM, config.model, config.revision, torch.float32)
-        return cls(model.to(device), tokenizer, config)  # type: ignore[arg-type]
+        revision = content_of(model, config.model, config.revision)
+        return cls(model.to(device), tokenizer, config, revision)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

@@ -132,10 +132,11 @@ def test_a_batch_has_so_many_instructions() -> None:
     assert batch.tokens == 12 * BASE.length
 
 
-def test_predictions_grow_at_least_linearly() -> None:
+def test_predictions_grow_as_between_the_last_two() -> None:
     assert scaling.predict([], 8) == 0
     assert scaling.predict([(4, 10.0)], 8) == 20
-    assert scaling.predict([(2, 9.0), (4, 10.0)], 8) == 20
+    assert scaling.predict([(2, 10.0), (4, 10.0)], 8) == pytest.approx(10)
+    assert scaling.predict([(2, 12.0), (4, 10.0)], 8) == 10
     assert scaling.predict([(2, 10.0), (4, 40.0)], 8) == pytest.approx(160)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -65,9 +66,9 @@ def make(models: Path) -> Maker:
         **options: Any,
     ) -> PromptEmbedder:
         torch.manual_seed(0)
-        chosen = {"soft_tokens": 3, "temperature": 0.7} | (prompter or {})
+        chosen = {"model": str(models / "prompter"), "soft_tokens": 3, "temperature": 0.7} | (prompter or {})
         config = ModelConfig(
-            prompter=PrompterConfig(model=str(models / "prompter"), **chosen),
+            prompter=PrompterConfig(**chosen),
             backbone=BackboneConfig(model=str(backbone or models / "backbone")),
             alignment=AlignmentConfig(**(alignment or {})),
             **options,
@@ -426,6 +427,38 @@ def test_a_changed_backbone_is_refused(make: Maker, models: Path, moving: Path, 
     shutil.copy(models / "other" / "model.safetensors", moving / "model.safetensors")
     with pytest.raises(ValueError, match="has content"):
         PromptEmbedder.from_pretrained(tmp_path / "saved")
+
+
+def test_a_changed_base_of_an_adapter_is_refused(make: Maker, models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "prompter", tmp_path / "base")
+    make(prompter={"model": str(base), "trainable": "lora"}).save_pretrained(tmp_path / "saved")
+    PromptEmbedder.from_pretrained(tmp_path / "saved")
+    language_model("llama", hidden_size=24, head_dim=6, seed=9).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"an adapter of .*base with content \w+, but that has content"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved")
+
+
+def test_texts_longer_than_the_positions_are_refused_at_once(models: Path, tmp_path: Path) -> None:
+    decoder("gpt2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    fits = ModelConfig(
+        prompter=PrompterConfig(model=str(models / "prompter"), soft_tokens=3),
+        backbone=BackboneConfig(model=str(tmp_path)),
+        max_length=125,
+    )
+    PromptEmbedder.from_config(fits)
+    with pytest.raises(ValueError, match=r"take 129 tokens, .* first 128 only .*max_length"):
+        PromptEmbedder.from_config(dataclasses.replace(fits, max_length=126))
+
+
+def test_instructions_are_read_whole_and_texts_up_to_the_limit(make: Maker) -> None:
+    model = make(max_length=6, conditioning="instruction_and_text")
+    head = model.prompter_text(Instruction(FIND))
+    whole = model.prompter_text(Instruction(FIND), "the cat sat on the mat")
+    alone, cut = model.prompter_ids([(head, head), (head, whole)])
+    assert alone == model.prompter.text_tokenizer([head])[0]
+    assert cut == model.prompter.text_tokenizer([whole])[0][: len(alone) + 6]
+    assert len(alone) > 6
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "config.json"])

@@ -115,8 +115,8 @@ class StaticPromptEmbedder(PromptEmbedder):
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
 
-    def _align(self, texts: Sequence[str]) -> AlignedPrompts:
-        return AlignedPrompts(self.static(texts), None)
+    def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
+        return AlignedPrompts(self.static([whole for _, whole in readings]), None)
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.
