@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import gc
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench import plots, records
 from bench.cases import CASES, VARIANTS, Case, Setting
@@ -35,9 +31,9 @@ from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.plots import Panel, Series
 from bench.records import Record
 from bench.step import TrainingStep, prepare, time_rounds
+from pe.meters import ACTIVATIONS, FROZEN, MIB, LiveTensors, Phases
 from pe.model import Instruction, Requests
 
-MIB = 2**20
 DEFAULT = "tiny"
 INSTRUCTION_TOKENS = 16
 COMPARED = ("lora-padded", "lora-packed", "pe-suffix", "pe-suffix-reader", "pe-prefix")
@@ -138,88 +134,25 @@ AXES = {
 }
 
 
-class LiveBytes:
-    """Bytes of noted storages that are still alive.
-
-    Attributes:
-        now, highest: in bytes, `highest` over all times so far.
-    """
-
-    def __init__(self) -> None:
-        self.now = self.highest = 0
-        self._keys: set[int] = set()
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._keys
-
-    def note(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, once, until it is freed."""
-        if tensor not in self:
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            self._keys.add(key)
-            self.now += size
-            self.highest = max(self.highest, self.now)
-            weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._keys.discard(key)
-        self.now -= size
-
-
-class Meter(TorchDispatchMode):
-    """Sees every operation while it is entered, those of the backward pass included.
-
-    Attributes:
-        made: storages that operations made.
-        saved: those of them that autograd keeps for the backward pass; `pack` has to be its hook.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made, self.saved, self._older = LiveBytes(), LiveBytes(), LiveBytes()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            if tensor not in self.made:
-                self._older.note(tensor)
-        outputs = func(*args, **kwargs)
-        for tensor in _tensors(outputs):
-            if tensor not in self._older:
-                self.made.note(tensor)
-        return outputs
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        if tensor in self.made:
-            self.saved.note(tensor)
-        return tensor.detach()  # the tensor itself would keep its own graph alive
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def step_bytes(step: TrainingStep, batch: Batch) -> tuple[int, int]:
     """Peak bytes of a step above the loaded model, and what autograd saved for its backward pass.
 
     For a step that was not taken before: the optimiser's state is made first and counted, as in every later step.
     """
-    device, meter = step.device, Meter()
-    on_gpu = device.type == "cuda"
+    device, on_gpu = step.device, step.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
-    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor), meter:
+    live = LiveTensors({FROZEN: [*step.model.parameters(), *step.model.buffers()]}, step.parameters, Phases())
+    with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor), live:
         for parameter in step.parameters:
             parameter.grad = torch.zeros_like(parameter)
         step.optimizer.step()
         step.optimizer.zero_grad(set_to_none=True)
         step(batch)
-    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else meter.made.highest
-    return peak, meter.saved.highest
+    found = live.footprint()
+    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else found.above
+    return peak, max(found.bytes[ACTIVATIONS])
 
 
 def key_value_bytes(case: Case, tokens: int, dtype: torch.dtype) -> int:

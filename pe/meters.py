@@ -261,8 +261,8 @@ class LiveTensors(TorchDispatchMode):
     """Counts the storages that torch's operations make and free while it is entered, by what they are for.
 
     A storage is counted once however many tensors view it, from the operation that returns it until nothing refers to
-    it. What is alive when a backward pass begins are saved activations, what is a parameter's `grad` before the
-    optimiser's step are gradients; all else is workspace. Buffers inside one operation are not seen.
+    it. What `save` sees, or is alive when a backward pass begins, is saved activations; what is a parameter's `grad`
+    before the optimiser's step is gradients; all else is workspace. Buffers inside one operation are not seen.
     """
 
     def __init__(
@@ -297,6 +297,13 @@ class LiveTensors(TorchDispatchMode):
         """Say what these tensors are for, from their first moment on."""
         for tensor in tensors:
             self._note(tensor).category = category
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """For `torch.autograd.graph.saved_tensors_hooks`: what autograd keeps of this step is saved activations."""
+        piece = self._note(tensor)
+        if piece.category == WORKSPACE:
+            piece.category = ACTIVATIONS
+        return tensor.detach()  # the tensor itself would keep its own graph alive
 
     def footprint(self) -> Footprint:
         """What was counted so far."""

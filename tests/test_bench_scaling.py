@@ -13,7 +13,7 @@ import torch
 from bench import plots, records, scaling
 from bench.cases import CASES, Setting
 from bench.plots import Panel, Series
-from bench.scaling import AXES, LiveBytes, Meter, Point
+from bench.scaling import AXES, Point
 from pe.kernels.context_attention import context_attention
 from pe.model import PromptEmbedder
 
@@ -67,45 +67,6 @@ def test_keys_and_values_are_those_of_the_text_pass() -> None:
     kept = model.backbone.read(model.tokenize(load.batches[0].requests))
     held = sum(tensor.nbytes for layer in kept.layers for tensor in layer)
     assert scaling.key_value_bytes(BASE.case(TOY), load.batches[0].tokens, torch.float32) == held
-
-
-def test_meter_counts_what_is_alive() -> None:
-    older = torch.ones(100)
-    with Meter() as meter:
-        first = torch.zeros(50)
-        view = first[:10]
-        older.add_(1)
-        second = older * 2
-        assert meter.made.now == 50 * 4 + 100 * 4
-        del first
-        assert meter.made.now == 50 * 4 + 100 * 4
-        del view, second
-        assert meter.made.now == 0
-        third = torch.zeros(20)
-    assert third in meter.made
-    assert meter.made.highest == 50 * 4 + 100 * 4
-
-
-def test_meter_tells_saved_from_made() -> None:
-    weight = torch.ones(64, 64, requires_grad=True)
-    meter = Meter()
-    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor), meter:
-        x = torch.ones(8, 64)
-        loss = (x @ weight).exp().sum()
-        assert meter.saved.now == 2 * 8 * 64 * 4  # x and exp's result; the weight is older
-        loss.backward()
-    assert meter.made.highest >= meter.saved.highest + 64 * 64 * 4  # and the gradient
-    assert weight.grad is not None
-    assert torch.allclose(weight.grad, (torch.e**64 * torch.ones(64, 64)) * 8, rtol=1e-3)
-
-
-def test_live_bytes_count_a_storage_once() -> None:
-    live, tensor = LiveBytes(), torch.zeros(3)
-    live.note(tensor)
-    live.note(tensor[1:])
-    assert (live.now, live.highest) == (12, 12)
-    del tensor
-    assert (live.now, live.highest) == (0, 12)
 
 
 def test_points_vary_one_thing() -> None:

@@ -91,6 +91,22 @@ def test_tensors_count_from_their_operation_to_their_last_reference() -> None:
     assert len(found.thinned(3).times) == 3
 
 
+def test_what_autograd_saves_is_told_from_what_it_made() -> None:
+    weight = torch.ones(64, 64, requires_grad=True)
+    live = LiveTensors({FROZEN: [weight]}, [], Phases())
+    with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor), live:
+        x = torch.ones(8, 64)
+        loss = (x @ weight).exp().sum()
+        loss.backward()
+        del loss
+    found = live.footprint()
+    assert max(found.bytes[ACTIVATIONS]) == 2 * 8 * 64 * 4, "x and exp's result; the weight was there before"
+    assert found.bytes[ACTIVATIONS][-1] == 8 * 64 * 4, "x alone is alive at the end"
+    assert found.above >= 2 * 8 * 64 * 4 + weight.nbytes, "and the gradient"
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, (torch.e**64 * torch.ones(64, 64)) * 8, rtol=1e-3)
+
+
 def test_sampler_keeps_a_peak_for_each_phase() -> None:
     phases, value = Phases(), [1]
     with Sampler(lambda: value[0], 0.001, phases) as sampler:
