@@ -39,8 +39,8 @@ CHUNK_ELEMENTS = 1 << 25  # elements of a [M, chunk] buffer, at most
 PROGRAMS = 264  # split a product until about this many programs share it: two for each of 132 multiprocessors
 LOGITS_CONFIGS = ({"BLOCK_D": 128, "num_stages": 2}, {"BLOCK_D": 32, "num_stages": 4}, {"num_warps": 4})
 MIX_CONFIGS = ({"BLOCK_K": 128, "num_stages": 2}, {"BLOCK_K": 32, "num_stages": 4}, {"num_warps": 4})
-FUSED_CONFIGS = ({"BLOCK_V": 32, "num_stages": 2}, {"num_stages": 2}, {"num_warps": 4})
-FUSED_SLICES = 4  # column slices of a fused tile: each is a product of its own, so that warps need not share rows
+FUSED_CONFIGS = ({"BLOCK_V": 32, "num_stages": 2}, {"num_stages": 2})
+FUSED_SLICES = 8  # column slices of a fused tile, one a warp: each is a product of its own (fewer repeat work)
 FUSED_WIDTH = 1024  # widest embedding of the fused form
 FUSED_TILE = 16 * FUSED_WIDTH  # elements of a tile of E: 32 KB of half-precision rows
 
@@ -350,6 +350,7 @@ def _vocab_mixture_fused_kernel(
     """One program owns a split's tiles of the vocabulary for BLOCK_M rows: partial[split] of S, or of dh backward.
 
     Operands are [SLICES, rows, columns of a slice]: D = SLICES * BLOCK_D, Din = SLICES * BLOCK_N, less what is masked.
+    Logits are [entries, rows], so that both products take E as it was loaded: one pipelined copy in shared memory.
     """
     pid_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -358,9 +359,11 @@ def _vocab_mixture_fused_kernel(
     offs_n = offs_s * BLOCK_N + tl.arange(0, BLOCK_N)[None, None, :]  # [S, 1, BN]
     mask_m, mask_d, mask_n = offs_m < M, offs_d < D, offs_n < DIN
     rows, mask_rows = offs_m[None, :, None], mask_m[None, :, None]
-    h = tl.load(h_ptr + rows * stride_hm + offs_d, mask=mask_rows & mask_d, other=0.0)  # [S, BM, BD]
+    h = tl.load(h_ptr + rows * stride_hm + offs_d, mask=mask_rows & mask_d, other=0.0)
+    h = tl.permute(h, (0, 2, 1))  # [S, BD, BM]
     if IS_BACKWARD:
-        ds = tl.load(ds_ptr + rows * stride_sm + offs_n, mask=mask_rows & mask_n, other=0.0)  # [S, BM, BN]
+        ds = tl.load(ds_ptr + rows * stride_sm + offs_n, mask=mask_rows & mask_n, other=0.0)
+        ds = tl.permute(ds, (0, 2, 1))  # [S, BN, BM]
         lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
@@ -377,21 +380,21 @@ def _vocab_mixture_fused_kernel(
             e_in = e_out
         else:
             e_in = tl.load(e_in_ptr + entries * stride_iv + offs_n, mask=mask_e & mask_n, other=0.0)  # [S, BV, BN]
-        z = tl.sum(tl.dot(h, tl.permute(e_out, (0, 2, 1)), input_precision="ieee"), axis=0) * scale  # [BM, BV]
+        z = tl.sum(tl.dot(e_out, h, input_precision="ieee"), axis=0) * scale  # [BV, BM]
         if IS_BACKWARD:
-            dp = tl.sum(tl.dot(ds, tl.permute(e_in, (0, 2, 1)), input_precision="ieee"), axis=0)
-            dz = tl.exp2(z - lse[:, None]) * (dp - delta[:, None]) * inverse_temperature
-            factors = tl.broadcast_to(dz.to(h.dtype)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
+            dp = tl.sum(tl.dot(e_in, ds, input_precision="ieee"), axis=0)
+            dz = tl.exp2(z - lse[None, :]) * (dp - delta[None, :]) * inverse_temperature
+            factors = tl.broadcast_to(tl.trans(dz.to(h.dtype))[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
             acc = tl.dot(factors, e_out, acc, input_precision="ieee")
         else:
-            z = tl.where(mask_v[None, :], z, -float("inf"))
+            z = tl.where(mask_v[:, None], z, -float("inf"))
             before = offset
-            offset = tl.maximum(before, tl.ceil(tl.max(z, axis=1)))
-            p = tl.exp2(z - offset[:, None])
+            offset = tl.maximum(before, tl.ceil(tl.max(z, axis=0)))
+            p = tl.exp2(z - offset[None, :])
             shrink = tl.exp2(before - offset)
-            total = total * shrink + tl.sum(p, axis=1)
+            total = total * shrink + tl.sum(p, axis=0)
             acc = acc * shrink[None, :, None]
-            factors = tl.broadcast_to(p.to(h.dtype)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
+            factors = tl.broadcast_to(tl.trans(p.to(h.dtype))[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
             acc = tl.dot(factors, e_in, acc, input_precision="ieee")
     out_ptrs = partial_ptr + split * stride_as + rows * stride_am
     if IS_BACKWARD:
@@ -402,15 +405,16 @@ def _vocab_mixture_fused_kernel(
         tl.store(sum_ptr + offs_m * stride_om + split, total, mask=mask_m)
 
 
-def _fused_rows(h: Tensor, width_in: int, is_backward: bool) -> int:
+def _fused_rows(h: Tensor, width_in: int, is_tied: bool, is_backward: bool) -> int:
     """BLOCK_M of the fused form, or 0 where the chunked form runs.
 
-    Fused are half-precision rows, embeddings up to FUSED_WIDTH wide, as many rows as two blocks hold: 64 forward and 32
-    backward above 512 columns, 64 both ways below. A chip with 64 KB of shared memory goes by the backward limits.
+    Fused are half-precision rows, embeddings up to FUSED_WIDTH wide, as many rows as two blocks hold: 64 of tied
+    embeddings forward, 32 of others and backward above 512 columns; 64 of all below. A chip with 64 KB of shared memory
+    goes by the backward limits.
     """
-    width = max(tile(h.shape[1], 64, FUSED_WIDTH), tile(width_in, 64, FUSED_WIDTH))
-    elements = 32 * 512 if is_backward or not generation(h.device) else 32 * 1024  # of an accumulator
-    block_m = min(tile(h.shape[0], 16, 32), elements // width)
+    width = max(tile(h.shape[1], 128, FUSED_WIDTH), tile(width_in, 128, FUSED_WIDTH))
+    is_small = is_backward or not is_tied or not generation(h.device)
+    block_m = min(tile(h.shape[0], 16, 32), 32 * (512 if is_small else 1024) // width)
     fits = h.element_size() == 2 and max(h.shape[1], width_in) <= FUSED_WIDTH and h.shape[0] <= 2 * block_m
     return block_m if fits else 0
 
@@ -518,8 +522,8 @@ def _fused(
 ) -> None:
     """out = S, and lse with it; or out = dh where `ds` and `delta` are given."""
     (M, D), (V, Din) = h.shape, e_in.shape
-    width_out, width_in = tile(D, 64, FUSED_WIDTH), tile(Din, 64, FUSED_WIDTH)
-    block_v = min(64, FUSED_TILE // max(width_out, width_in))
+    width_out, width_in = tile(D, 128, FUSED_WIDTH), tile(Din, 128, FUSED_WIDTH)
+    block_v = min(512 // block_m, FUSED_TILE // max(width_out, width_in))
     n_blocks = triton.cdiv(M, block_m)
     n_splits = max(1, min(16 * PROGRAMS // (n_blocks * block_m), triton.cdiv(V, block_v)))
     partial = h.new_empty(n_splits, M, out.shape[1], dtype=torch.float32)
@@ -555,7 +559,7 @@ def _fused(
         BLOCK_V=block_v,
         BLOCK_D=width_out // FUSED_SLICES,
         BLOCK_N=width_in // FUSED_SLICES,
-        num_warps=8,
+        num_warps=FUSED_SLICES,
         num_stages=1 if chip == 0 else 3 if is_tied or chip > 8 else 2,
     )
     if ds is None:
@@ -573,7 +577,7 @@ def _vocab_mixture_fwd(
     out, lse = h.new_empty(M, Din), h.new_empty(M, dtype=torch.float32)
     if M == 0:
         return out, lse
-    if fused_rows := _fused_rows(h, Din, is_backward=False):
+    if fused_rows := _fused_rows(h, Din, is_tied, is_backward=False):
         _fused(h, e_out, e_in, temperature, is_tied, fused_rows, out, lse)
         return out, lse
     chunk, n_tiles = _chunk(M, V), triton.cdiv(V, BLOCK_V)
@@ -633,7 +637,7 @@ def _vocab_mixture_bwd(
     if M == 0:
         return dh, de_out, de_in
     delta = (ds.float() * s.float()).sum(dim=1)
-    fused_rows = _fused_rows(h, Din, is_backward=True)
+    fused_rows = _fused_rows(h, Din, is_tied, is_backward=True)
     if fused_rows and needs_h and not (needs_out or needs_in):
         _fused(h, e_out, e_in, temperature, is_tied, fused_rows, dh, lse, ds=ds, delta=delta)
         return dh, de_out, de_in
