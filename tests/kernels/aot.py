@@ -56,7 +56,11 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What the compiler made of a launch; `spills` in bytes a thread (NVIDIA: stack and local), shared in bytes."""
+    """What the compiler made of a launch.
+
+    `spills` in bytes a thread (NVIDIA: stack and local), `shared` in bytes; `pipelined`: some loads run ahead of their
+    use (NVIDIA: asynchronous copies).
+    """
 
     op: str
     case: str
@@ -70,6 +74,7 @@ class Result:
     spills: int
     has_dot: bool
     matrix: str
+    pipelined: bool
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -223,6 +228,7 @@ def compile_launch(launch: Launch) -> Result:
         op=launch.op, case=launch.case, kernel=kernel_name, target=launch.target, dtype=launch.dtype, blocks=blocks,
         num_warps=launch.arguments["num_warps"], registers=registers, shared=compiled.metadata.shared, spills=spills,
         has_dot=has_dot, matrix=next((kind for kind in kinds if kind in text), ""),
+        pipelined="async_copy" in compiled.asm["ttgir"],
     )  # fmt: skip
 
 
