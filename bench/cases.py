@@ -164,6 +164,8 @@ def default_cases(device: str) -> tuple[str, ...]:
     return CPU_CASES if device == "cpu" else GPU_CASES
 
 
+MAX_LENGTH = 512
+"""Tokens of the longest texts of any distribution: none is cut."""
 Embedder = PromptEmbedder | LoraEmbedder
 
 
@@ -210,6 +212,7 @@ def prompt_embedder(**options: Any) -> Build:
         config = ModelConfig(
             prompter=PrompterConfig(soft_tokens=case.soft_tokens),
             reader_lora=LoraSettings(rank=case.rank),
+            max_length=MAX_LENGTH,
             **options,
         )
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
@@ -234,6 +237,7 @@ def lora(form: Form) -> Build:
             lora=LoraSettings(rank=case.rank, alpha=64, dropout=0.1),
             form=form,
             templates=Templates() if instructed else Templates(query=BARE),
+            max_length=MAX_LENGTH,
         )
         return LoraEmbedder(config, load_backbone(case, setting))
 

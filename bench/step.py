@@ -162,6 +162,8 @@ def measure_together(
             found.append({**common, "variant": name, "failed": str(error).splitlines()[0]})
             torch.cuda.empty_cache()
             continue
+        if cut := steps[name].model.truncation.cut:
+            raise RuntimeError(f"{name}, {load.distribution}: expected texts that are read whole, got {cut} cut ones")
         flops[name] = load.mean([step_flops(steps[name].model, batch.requests) for batch in load.batches])
     times = time_rounds(steps, load, rounds)
     rate = product_rate(setting, PRODUCT[setting.device.type])

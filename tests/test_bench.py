@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import aot, largest, lengths, memory, quality, records, report, step, transfer
+from bench import aot, cases, largest, lengths, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
 from bench.flops import step_flops
-from bench.lengths import Distribution, SetLengths, workload
+from bench.lengths import DISTRIBUTIONS, Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
 from pe.recipes import load_recipe
@@ -146,6 +146,23 @@ def test_flops_are_those_that_run(variant: str) -> None:
     recomputed = {"lora-checkpointed": 1.5, "lora-cached": 1.5}.get(variant, 1.0)
     expected = step_flops(taken.model, batch.requests) * recomputed
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", ["lora-padded", "lora-packed", "pe-suffix", "pe-prefix-text"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_texts_are_read_whole(distribution: Distribution, variant: str) -> None:
+    load = workload(distribution, TOY)
+    model = step.prepare(TOY, variant, load, CPU).model
+    for batch in load.batches:
+        read, texts = model.tokenize(batch.requests), [*batch.lengths[0], *batch.lengths[1]]
+        assert all(len(row) >= length for row, length in zip(read, texts, strict=True))
+    assert model.truncation.cut == 0
+
+
+def test_cut_texts_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "MAX_LENGTH", 511)
+    with pytest.raises(RuntimeError, match="pe-suffix, long: expected texts that are read whole, got 2 cut ones"):
+        list(step.measure(TOY, workload("long", TOY), ["pe-suffix"], 1, CPU))
 
 
 def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
