@@ -147,16 +147,12 @@ def attention(context_grad: bool) -> Build:
             return tuple(x.transpose(1, 2) for x in (queries, whole(k, context_k), whole(v, context_v)))
 
         def varlen() -> Way:
-            from torch.nn.attention.varlen import varlen_attn
+            from pe.attention import flash_attention
 
             cu_whole, total = offsets(b, before + length, device), before + length
 
             def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                attended = varlen_attn(
-                    q, k, v, cu, cu_whole, length, total, window_size=(-1, 0), enable_gqa=True
-                )  # fmt: skip
-                assert isinstance(attended, Tensor)
-                return attended
+                return flash_attention(q, k, v, cu, cu_whole, length, total, scale=None)
 
             return Way(run, packed)
 

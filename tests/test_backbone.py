@@ -274,6 +274,16 @@ def test_a_layer_that_stores_nothing_is_an_error() -> None:
         attention.keep_all(AttentionPlan(Segments((1,), torch.device("cpu"))), [0])
 
 
+def test_flash_attention_is_called_as_this_torch_wants_it() -> None:
+    """On tensors without data: arguments, grouped heads, shapes."""
+    q, k = (torch.empty(12, heads, 32, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2))
+    cu = torch.empty(4, device="meta", dtype=torch.int32)
+    out = attention.flash_attention(q, k, k, cu, cu, 5, 5, scale=None)
+    assert out.shape == q.shape
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert (dq.shape, dk.shape) == (q.shape, k.shape)
+
+
 def test_learned_positions_end_with_a_clear_error() -> None:
     model = backbone("gpt2")
     assert model.position_limit == 128

@@ -16,6 +16,7 @@ from bench import test_kernels as benchmarked
 from bench.kernels import COMPILED, EAGER, MODES, OURS
 from bench.ops import CASES, Case, Problem, Sizes, Way
 from bench.roofline import ROOFS, Cost
+from pe import attention
 from tests.test_bench import FakeBenchmark
 
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_flash_is_given_the_same_problem(name: str, monkeypatch: pytest.MonkeyPa
     def causal_from_the_end(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
     ) -> Tensor:
-        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        assert options == {"window_size": (-1, 0), "scale": None, **attention.GROUPED}
         parts = []
         for text in range(len(cu_q) - 1):
             rows, keys = slice(*cu_q[text : text + 2].tolist()), slice(*cu_k[text : text + 2].tolist())
