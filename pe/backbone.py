@@ -70,8 +70,12 @@ class Backbone(nn.Module):
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.name, self.revision = name, revision
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
-        self.stock_attention: str = model.config._attn_implementation
-        self.position_limit = position_limit(model.config.get_text_config())
+        options = model.config.get_text_config()
+        is_capped = (
+            getattr(options, "attn_logit_softcapping", None) is not None
+        )  # older transformers' SDPA drops the cap
+        self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
+        self.position_limit = position_limit(options)
         self.final_norm = find_final_norm(self.model)
         self.check_parity()
 

@@ -29,6 +29,7 @@ def build(
     config = ModelConfig(
         prompter=PrompterConfig(soft_tokens=3, temperature=0.7, trainable=trainable),  # type: ignore[arg-type]
         alignment=AlignmentConfig(init="orthogonal"),
+        max_length=100,
         **options,
     )
     torch.manual_seed(0)

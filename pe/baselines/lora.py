@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
@@ -62,7 +63,7 @@ class LoraEmbedder(nn.Module):
         self.truncation = Truncation()
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
         if config.form == "checkpointed":
-            backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(backbone.model)
         self.train(self.training)
 
     @classmethod
@@ -126,8 +127,8 @@ class LoraEmbedder(nn.Module):
         lengths = to_device(list(map(len, readings)), self.device)
         places = torch.arange(longest, device=self.device)
         mask = places < lengths[:, None]
-        if model.config._attn_implementation != "sdpa":
-            model.set_attn_implementation("sdpa")
+        if model.config._attn_implementation != self.backbone.stock_attention:
+            model.set_attn_implementation(self.backbone.stock_attention)
         states = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [B, L, D]
         if self.config.pooling == "last":
             return F.normalize(states[torch.arange(len(readings), device=self.device), lengths - 1].float(), dim=-1)
@@ -192,3 +193,12 @@ class LoraEmbedder(nn.Module):
         (path / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
         if card:
             (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass; transformers renamed the method after 5.17."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
