@@ -17,6 +17,12 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def dtype_of(record: Record) -> str:
+    """Type of the frozen weights; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
+    dtype, on_gpu = record.get("dtype", "auto"), record.get("hardware", {}).get("gpu")
+    return "float32" if dtype == "auto" and not on_gpu else str(dtype)
+
+
 def where(record: Record) -> str:
     """Hardware, versions, commit and date of a record, in a sentence."""
     hardware = record["hardware"]
@@ -27,7 +33,7 @@ def where(record: Record) -> str:
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
     if record["dirty"]:
         commit += " with changes"
-    return f"{on}; {record.get('dtype', 'float32')}; {versions}; {commit}; {record['date'][:10]}"
+    return f"{on}; {dtype_of(record)}; {versions}; {commit}; {record['date'][:10]}"
 
 
 def gpu_line(kind: str, folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import plots, records
-from bench.markdown import NOT_YET, grid, where
+from bench.markdown import NOT_YET, dtype_of, grid, where
 from bench.plots import Panel, Series
 from bench.quality import SYSTEMS, with_train
 from bench.records import Record
@@ -65,7 +65,7 @@ def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Reco
 
 def title(row: Record) -> str:
     """What rows have in common that can be compared: backbones, type and steps."""
-    return f"{row['source']} to {row['target']}, {row.get('dtype', 'float32')}, {row['curve'][-1][0]} steps"
+    return f"{row['source']} to {row['target']}, {dtype_of(row)}, {row['curve'][-1][0]} steps"
 
 
 def newest(folder: Path) -> dict[str, list[Record]]:
