@@ -71,9 +71,8 @@ class Backbone(nn.Module):
         self.name, self.revision = name, revision
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         options = model.config.get_text_config()
-        is_capped = (
-            getattr(options, "attn_logit_softcapping", None) is not None
-        )  # older transformers' SDPA drops the cap
+        # transformers 5.17's SDPA drops a soft cap in silence
+        is_capped = getattr(options, "attn_logit_softcapping", None) is not None
         self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
         self.position_limit = position_limit(options)
         self.final_norm = find_final_norm(self.model)

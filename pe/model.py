@@ -407,7 +407,8 @@ class PromptEmbedder(nn.Module):
             self._bank, self._bank_version = {}, version
         for item in instructions:
             if item not in self._bank:
-                aligned = self._align([(self.prompter_text(item),) * 2])
+                head = self.prompter_text(item)
+                aligned = self._align([(head, head)])
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
