@@ -253,6 +253,9 @@ VARIANTS = {
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
+    "pe-suffix-skip": Variant(
+        title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
+    ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),
     "pe-prefix-text": Variant(title="PE, prefix, text read", build=prompt_embedder(**PREFIX, conditioning=BOTH)),

@@ -131,7 +131,7 @@ def suffix(config: ModelConfig) -> ModelConfig:
 
 
 def prefix(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, layout="prefix", pooling="mean_text", reader="none")
+    return dataclasses.replace(config, layout="prefix", pooling="mean_text", reader="none", skip="none")
 
 
 def systems(

@@ -71,7 +71,8 @@ def step_flops(model: Embedder, requests: Requests) -> float:
         text = 2 * sum(lengths) * decoder.frozen - trimmed
         text += decoder.attend(causal(lengths), backward=0) * (decoder.layers - 1) / decoder.layers
         pairs = k * sum(lengths) + len(lengths) * k**2 / 2
-        return written + text + decoder.products(soft, backward=True) + decoder.attend(pairs, backward=1)
+        skip = 4 * len(lengths) * model.dimensions**2 if model.skip is not None else 0
+        return written + text + skip + decoder.products(soft, backward=True) + decoder.attend(pairs, backward=1)
     distinct = sorted(set(requests.index))
     heads = model.backbone.text_tokenizer([model.prefix_text(requests.instructions[n]) for n in distinct])
     before = {n: len(head) + k for n, head in zip(distinct, heads, strict=True)}

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import set_seed
@@ -30,6 +30,7 @@ from bench.markdown import NOT_YET, grid, where
 from bench.plots import Panel, Series
 from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
+from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
 from pe.config import AlignmentConfig, LoraSettings, Recipe
@@ -72,8 +73,16 @@ def build_pe(**changes: Any) -> Callable[[Recipe, torch.device], System]:
     return build
 
 
-def build_static(recipe: Recipe, device: torch.device) -> System:
-    return StaticPromptEmbedder.from_config(recipe.model, device, instructions=instructions(recipe))
+def build_static(skip: Literal["none", "linear"]) -> Callable[[Recipe, torch.device], System]:
+    def build(recipe: Recipe, device: torch.device) -> System:
+        config = dataclasses.replace(recipe.model, skip=skip)
+        return StaticPromptEmbedder.from_config(config, device, instructions=instructions(recipe))
+
+    return build
+
+
+def build_linear(recipe: Recipe, device: torch.device) -> System:
+    return LinearEmbedder.from_config(recipe.model.backbone, device, max_length=recipe.model.max_length)
 
 
 def build_lora(pooling: Pooling) -> Callable[[Recipe, torch.device], System]:
@@ -97,19 +106,28 @@ FROZEN = {
     "frozen backbone, mean, instruction before queries": Templates(),
 }
 BOTH = "instruction_and_text"
-PREFIX = {"layout": "prefix", "pooling": "mean_text", "reader": "none"}
+ALONE = {"reader": "none", "skip": "none"}
+PREFIX = {"layout": "prefix", "pooling": "mean_text", **ALONE}
 SYSTEMS = {
-    "pe": Entry(title="PE, suffix, reader", build=build_pe()),
-    "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(), times=4),
-    "pe-no-reader": Entry(title="PE, suffix", build=build_pe(reader="none")),
-    "pe-text": Entry(title="PE, suffix, reader, text read", build=build_pe(conditioning=BOTH)),
-    "pe-text-no-reader": Entry(title="PE, suffix, text read", build=build_pe(reader="none", conditioning=BOTH)),
+    "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
+    "pe-skip-longer": Entry(
+        title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
+    ),
+    "pe-skip-no-reader": Entry(title="PE, suffix, skip", build=build_pe(skip="linear", reader="none")),
+    "pe": Entry(title="PE, suffix, reader", build=build_pe(skip="none")),
+    "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(skip="none"), times=4),
+    "pe-no-reader": Entry(title="PE, suffix", build=build_pe(**ALONE)),
+    "pe-text": Entry(title="PE, suffix, reader, text read", build=build_pe(skip="none", conditioning=BOTH)),
+    "pe-text-no-reader": Entry(title="PE, suffix, text read", build=build_pe(**ALONE, conditioning=BOTH)),
     "pe-vocabulary": Entry(
-        title="PE, suffix, reader, vocabulary", build=build_pe(alignment=AlignmentConfig(kind="vocabulary"))
+        title="PE, suffix, reader, vocabulary",
+        build=build_pe(skip="none", alignment=AlignmentConfig(kind="vocabulary")),
     ),
     "pe-prefix": Entry(title="PE, prefix", build=build_pe(**PREFIX)),
     "pe-prefix-text": Entry(title="PE, prefix, text read", build=build_pe(**PREFIX, conditioning=BOTH)),
-    "static": Entry(title="static prompts, reader (control)", build=build_static),
+    "static-skip": Entry(title="static prompts, reader, skip (control)", build=build_static("linear")),
+    "static": Entry(title="static prompts, reader (control)", build=build_static("none")),
+    "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }

@@ -48,7 +48,10 @@ def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str
 
 def moved(result: Transfer, recipe: Recipe, source: str) -> Record:
     """The record of a transfer."""
-    variant = "PE: alignment and reader" if recipe.model.reader == "activated_lora" else "PE: alignment alone"
+    trained = ["alignment"]
+    trained += ["reader"] if recipe.model.reader != "none" else []
+    trained += ["skip"] if recipe.model.skip != "none" else []
+    variant = f"PE: {', '.join(trained[:-1])} and {trained[-1]}" if len(trained) > 1 else "PE: alignment alone"
     return record(variant, next(iter(result.scores.values())).mean, result.curve, recipe, source)
 
 

@@ -33,10 +33,15 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[T, G, D]` of every layer for the texts of a packed row."""
+    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and where asked for the texts' means.
+
+    Attributes:
+        means: unit vectors `[B, width]` float32: the mean of a text's standardised states before the last layer.
+    """
 
     layers: list[tuple[Tensor, Tensor]]
     segments: Segments
+    means: Tensor | None = None
 
 
 class LastLayerReached(Exception):
@@ -191,7 +196,8 @@ def joined(parts: Sequence[KeyValues]) -> KeyValues:
         for pairs in zip(*(part.layers for part in parts), strict=True)
     ]
     lengths = tuple(length for part in parts for length in part.segments.lengths)
-    return KeyValues(layers, Segments(lengths, parts[0].segments.device))
+    means = [part.means for part in parts if part.means is not None]
+    return KeyValues(layers, Segments(lengths, parts[0].segments.device), torch.cat(means) if means else None)
 
 
 def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:

@@ -6,10 +6,12 @@ Legend: T tokens of a packed row, B texts, D hidden size, K soft tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +50,13 @@ def position_limit(config: PreTrainedConfig) -> int | None:
                default=None)  # fmt: skip
 
 
+def last_layer(model: PreTrainedModel, layers: int) -> nn.Module | None:
+    """The last of a decoder's `layers` layers; None where they do not stand in one list."""
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
+    stack = next(stacks, None)
+    return None if stack is None else stack[-1]
+
+
 class Backbone(nn.Module):
     """A frozen decoder over packed rows.
 
@@ -55,6 +64,7 @@ class Backbone(nn.Module):
         model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
+        has_means: whether `read` can give the texts' means.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Backbone(nn.Module):
         self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
         self.position_limit = position_limit(options)
         self.final_norm = find_final_norm(self.model)
+        self.has_means = last_layer(self.model, self.num_layers) is not None
         self.check_parity()
 
     @classmethod
@@ -170,23 +181,45 @@ class Backbone(nn.Module):
         )
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Sequence[int]]) -> KeyValues:
+    def read(self, texts: Sequence[Sequence[int]], *, means: bool = False) -> KeyValues:
         """The frozen text pass: keys and values of every text, without gradient, without the reader.
 
-        The last layer stops at its keys and values: nothing behind them can reach a later token.
+        The last layer stops at its keys and values: nothing behind them can reach a later token. With `means` the
+        states that enter it are pooled too.
         """
         if self.device.type == "cpu":
-            return attention.joined([self._read(part) for part in neighbours(texts, CPU_TOKENS)])
-        return self._read(texts)
+            return attention.joined([self._read(part, means) for part in neighbours(texts, CPU_TOKENS)])
+        return self._read(texts, means)
 
-    def _read(self, texts: Sequence[Sequence[int]]) -> KeyValues:
+    def _read(self, texts: Sequence[Sequence[int]], means: bool) -> KeyValues:
         ids, segments = pack(texts, self.device)
         plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
-        with self.reader_off(), contextlib.suppress(LastLayerReached):
+        with self.reader_off(), self._entering_last_layer(means) as states, contextlib.suppress(LastLayerReached):
             self._run(self.token_rows(ids), plan, (0,) * len(segments))
         kept = self._kept(plan)
         assert kept is not None
-        return kept
+        if not means:
+            return kept
+        return dataclasses.replace(kept, means=pool_normalize(states[0][0], segments.cu_seqlens, norm="rms"))
+
+    @contextlib.contextmanager
+    def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """The states `[1, T, D]` that enter the last layer, in a list that is filled when it is called, if `wanted`."""
+        states: list[Tensor] = []
+        if not wanted:
+            yield states
+            return
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            states.append(arguments[0] if arguments else options["hidden_states"])
+
+        layer = last_layer(self.model, self.num_layers)
+        assert layer is not None
+        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield states
+        finally:
+            handle.remove()
 
     def token_rows(self, ids: Tensor) -> Tensor:
         """Input embeddings `[T, D]` of token ids `[T]`."""
@@ -286,6 +319,7 @@ class Backbone(nn.Module):
             packed = self.pool(packed, Segments((1,) * segments.total, self.device), normalize=False)
             self(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
             masks = self._masks(rows[:2])
+            self.has_means = self.has_means and self._means_agree(texts, tolerance)
         except torch.OutOfMemoryError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
@@ -305,6 +339,20 @@ class Backbone(nn.Module):
                     f"{architecture}: layer {layer} masks more than its attention is told of (window {window}), so long"
                     " texts would differ from the stock forward; this architecture is not supported"
                 )
+
+    def _means_agree(self, texts: Sequence[Sequence[int]], tolerance: float) -> bool:
+        """Whether the means of a text pass are those of the stock model's states before its last layer."""
+        means = self.read(texts, means=True).means
+        self.model.set_attn_implementation(self.stock_attention)
+        for ids, mean in zip(texts, means if means is not None else (), strict=True):
+            output = self.model(
+                torch.tensor([list(ids)], device=self.device), use_cache=False, output_hidden_states=True
+            )
+            states = output.hidden_states[-2][0].float()
+            expected = F.normalize(F.rms_norm(states, states.shape[-1:]).mean(0), dim=-1)
+            if mean.shape != expected.shape or not (mean - expected).norm() <= tolerance:
+                return False
+        return True
 
     def _masks(self, rows: Tensor) -> dict[int, tuple[object, int | None]]:
         """Each layer's mask rule in the stock model, and the window that it tells the attention function."""

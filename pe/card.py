@@ -42,6 +42,7 @@ embeddings = model.encode(["a text"], instruction="Retrieve semantically similar
 | conditioning | {config.conditioning} |
 | pooling | {config.pooling} |
 | reader | {config.reader} |
+| skip | {config.skip} |
 | alignment | {config.alignment.kind}, {config.alignment.init} |
 | prompting LLM | {config.prompter.trainable} |
 

@@ -116,6 +116,9 @@ class ModelConfig:
     reader: Literal["none", "activated_lora"] = "none"
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
+    skip: Literal["none", "linear"] = "none"
+    """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
+    embedding (suffix)."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""
@@ -126,6 +129,7 @@ class ModelConfig:
         _require(self.pooling in allowed, "pooling", f"one of {allowed} in the {self.layout} layout", self.pooling)
         if self.layout == "prefix":
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader)
+            _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
 
 
@@ -193,6 +197,8 @@ class TrainConfig:
     """Peak rate of the alignment matrix; null: lr."""
     reader_lr: float | None = None
     """Peak rate of the reader's adapters; null: lr."""
+    skip_lr: float | None = None
+    """Peak rate of the matrix around the soft prompt; null: lr."""
     weight_decay: float = 0.01
     warmup: float = 0.1
     """Share of the steps."""

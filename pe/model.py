@@ -36,11 +36,13 @@ from pe.alignment import (
     build_alignment,
 )
 from pe.attention import KeyValues
-from pe.backbone import Backbone
+from pe.backbone import Backbone, UnsupportedBackbone
 from pe.config import ModelConfig, to_dict
 from pe.loading import load_pretrained
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
+from pe.skip import LinearSkip, around
+from pe.trainable import TrainableModule
 
 Side = Literal["query", "document"]
 FORMAT = 1
@@ -99,13 +101,14 @@ class Truncation:
         return f"{self.cut:,} of {self.texts:,} texts truncated"
 
 
-class PromptEmbedder(nn.Module):
+class PromptEmbedder(TrainableModule):
     """A frozen decoder that embeds texts under soft prompts.
 
     Attributes:
         config: the options.
         name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
+        skip: the matrix around the soft prompt, where there is one; it trains too.
         truncation: counts since the model was made.
     """
 
@@ -115,6 +118,14 @@ class PromptEmbedder(nn.Module):
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
+        self.skip: LinearSkip | None = None
+        if config.skip == "linear":
+            if not backbone.has_means:
+                raise UnsupportedBackbone(
+                    f"{backbone.name} ({backbone.model.config.model_type}): its states before the last layer cannot be"
+                    " read, which skip: linear needs; use skip: none"
+                )
+            self.skip = LinearSkip(backbone.hidden_size, backbone.device)
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
         self._bank_version = -1
@@ -160,8 +171,8 @@ class PromptEmbedder(nn.Module):
         order, ids, part = self._sorted(requests)
         prompts, index = self.write_prompts(part)
         if self.config.layout == "suffix":
-            states = self.prompt_states(self.backbone.read(ids), prompts, index)
-            embeddings = self.pool_prompt(states)
+            texts, skipped = self.read(ids)
+            embeddings = around(self.pool_prompt(self.prompt_states(texts, prompts, index)), skipped)
         else:
             embeddings = self._embed_behind_prefix(part, ids, prompts, index)
         return embeddings[inverse(order, self.device)]
@@ -176,8 +187,9 @@ class PromptEmbedder(nn.Module):
             raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
         order, ids, part = self._sorted(requests)
         prompts, index = self.write_prompts(part)
-        states = self.prompt_states(self.backbone.read(ids), prompts, index)
-        steps = [self.pool_prompt(states[:, : k + 1]) for k in range(states.shape[1])]
+        texts, skipped = self.read(ids)
+        states = self.prompt_states(texts, prompts, index)
+        steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
         return torch.stack(steps)[:, inverse(order, self.device)]
 
     def tokenize(self, requests: Requests) -> list[list[int]]:
@@ -240,6 +252,11 @@ class PromptEmbedder(nn.Module):
                 prompts = self.prompter(requests)
         return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
 
+    def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:
+        """The frozen text pass, and what goes around the soft prompt: unit vectors `[B, D]`, or None."""
+        texts = self.backbone.read(ids, means=self.skip is not None)
+        return texts, self.skip(texts.means) if self.skip is not None else None
+
     def prompt_states(
         self,
         context: KeyValues,
@@ -256,7 +273,7 @@ class PromptEmbedder(nn.Module):
         return hidden.unflatten(0, (len(index), k))
 
     def pool_prompt(self, states: Tensor) -> Tensor:
-        """Embeddings `[B, D]` of soft-token states `[B, K, D]`."""
+        """Unit vectors `[B, D]` of soft-token states `[B, K, D]`."""
         count, k = states.shape[:2]
         segments = Segments((k,) * count, states.device)
         mode: Literal["last", "mean"] = "last" if self.config.pooling == "last" else "mean"
@@ -376,7 +393,7 @@ class PromptEmbedder(nn.Module):
                 prompts, index = self._encode_prompts(requests)
                 parts.append(self._embed_behind_prefix(requests, ids, prompts, index))
             return torch.stack(parts)
-        context = self.backbone.read(ids)
+        context, skipped = self.read(ids)
         rows = SOFT_ROWS_CPU if self.device.type == "cpu" else SOFT_ROWS
         at_once = max(1, rows // (count * self.config.prompter.soft_tokens))
         parts = []
@@ -385,7 +402,7 @@ class PromptEmbedder(nn.Module):
             requests = Requests(list(texts) * len(group), group, [n for n in range(len(group)) for _ in texts])
             prompts, index = self._encode_prompts(requests)
             states = self.prompt_states(context, prompts, index, list(range(count)) * len(group))
-            parts.append(self.pool_prompt(states).unflatten(0, (len(group), count)))
+            parts.append(around(self.pool_prompt(states).unflatten(0, (len(group), count)), skipped))
         return torch.cat(parts)
 
     def _encode_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
@@ -416,37 +433,18 @@ class PromptEmbedder(nn.Module):
     # What trains, and what is saved.
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that train, by part: prompter, alignment, reader."""
+        """Parameters that train, by part: prompter, alignment, reader, skip."""
         parts = {
             "prompter": [p for p in self.prompter.parameters() if p.requires_grad],
             "alignment": [p for p in self.alignment.parameters() if p.requires_grad],
             "reader": [p for p in self.backbone.reader_parameters() if p.requires_grad],
+            "skip": [] if self.skip is None else list(self.skip.parameters()),
         }
         return {name: parameters for name, parameters in parts.items() if parameters}
 
     def _own_state(self) -> dict[str, Tensor]:
         frozen = {id(p) for name, p in self.backbone.named_parameters() if ".reader." not in name}
         return {name: p.detach() for name, p in self.named_parameters() if id(p) not in frozen}
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Named tensors of everything that trains."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `trainable_state` gave.
-
-        Raises:
-            ValueError: other names than this model's.
-        """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            raise ValueError(
-                f"state: expected the {len(own)} trainable tensors of this model, got {len(state)};"
-                f" not on both sides: {sorted(own.keys() ^ state.keys())[:5]}"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write the embedder to a folder: whole or not at all.
@@ -472,6 +470,8 @@ class PromptEmbedder(nn.Module):
             )
         if self.backbone.has_reader:
             self.backbone.model.save_pretrained(temporary / "reader")
+        if self.skip is not None:
+            save_file({"weight": self.skip.weight.detach().cpu().contiguous()}, temporary / "skip.safetensors")
         if include_backbone:
             self._save_backbone(temporary / "backbone")
         config = {
@@ -548,6 +548,8 @@ class PromptEmbedder(nn.Module):
         else:
             alignment = VocabularyAlignment(prompter, frozen)
         model = cls(config, prompter, alignment, frozen).eval()
+        if model.skip is not None:
+            model.skip.load_state_dict(load_file(path / "skip.safetensors"))
         model.name = path.name
         return model
 

@@ -167,7 +167,7 @@ def embeddings_of(model: Trainable, stepwise: bool, requests: Requests) -> Tenso
 
 def parameter_groups(parts: dict[str, list[nn.Parameter]], options: TrainConfig) -> list[dict[str, object]]:
     """One group a part with its own peak rate."""
-    rates = {"alignment": options.alignment_lr, "reader": options.reader_lr}
+    rates = {"alignment": options.alignment_lr, "reader": options.reader_lr, "skip": options.skip_lr}
     return [
         {"params": group, "lr": options.lr if (own := rates.get(name)) is None else own, "name": name}
         for name, group in parts.items()

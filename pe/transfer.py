@@ -1,7 +1,7 @@
 """`python -m pe.transfer CHECKPOINT --backbone NEW [--steps N] [--output FOLDER] [--section.option=value ...]`
 
-Moves a trained PromptEmbedder to another backbone: the prompting LLM stays as it is, the alignment matrix (and the
-reader, where there is one) is trained anew. `--steps 0` stops at the least-squares or vocabulary start.
+Moves a trained PromptEmbedder to another backbone: the prompting LLM stays as it is, the alignment matrix (and reader
+and skip, where there are any) is trained anew. `--steps 0` stops at the least-squares or vocabulary start.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Transfer:
 
 
 def move(source: PromptEmbedder, backbone: str, revision: str | None = None) -> PromptEmbedder:
-    """The embedder on another backbone, untrained: frozen prompting LLM, fresh alignment and reader.
+    """The embedder on another backbone, untrained: frozen prompting LLM, all else fresh.
 
     The source's prompting LLM is shared, so it is frozen in the source too.
     """

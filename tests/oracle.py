@@ -29,7 +29,24 @@ def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
 
 def embed(model: PromptEmbedder, requests: Requests) -> Tensor:
     """Embeddings `[B, D]` by the stock backbone's forward over each concatenated sequence."""
-    return F.normalize(torch.stack([pooled(model, requests, place) for place in range(len(requests.texts))]), dim=-1)
+    rows = [pooled(model, requests, place) for place in range(len(requests.texts))]
+    embeddings = F.normalize(torch.stack(rows), dim=-1)
+    if model.config.skip == "none":
+        return embeddings
+    assert model.skip is not None
+    means = torch.stack([text_mean(model, requests, place) for place in range(len(requests.texts))])
+    return F.normalize(embeddings + F.normalize(means @ model.skip.weight, dim=-1), dim=-1)
+
+
+@torch.no_grad()
+def text_mean(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
+    """Mean `[D]` of the stock backbone's states of a text before its last layer, each divided by its RMS."""
+    templates = getattr(model.config.templates, requests.instruction(place).side)
+    body = templates.text.replace("{text}", requests.texts[place])
+    ids, stock = model.backbone.text_tokenizer.tokenizer(body)["input_ids"], model.backbone.model
+    stock.set_attn_implementation(model.backbone.stock_attention)
+    states = stock(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[-2][0]
+    return (states / states.square().mean(-1, keepdim=True).sqrt()).mean(0)
 
 
 def pooled(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:

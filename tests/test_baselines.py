@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pe.backbone import Backbone
 from pe.baselines.common import BARE, Templates
 from pe.baselines.frozen import FrozenEncoder
+from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
@@ -223,6 +224,8 @@ MODELS = {
     **{form: lambda form=form: lora(form) for form in FORMS},
     "static": static,
     "static with reader": lambda: static(reader="activated_lora", reader_lora=LoraSettings(rank=2)),
+    "static with skip": lambda: static(skip="linear"),
+    "linear": lambda: LinearEmbedder(backbone()),
 }
 
 

@@ -206,6 +206,11 @@ def test_a_reader_needs_the_suffix_layout() -> None:
         ModelConfig(layout="prefix", pooling="last", reader="activated_lora")
 
 
+def test_a_skip_needs_the_suffix_layout() -> None:
+    with pytest.raises(RecipeError, match="skip: expected 'none' in the prefix layout, got 'linear'"):
+        ModelConfig(layout="prefix", pooling="last", skip="linear")
+
+
 def test_stepwise_loss_needs_the_suffix_layout() -> None:
     with pytest.raises(RecipeError, match=r"loss\.stepwise: expected false in the prefix layout"):
         Recipe(model=ModelConfig(layout="prefix", pooling="last"), loss=LossConfig(stepwise=True))

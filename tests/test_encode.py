@@ -95,7 +95,7 @@ def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in before)
     start = move(PromptEmbedder.from_pretrained(run / "model"), new)
     assert not torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
-    assert set(start.trainable_parameters()) == {"alignment", "reader"}
+    assert set(start.trainable_parameters()) == {"alignment", "reader", "skip"}
 
 
 def test_transfer_without_steps_is_the_least_squares_start(run: Path, tiny_models: Path, tmp_path: Path) -> None:

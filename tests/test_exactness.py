@@ -56,7 +56,7 @@ def assert_equal(model: PromptEmbedder, requests: Requests = REQUESTS) -> None:
     got, expected = model(requests), oracle.embed(model, requests)
     assert relative_error(got, expected) < 1e-5
     packed, plain = gradients(model, got), gradients(model, expected)
-    for part in ("prompter.", "alignment."):
+    for part in ("prompter.", "alignment.", *(["skip."] if model.skip is not None else [])):
         ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith(part)]) for g in (packed, plain))
         assert theirs.norm() > 1e-4, f"the oracle's gradient of {part} vanishes: the comparison would say nothing"
         assert relative_error(ours, theirs) < 1e-5, part

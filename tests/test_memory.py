@@ -44,7 +44,12 @@ CLOSE = 0.02
 """Share of the measured peak by which a prediction may miss it; on the versions this was written with it is exact."""
 VARIANTS: dict[str, dict[str, object]] = {
     "suffix": {},
-    "prefix": {"model__reader": "none", "model__layout": "prefix", "model__pooling": "mean_text"},
+    "prefix": {
+        "model__reader": "none",
+        "model__skip": "none",
+        "model__layout": "prefix",
+        "model__pooling": "mean_text",
+    },
     "text, micro batches": {
         "model__conditioning": "instruction_and_text",
         "train__batch_size": 2,

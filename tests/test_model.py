@@ -153,7 +153,7 @@ def test_several_instructions_equal_one_by_one(make: Maker, shape: str) -> None:
 def test_several_instructions_share_the_text_pass(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = make(), []
     read = model.backbone.read
-    monkeypatch.setattr(model.backbone, "read", lambda texts: calls.append(len(texts)) or read(texts))
+    monkeypatch.setattr(model.backbone, "read", lambda texts, **how: calls.append(len(texts)) or read(texts, **how))
     model.encode_tensor(TEXTS, instructions=[FIND, SAME, "sort them"])
     assert calls == [6]
 
@@ -293,6 +293,7 @@ def test_stepwise_needs_the_suffix_layout(make: Maker) -> None:
 TRAINED: dict[str, dict[str, Any]] = {
     **SHAPES,
     "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2)},
+    "skip": {"skip": "linear"},
     "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=4)}},
     "vocabulary": {"alignment": {"kind": "vocabulary"}},
 }
@@ -303,7 +304,7 @@ def test_ten_steps_learn_a_toy_batch(make: Maker, shape: str) -> None:
     model = make(**TRAINED[shape]).train()
     parts = model.trainable_parameters()
     assert set(parts) == {"prompter"} | ({"alignment"} if shape != "vocabulary" else set()) | (
-        {"reader"} if shape == "reader" else set()
+        {shape} if shape in ("reader", "skip") else set()
     )
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     queries = requests("the cat", "a river", "old man", "end of day")
@@ -342,6 +343,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=2, dropout=0.1)}},
     "vocabulary": {"alignment": {"kind": "vocabulary"}},
     "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2, alpha=8)},
+    "skip": {"skip": "linear"},
     "prefix": PREFIX | {"templates": TemplatesConfig(query=SideTemplates(prefix="Task: {instruction} >"))},
 }
 
@@ -370,6 +372,7 @@ def test_save_and_load_round_trip_is_bitwise(make: Maker, tmp_path: Path, kind: 
     expected = {weights.get(kind, weights["full"])}
     expected |= {"alignment.safetensors"} if kind != "vocabulary" else set()
     expected |= {"reader/adapter_model.safetensors"} if kind == "reader" else set()
+    expected |= {"skip.safetensors"} if kind == "skip" else set()
     assert {file for file in files if file.endswith(".safetensors")} == expected
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl", ".py"))]
     assert (tmp_path / "saved" / "README.md").read_text() == "# Mine\n"

@@ -36,6 +36,7 @@ def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
             "prompter": {"model": str(models / "prompter"), "soft_tokens": 3},
             "backbone": {"model": str(models / "one")},
             "reader": "activated_lora",
+            "skip": "linear",
             "reader_lora": {"rank": 2, "alpha": 8},
             "max_length": 32,
         },

@@ -27,6 +27,7 @@ from pe.config import BackboneConfig, LoraSettings
 from pe.loading import lora_config
 from pe.model import Instruction, Requests, Side, Truncation
 from pe.packing import by_length, fitting, inverse, pack, to_device
+from pe.trainable import TrainableModule
 
 ADAPTER = "lora"
 Form = Literal["padded", "checkpointed", "packed"]
@@ -46,7 +47,7 @@ class LoraBaselineConfig:
     templates: Templates = field(default_factory=Templates)
 
 
-class LoraEmbedder(nn.Module):
+class LoraEmbedder(TrainableModule):
     """A decoder with LoRA adapters on every linear layer, trained through all text tokens.
 
     Attributes:
@@ -166,24 +167,6 @@ class LoraEmbedder(nn.Module):
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that train: the adapters."""
         return {"lora": [p for p in self.parameters() if p.requires_grad]}
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Named tensors of everything that trains."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `trainable_state` gave.
-
-        Raises:
-            ValueError: other names than this model's.
-        """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            difference = sorted(own.keys() ^ state.keys())[:5]
-            raise ValueError(f"state: expected {len(own)} tensors, got {len(state)}; not on both sides: {difference}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write the adapters as a PEFT adapter, and the options beside them."""

@@ -1,0 +1,93 @@
+"""The control for `skip`: the frozen text pass and one trained matrix, without a prompt and so without instructions.
+
+Legend: B texts, D the backbone's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pe.backbone import Backbone
+from pe.baselines.common import Floats, content_hash, short_name
+from pe.config import BackboneConfig
+from pe.model import Requests, Side, Truncation
+from pe.packing import by_length, fitting, inverse, token_batches
+from pe.skip import LinearSkip
+from pe.trainable import TrainableModule
+
+
+class LinearEmbedder(TrainableModule):
+    """The means of the frozen text states through a trained D x D matrix."""
+
+    def __init__(self, backbone: Backbone, *, max_length: int = 256) -> None:
+        super().__init__()
+        self.backbone, self.max_length = backbone, max_length
+        self.map = LinearSkip(backbone.hidden_size, backbone.device)
+        self.name = f"linear-{short_name(backbone.name)}"
+        self.truncation = Truncation()
+
+    @classmethod
+    def from_config(
+        cls, config: BackboneConfig, device: torch.device | str = "cpu", *, max_length: int = 256
+    ) -> LinearEmbedder:
+        """Load the backbone that `config` names."""
+        return cls(Backbone.from_pretrained(config, torch.device(device)), max_length=max_length)
+
+    @property
+    def revision(self) -> str:
+        return content_hash(self.trainable_state(), self.backbone.revision, self.max_length)
+
+    def forward(self, requests: Requests) -> Tensor:
+        """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
+        ids = self.tokenize(requests)
+        order = by_length(ids)
+        return self._embed([ids[i] for i in order])[inverse(order, self.backbone.device)]
+
+    def tokenize(self, requests: Requests) -> list[list[int]]:
+        """Token ids of each text, cut to `max_length` and counted; the instruction is not read."""
+        return self._tokenize(requests.texts)
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        ids = self.backbone.text_tokenizer(texts)
+        self.truncation.texts += len(ids)
+        self.truncation.cut += sum(len(row) > self.max_length for row in ids)
+        return [row[: self.max_length] for row in ids]
+
+    def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        embeddings: Tensor = self.map(self.backbone.read(ids, means=True).means)
+        return embeddings
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str,
+        side: Side = "query",
+        batch_tokens: int = 16_384,
+        progress: bool = False,
+    ) -> Floats:
+        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order, whatever the instruction."""
+        ids = self._tokenize(texts)
+        embeddings = np.empty((len(texts), self.backbone.hidden_size), dtype=np.float32)
+        for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.backbone.device)):
+            embeddings[batch] = self._embed([ids[i] for i in batch]).numpy(force=True)
+        return embeddings
+
+    def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
+        """Write what trains; the control is not meant to be loaded elsewhere."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(self.trainable_state(), path / "linear.safetensors")
+        if card:
+            (path / "README.md").write_text(card, encoding="utf-8")
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that train: the matrix."""
+        return {"map": list(self.map.parameters())}

@@ -1,0 +1,101 @@
+"""The way around the soft prompt against its oracle: the stock model's own hidden states of each text alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pe import backbone as backbone_module
+from pe.backbone import Backbone, UnsupportedBackbone
+from pe.baselines.linear import LinearEmbedder
+from pe.model import Instruction, PromptEmbedder, Requests
+from tests import oracle
+from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
+from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
+
+
+def embedder(architecture: str = "qwen3", **options: object) -> PromptEmbedder:
+    """An embedder whose matrix is not the identity any more."""
+    model = build(architecture, skip="linear", **options)
+    assert model.skip is not None
+    noise = torch.randn(model.skip.weight.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model.skip.weight += 0.2 * noise
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_the_stock_states(architecture: str) -> None:
+    assert_equal(embedder(architecture))
+
+
+def test_other_poolings_readings_and_tokenizers() -> None:
+    assert_equal(embedder(pooling="last"))
+    assert_equal(embedder(conditioning="instruction_and_text"))
+    assert_equal(embedder("llama", bos=True))
+
+
+def test_it_changes_the_embedding_and_starts_as_the_identity() -> None:
+    assert relative_error(embedder()(REQUESTS), build("qwen3")(REQUESTS)) > 0.1
+    fresh = build("qwen3", skip="linear")
+    assert fresh.skip is not None
+    assert torch.equal(fresh.skip.weight, torch.eye(32))
+
+
+def test_encoding_under_several_instructions_adds_it_to_each() -> None:
+    model = embedder()
+    wanted = [item.text for item in REQUESTS.instructions]
+    encoded = model.encode_many(TEXTS, instructions=wanted, side="document")
+    for text, row in zip(wanted, encoded, strict=True):
+        requests = Requests(TEXTS, [Instruction(text, "document")], [0] * len(TEXTS))
+        np.testing.assert_allclose(row, oracle.embed(model, requests).numpy(force=True), atol=1e-5)
+
+
+def test_every_step_has_it() -> None:
+    model = embedder()
+    means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
+    assert model.skip is not None
+    expected = torch.nn.functional.normalize(build("qwen3").stepwise(REQUESTS) + model.skip(means), dim=-1)
+    torch.testing.assert_close(model.stepwise(REQUESTS), expected)
+
+
+def test_the_text_pass_in_parts_gives_the_same_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder()
+    ids = sorted(model.tokenize(REQUESTS), key=len)
+    whole = model.backbone.read(ids, means=True)
+    monkeypatch.setattr(backbone_module, "CPU_TOKENS", 4)
+    parts = model.backbone.read(ids, means=True)
+    assert whole.means is not None
+    assert parts.means is not None
+    torch.testing.assert_close(parts.means, whole.means)
+    torch.testing.assert_close(whole.means.norm(dim=-1), torch.ones(len(ids)))
+    assert model.backbone.read(ids).means is None
+
+
+def test_a_backbone_whose_states_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder()
+    monkeypatch.setattr(backbone_module, "last_layer", lambda model, layers: model.layers[0])
+    other = Backbone(decoder("qwen3"), byte_tokenizer(), "other")
+    assert not other.has_means, "the first layer's states are not the last one's"
+    with pytest.raises(UnsupportedBackbone, match=r"other \(qwen3\): its states before the last layer cannot be read"):
+        PromptEmbedder(model.config, model.prompter, model.alignment, other)
+
+
+def test_layers_that_stand_in_no_list_have_no_last() -> None:
+    model = decoder("qwen3")
+    assert backbone_module.last_layer(model, 2) is model.layers[1]
+    assert backbone_module.last_layer(model, 3) is None
+
+
+def test_the_control_is_the_way_around_alone() -> None:
+    model = embedder()
+    control = LinearEmbedder(model.backbone, max_length=100)
+    assert model.skip is not None
+    control.load_trainable_state({"map.weight": model.skip.weight.detach()})
+    means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
+    expected = torch.nn.functional.normalize(means @ model.skip.weight, dim=-1)
+    torch.testing.assert_close(control(REQUESTS), expected, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(
+        control.encode(TEXTS, instruction="none is read"), expected.numpy(force=True), atol=1e-5, rtol=1e-4
+    )
