@@ -7,7 +7,8 @@ Saved: the inputs, o and the log-sum-exp. A context that requires no grad costs 
 over its users in the order of a stable sort, without atomics.
 
 The query heads of one key/value head are packed as rows, so K queries of G heads read a context once. With few
-queries the context's keys are split over programs and merged by log-sum-exp.
+queries the context's keys are split over programs and merged by log-sum-exp. Sequences of more than one block of keys
+(IS_LONG) take no mask but in the blocks on their diagonal and at their end.
 Bytes with few queries: the context once forward, once backward. FLOPs with many: 4·D a query, key and head forward.
 
 Shape legend: T packed tokens, B sequences, C packed context tokens, N segments, H query heads, Hkv key/value heads,
@@ -222,7 +223,7 @@ def _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT: tl.constexpr,
 
 
 @triton.jit
-def _attend(
+def _attend_blocks(
     acc,
     total,
     top,
@@ -245,17 +246,19 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
 ):
-    """Online softmax of a block of rows over keys [first, last) of one segment, key n at position n + shift."""
+    """Online softmax of a tile of rows over keys [first, last) of one segment, key n at position n + shift."""
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_d, mask_dv = offs_d < D, offs_dv < DV
     for n in range(first, last, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < last
+        mask_n = (offs_n < last) | ALL_VISIBLE
         k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_kt + offs_d[:, None]
         k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
         z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
-        z = tl.where(_visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW), z, -float("inf"))
+        if not ALL_VISIBLE:
+            z = tl.where(_visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW), z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, axis=1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(z - base[:, None])
@@ -266,6 +269,53 @@ def _attend(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         top = new_top
     return acc, total, top
+
+
+@triton.jit
+def _whole_blocks(first, last, seen_by_all, BLOCK_N: tl.constexpr):
+    """End of the blocks from `first` that lie below `seen_by_all`, the keys that every row of a tile sees."""
+    return first + tl.maximum(tl.minimum(seen_by_all, last) - first, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    first,
+    last,
+    seen_by_all,
+    shift,
+    position_m,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SOME_WHOLE: tl.constexpr,
+):
+    """The same, where SOME_WHOLE masked only from the first block that holds a key some row does not see."""
+    if SOME_WHOLE:
+        whole = _whole_blocks(first, last, seen_by_all, BLOCK_N)
+        acc, total, top = _attend_blocks(
+            acc, total, top, q, k_ptr, v_ptr, first, whole, shift, position_m, window, qk_scale, cap_scale, stride_kt,
+            stride_vt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, True,
+        )  # fmt: skip
+        first = whole
+    return _attend_blocks(
+        acc, total, top, q, k_ptr, v_ptr, first, last, shift, position_m, window, qk_scale, cap_scale, stride_kt,
+        stride_vt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -304,6 +354,7 @@ def _context_attention_fwd_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    IS_LONG: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -334,21 +385,23 @@ def _context_attention_fwd_kernel(
         first, last = split * per_split, tl.minimum((split + 1) * per_split, context)
         if HAS_WINDOW:
             first = tl.maximum(first, (context + first_token - window + 1) // BLOCK_N * BLOCK_N)
+        last = tl.where(is_live, last, 0)
         acc, total, top = _attend(
             acc, total, top, q, context_k_ptr + context_begin * stride_ckt + kv_head * stride_ckh,
-            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, tl.where(is_live, last, 0), 0,
-            position_m, window, qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HAS_WINDOW, HAS_SOFTCAP,
+            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, last, last, 0, position_m, window,
+            qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+            IS_LONG and not HAS_WINDOW,
         )  # fmt: skip
     if split == SPLITS - 1:
         first, last = first_row * 0, tl.minimum(length, (first_row + BLOCK_M - 1) // G + 1)
         if HAS_WINDOW:
             first = tl.maximum(first, (first_token - window + 1) // BLOCK_OWN * BLOCK_OWN)
+        last = tl.where(is_live, last, 0)
         acc, total, top = _attend(
             acc, total, top, q, k_ptr + begin * stride_kt + kv_head * stride_kh,
-            v_ptr + begin * stride_vt + kv_head * stride_vh, first, tl.where(is_live, last, 0), context,
-            position_m, window, qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV,
-            HAS_WINDOW, HAS_SOFTCAP,
+            v_ptr + begin * stride_vt + kv_head * stride_vh, first, last, first_token + 1, context, position_m, window,
+            qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+            IS_LONG and not HAS_WINDOW,
         )  # fmt: skip
     row = (split.to(tl.int64) * T + t) * (n_kv_heads * G) + head  # row of [SPLITS, T, H]
     divisor = tl.where(total == 0.0, 1.0, total)
@@ -403,10 +456,13 @@ def _dlogits(
     qk_scale,
     cap_scale,
     HAS_SOFTCAP: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
 ):
     """P and dz, [BM, BN], of q [BM, D], k [D, BN], v [DV, BN], do [BM, DV]; dz without the factor `scale`."""
     z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
-    p = tl.where(visible, tl.exp2(z - lse[:, None]), 0.0)
+    p = tl.exp2(z - lse[:, None])
+    if not ALL_VISIBLE:
+        p = tl.where(visible, p, 0.0)
     dz = p * (tl.dot(do, v, input_precision="ieee") - delta[:, None])
     if HAS_SOFTCAP:
         tanh = z / cap_scale
@@ -415,7 +471,7 @@ def _dlogits(
 
 
 @triton.jit
-def _accumulate_dq(
+def _accumulate_dq_blocks(
     dq,
     q,
     do,
@@ -439,21 +495,64 @@ def _accumulate_dq(
     BLOCK_DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
 ):
     """dq += dz K over keys [first, last) of one segment."""
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_d, mask_dv = offs_d < D, offs_dv < DV
     for n in range(first, last, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < last
+        mask_n = (offs_n < last) | ALL_VISIBLE
         k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_kt + offs_d[:, None]
         v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * stride_vt + offs_dv[:, None]
         k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
         v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
         visible = _visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW)
-        _, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP)
+        _, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE)
         dq = tl.dot(dz.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
     return dq
+
+
+@triton.jit
+def _accumulate_dq(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    first,
+    last,
+    seen_by_all,
+    shift,
+    position_m,
+    window,
+    qk_scale,
+    cap_scale,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SOME_WHOLE: tl.constexpr,
+):
+    """The same, where SOME_WHOLE masked only from the first block that holds a key some row does not see."""
+    if SOME_WHOLE:
+        whole = _whole_blocks(first, last, seen_by_all, BLOCK_N)
+        dq = _accumulate_dq_blocks(
+            dq, q, do, lse, delta, k_ptr, v_ptr, first, whole, shift, position_m, window, qk_scale, cap_scale,
+            stride_kt, stride_vt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, True,
+        )  # fmt: skip
+        first = whole
+    return _accumulate_dq_blocks(
+        dq, q, do, lse, delta, k_ptr, v_ptr, first, last, shift, position_m, window, qk_scale, cap_scale, stride_kt,
+        stride_vt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -494,6 +593,7 @@ def _context_attention_bwd_dq_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_LONG: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -526,21 +626,23 @@ def _context_attention_bwd_dq_kernel(
         first, last = split * per_split, tl.minimum((split + 1) * per_split, context)
         if HAS_WINDOW:
             first = tl.maximum(first, (context + first_token - window + 1) // BLOCK_N * BLOCK_N)
+        last = tl.where(is_live, last, 0)
         dq = _accumulate_dq(
             dq, q, do, lse, delta, context_k_ptr + context_begin * stride_ckt + kv_head * stride_ckh,
-            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, tl.where(is_live, last, 0), 0,
-            position_m, window, qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HAS_WINDOW, HAS_SOFTCAP,
+            context_v_ptr + context_begin * stride_cvt + kv_head * stride_cvh, first, last, last, 0, position_m, window,
+            qk_scale, cap_scale, stride_ckt, stride_cvt, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+            IS_LONG and not HAS_WINDOW,
         )  # fmt: skip
     if split == SPLITS - 1:
         first, last = first_row * 0, tl.minimum(length, (first_row + BLOCK_M - 1) // G + 1)
         if HAS_WINDOW:
             first = tl.maximum(first, (first_token - window + 1) // BLOCK_OWN * BLOCK_OWN)
+        last = tl.where(is_live, last, 0)
         dq = _accumulate_dq(
             dq, q, do, lse, delta, k_ptr + begin * stride_kt + kv_head * stride_kh,
-            v_ptr + begin * stride_vt + kv_head * stride_vh, first, tl.where(is_live, last, 0), context,
-            position_m, window, qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV,
-            HAS_WINDOW, HAS_SOFTCAP,
+            v_ptr + begin * stride_vt + kv_head * stride_vh, first, last, first_token + 1, context, position_m, window,
+            qk_scale, cap_scale, stride_kt, stride_vt, D, DV, BLOCK_OWN, BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+            IS_LONG and not HAS_WINDOW,
         )  # fmt: skip
     row = (split.to(tl.int64) * T + t) * (n_kv_heads * G) + head  # row of [SPLITS, T, H]
     tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
@@ -559,8 +661,8 @@ def _accumulate_dkv(
     cu_ptr,
     b,
     kv_head,
-    first_token,
-    last_token,
+    begin_row,
+    end_row,
     context,
     position_n,
     mask_n,
@@ -578,10 +680,14 @@ def _accumulate_dkv(
     BLOCK_DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
 ):
-    """dk += dzᵀ q and dv += Pᵀ do over the rows of tokens [first_token, last_token) of sequence b."""
+    """dk += dzᵀ q and dv += Pᵀ do over rows [begin_row, end_row) of sequence b, in whole tiles up to its last row.
+
+    Rows and keys past the end are zero: as visible ones they add nothing to what is stored.
+    """
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first_row in range(first_token * G, last_token * G, BLOCK_M):
+    for first_row in range(begin_row, end_row, BLOCK_M):
         token, t, head, mask_m, _, _ = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
         row = t * (n_kv_heads * G) + head  # row of [T, H]
         q_ptrs = q_ptr + t[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
@@ -591,7 +697,7 @@ def _accumulate_dkv(
         lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0)
         delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
         visible = _visible(context + token, position_n, mask_n, window, HAS_WINDOW) & mask_m[:, None]
-        p, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP)
+        p, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
         dk = tl.dot(tl.trans(dz.to(q.dtype)), q, dk, input_precision="ieee")
     return dk, dv
@@ -624,6 +730,7 @@ def _context_attention_bwd_own_kernel(
     DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -643,14 +750,22 @@ def _context_attention_bwd_own_kernel(
     k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
     v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    last_token = length
+    end_row = length * G
+    some = tl.minimum(n * G + tl.cdiv(BLOCK_N * G, BLOCK_M) * BLOCK_M, end_row)  # rows from here on see all these keys
     if HAS_WINDOW:
-        last_token = tl.minimum(length, n + BLOCK_N - 1 + window)
+        end_row = tl.minimum(length, n + BLOCK_N - 1 + window) * G
+        some = end_row
     dk, dv = _accumulate_dkv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n, last_token, n * 0, offs_n, mask_n,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * G, some, n * 0, offs_n, mask_n,
         n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-        HAS_WINDOW, HAS_SOFTCAP,
+        HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
+    if IS_LONG and not HAS_WINDOW:
+        dk, dv = _accumulate_dkv(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, some, end_row, n * 0, offs_n, mask_n,
+            n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            HAS_WINDOW, HAS_SOFTCAP, True,
+        )  # fmt: skip
     row = (begin + offs_n) * n_kv_heads + kv_head  # row of [T, Hkv]
     dk_ptrs, dv_ptrs = dk_ptr + row[:, None] * D + offs_d[None, :], dv_ptr + row[:, None] * DV + offs_dv[None, :]
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
@@ -721,9 +836,9 @@ def _context_attention_bwd_context_kernel(
         if HAS_WINDOW:
             last_token = tl.minimum(last_token, tl.maximum(n + BLOCK_N - 1 + window - context, 0))
         dk, dv = _accumulate_dkv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * 0, last_token, context, offs_n,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * 0, last_token * G, context, offs_n,
             mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D,
-            BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP,
+            BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, not HAS_WINDOW,
         )  # fmt: skip
     row = (split * C + begin + offs_n) * n_kv_heads + kv_head  # row of [SPLITS, C, Hkv]
     dk_ptrs, dv_ptrs = dk_ptr + row[:, None] * D + offs_d[None, :], dv_ptr + row[:, None] * DV + offs_dv[None, :]
@@ -776,7 +891,7 @@ def _context_attention_fwd(
     o, lse = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32)
     G, has_context = H // Hkv, context_k is not None and max_context > 0
     block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 128)
-    row_tiles = triton.cdiv(max_seqlen * G, block_m)
+    row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
     splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
     partial, partial_lse = o, lse
     if splits > 1:
@@ -819,10 +934,11 @@ def _context_attention_fwd(
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        IS_LONG=max_seqlen > block_own,
         SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_OWN=tile(max_seqlen, 16, block_n),
+        BLOCK_OWN=block_own,
         BLOCK_D=tile(D, 16, MAX_WIDTH),
         BLOCK_DV=tile(Dv, 16, MAX_WIDTH),
         num_warps=num_warps,
@@ -874,7 +990,7 @@ def _context_attention_bwd(
     ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
     block_d, block_dv = tile(D, 16, MAX_WIDTH), tile(Dv, 16, MAX_WIDTH)
     block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 64)
-    row_tiles = triton.cdiv(max_seqlen * G, block_m)
+    row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
     splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
     delta = torch.empty_like(lse)
     dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
@@ -915,10 +1031,11 @@ def _context_attention_bwd(
         HAS_INDEX=context_index is not None,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
+        IS_LONG=max_seqlen > block_own,
         SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_OWN=tile(max_seqlen, 16, block_n),
+        BLOCK_OWN=block_own,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=num_warps,
@@ -954,6 +1071,7 @@ def _context_attention_bwd(
             DV=Dv,
             HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None,
+            IS_LONG=max_seqlen > own_n,
             BLOCK_M=block_m,
             BLOCK_N=own_n,
             BLOCK_D=block_d,

@@ -151,6 +151,7 @@ PROBLEMS: dict[str, Build] = {
     "rows copied": rows(aligned=False),
     "attention suffix": attention((3, 0, 5, 2), (70, 4, 0, 9), heads=(6, 2), widths=(24, 40)),
     "attention shared": attention((23, 0, 3, 1), (20, 70), (1, 0, 1, 0), heads=(3, 1)),
+    "attention many heads": attention((40, 3), (), heads=(17, 1)),  # a tile begins just below a block's end
     "attention own only": attention((40, 3), (), heads=(2, 2), window=20),
     "attention options": attention((5, 21), (70, 4), heads=(3, 1), sinks=True, window=30, softcap=5.0, scale=0.3),
     "attention sinks": attention((5, 2, 3), (33, 4), (0, 0, 0), heads=(2, 2), sinks=True),
