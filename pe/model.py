@@ -169,12 +169,11 @@ class PromptEmbedder(TrainableModule):
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
         order, ids, part = self._sorted(requests)
-        prompts, index = self.write_prompts(part)
         if self.config.layout == "suffix":
-            texts, skipped = self.read(ids)
-            embeddings = around(self.pool_prompt(self.prompt_states(texts, prompts, index)), skipped)
+            states, skipped = self._read_and_prompt(ids, part)
+            embeddings = around(self.pool_prompt(states), skipped)
         else:
-            embeddings = self._embed_behind_prefix(part, ids, prompts, index)
+            embeddings = self._embed_behind_prefix(part, ids, *self.write_prompts(part))
         return embeddings[inverse(order, self.device)]
 
     def stepwise(self, requests: Requests) -> Tensor:
@@ -186,9 +185,7 @@ class PromptEmbedder(TrainableModule):
         if self.config.layout != "suffix":
             raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
         order, ids, part = self._sorted(requests)
-        prompts, index = self.write_prompts(part)
-        texts, skipped = self.read(ids)
-        states = self.prompt_states(texts, prompts, index)
+        states, skipped = self._read_and_prompt(ids, part)
         steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
         return torch.stack(steps)[:, inverse(order, self.device)]
 
@@ -256,6 +253,14 @@ class PromptEmbedder(TrainableModule):
         """The frozen text pass, and what goes around the soft prompt: unit vectors `[B, D]`, or None."""
         texts = self.backbone.read(ids, means=self.skip is not None)
         return texts, self.skip(texts.means) if self.skip is not None else None
+
+    def _read_and_prompt(self, ids: Sequence[Sequence[int]], requests: Requests) -> tuple[Tensor, Tensor | None]:
+        """States `[B, K, D]` of the soft tokens behind each text, and what goes around them.
+
+        The text pass goes first: a GPU is busy with it while the prompting LLM's many small kernels are launched.
+        """
+        texts, skipped = self.read(ids)
+        return self.prompt_states(texts, *self.write_prompts(requests)), skipped
 
     def prompt_states(
         self,

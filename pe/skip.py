@@ -23,7 +23,7 @@ class LinearSkip(nn.Module):
 
     def forward(self, means: Tensor) -> Tensor:
         """Unit vectors `[B, D]` float32 of the texts' means `[B, D]`."""
-        return F.normalize((means @ self.weight).float(), dim=-1)
+        return F.normalize((means.to(self.weight.dtype) @ self.weight).float(), dim=-1)
 
 
 def around(embeddings: Tensor, skipped: Tensor | None) -> Tensor:

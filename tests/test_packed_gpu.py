@@ -12,12 +12,17 @@ from pe.kernels.info_nce import info_nce
 from pe.model import PromptEmbedder, Requests
 from tests import oracle
 from tests.kernels.tolerance import assert_no_worse
-from tests.test_exactness import POOLING, REQUESTS, build
+from tests.test_exactness import REQUESTS, build
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 ARCHITECTURES = ("llama", "qwen3", "mistral_window", "gemma2", "gemma3", "gpt_neox", "gpt_oss")
-LAYOUTS = pytest.mark.parametrize("layout", ["suffix", "prefix"])
+LAYOUTS = {
+    "suffix": {"layout": "suffix", "pooling": "mean_prompt"},
+    "suffix, skip": {"layout": "suffix", "pooling": "mean_prompt", "skip": "linear"},
+    "prefix": {"layout": "prefix", "pooling": "mean_text"},
+}
+EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def upstream(embeddings: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def results(model: PromptEmbedder, embeddings: Tensor) -> dict[str, Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(embeddings, list(named.values()), upstream(embeddings))
     found = {"embeddings": embeddings.detach()}
-    for part in ("prompter.", "alignment."):
+    for part in ("prompter.", "alignment.", *(["skip."] if model.skip is not None else [])):
         pairs = zip(named, grads, strict=True)
         found[part] = torch.cat([grad.flatten() for name, grad in pairs if name.startswith(part)])
     return found
@@ -42,11 +47,11 @@ def plain(model: PromptEmbedder, requests: Requests) -> dict[str, Tensor]:
         return results(model, oracle.embed(model, requests))
 
 
-@LAYOUTS
+@EACH_LAYOUT
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_equals_stock_in_bfloat16(architecture: str, layout: str) -> None:
     """No further from the stock model in float32 than the stock model in bfloat16, by the kernels' tolerance rule."""
-    model = build(architecture, layout=layout, pooling=POOLING[layout]).to(DEVICE, torch.bfloat16)
+    model = build(architecture, **LAYOUTS[layout]).to(DEVICE, torch.bfloat16)
     got = results(model, model(REQUESTS))
     wide, same = plain(copy.deepcopy(model).float(), REQUESTS), plain(model, REQUESTS)
     for name, value in got.items():
@@ -54,10 +59,10 @@ def test_packed_equals_stock_in_bfloat16(architecture: str, layout: str) -> None
         assert_no_worse(value.to(same[name].dtype), wide[name], same[name], name)
 
 
-@LAYOUTS
+@EACH_LAYOUT
 def test_training_step_in_bfloat16(layout: str) -> None:
     """Frozen backbone in bfloat16, trained weights in float32, forward under autocast."""
-    model = build("qwen3", layout=layout, pooling=POOLING[layout]).to(DEVICE).train()
+    model = build("qwen3", **LAYOUTS[layout]).to(DEVICE).train()
     model.backbone.to(torch.bfloat16)
     parameters = [p for part in model.trainable_parameters().values() for p in part]
     before = [p.detach().clone() for p in parameters]

@@ -99,3 +99,14 @@ def test_the_control_is_the_way_around_alone() -> None:
     np.testing.assert_allclose(
         control.encode(TEXTS, instruction="none is read"), expected.numpy(force=True), atol=1e-5, rtol=1e-4
     )
+
+
+def test_the_text_pass_is_started_before_the_prompts_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it then hides the launches of the prompting LLM."""
+    model, calls = embedder(), list[str]()
+    read, write = model.backbone.read, model.prompter.forward
+    monkeypatch.setattr(model.backbone, "read", lambda *a, **k: calls.append("read") or read(*a, **k))
+    monkeypatch.setattr(model.prompter, "forward", lambda *a, **k: calls.append("write") or write(*a, **k))
+    model(REQUESTS)
+    model.stepwise(REQUESTS)
+    assert calls == ["read", "write"] * 2
