@@ -17,6 +17,8 @@ G = H / Hkv, D key width, Dv value width, Lq longest sequence, Lc longest contex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -869,6 +871,77 @@ def _key_blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int) -> tuple[int, in
     return tile(n_rows, 16, 32), block_n, 8 if is_full else 4, num_stages
 
 
+def _common(q: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Arguments of every kernel but the merge."""
+    qk_scale, cap_scale = _scales(scale, softcap)
+    return {
+        "n_kv_heads": v.shape[1],
+        "window": 0 if window is None else window,
+        "qk_scale": qk_scale,
+        "cap_scale": cap_scale,
+        "stride_qt": q.stride(0),
+        "stride_qh": q.stride(1),
+        "G": q.shape[1] // v.shape[1],
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "BLOCK_D": tile(q.shape[2], 16, MAX_WIDTH),
+        "BLOCK_DV": tile(v.shape[2], 16, MAX_WIDTH),
+    }
+
+
+def _over_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    cu_context: Tensor | None,
+    context_index: Tensor | None,
+    max_seqlen: int,
+    max_context: int,
+    largest_m: int,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid, its last size the splits of the context's keys, and what the kernels that own rows take besides."""
+    B, Hkv, G = cu_seqlens.shape[0] - 1, v.shape[1], q.shape[1] // v.shape[1]
+    has_context = context_k is not None and max_context > 0
+    block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), largest_m)
+    row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
+    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
+    ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "cu_ptr": cu_seqlens,
+        "context_k_ptr": ck,
+        "context_v_ptr": cv,
+        "cu_context_ptr": cu_seqlens if cu_context is None else cu_context,
+        "context_index_ptr": cu_seqlens if context_index is None else context_index,
+        "T": q.shape[0],
+        "stride_kt": k.stride(0),
+        "stride_kh": k.stride(1),
+        "stride_vt": v.stride(0),
+        "stride_vh": v.stride(1),
+        "stride_ckt": ck.stride(0),
+        "stride_ckh": ck.stride(1),
+        "stride_cvt": cv.stride(0),
+        "stride_cvh": cv.stride(1),
+        "HAS_CONTEXT": has_context,
+        "HAS_INDEX": context_index is not None,
+        "IS_LONG": max_seqlen > block_own,
+        "SPLITS": splits,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_OWN": block_own,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+    return (B * Hkv, row_tiles, splits), arguments
+
+
 @triton_op("pe::context_attention_fwd")
 def _context_attention_fwd(
     q: Tensor,
@@ -887,62 +960,22 @@ def _context_attention_fwd(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, Dv] in q's dtype and the base-2 log-sum-exp [T, H] float32."""
-    (T, H, D), (_, Hkv, Dv), B = q.shape, v.shape, cu_seqlens.shape[0] - 1
-    o, lse = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32)
-    G, has_context = H // Hkv, context_k is not None and max_context > 0
-    block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 128)
-    row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
-    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
+    (T, H), Dv = q.shape[:2], v.shape[2]
+    common = _common(q, v, scale, window, softcap)
+    context = context_k, context_v, cu_context, context_index
+    grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 128)
+    o, lse, splits = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32), grid[2]
     partial, partial_lse = o, lse
     if splits > 1:
         partial = q.new_empty(splits, T, H, Dv, dtype=torch.float32)
         partial_lse = q.new_empty(splits, T, H, dtype=torch.float32)
-    qk_scale, cap_scale = _scales(scale, softcap)
-    ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
-    wrap_triton(_context_attention_fwd_kernel, CONFIGS)[(B * Hkv, row_tiles, splits)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        cu_ptr=cu_seqlens,
-        context_k_ptr=ck,
-        context_v_ptr=cv,
-        cu_context_ptr=cu_seqlens if cu_context is None else cu_context,
-        context_index_ptr=cu_seqlens if context_index is None else context_index,
+    wrap_triton(_context_attention_fwd_kernel, CONFIGS)[grid](
+        **common,
+        **arguments,
         sinks_ptr=q if sinks is None else sinks,
         o_ptr=partial,
         lse_ptr=partial_lse,
-        T=T,
-        n_kv_heads=Hkv,
-        window=0 if window is None else window,
-        qk_scale=qk_scale,
-        cap_scale=cap_scale,
-        stride_qt=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_kt=k.stride(0),
-        stride_kh=k.stride(1),
-        stride_vt=v.stride(0),
-        stride_vh=v.stride(1),
-        stride_ckt=ck.stride(0),
-        stride_ckh=ck.stride(1),
-        stride_cvt=cv.stride(0),
-        stride_cvh=cv.stride(1),
-        G=G,
-        D=D,
-        DV=Dv,
-        HAS_CONTEXT=has_context,
-        HAS_INDEX=context_index is not None,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
-        IS_LONG=max_seqlen > block_own,
-        SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_OWN=block_own,
-        BLOCK_D=tile(D, 16, MAX_WIDTH),
-        BLOCK_DV=tile(Dv, 16, MAX_WIDTH),
-        num_warps=num_warps,
-        num_stages=num_stages,
     )
     if splits > 1:
         wrap_triton(_context_attention_merge_kernel)[(triton.cdiv(T * H, 16),)](
@@ -954,7 +987,7 @@ def _context_attention_fwd(
             DV=Dv,
             SPLITS=splits,
             BLOCK_R=16,
-            BLOCK_DV=tile(Dv, 16, MAX_WIDTH),
+            BLOCK_DV=common["BLOCK_DV"],
             num_warps=4,
         )
     return o, lse
@@ -985,97 +1018,32 @@ def _context_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dcontext_k, dcontext_v and dsinks; an empty tensor for each that is not asked for."""
     (T, H, D), (_, Hkv, Dv), B = q.shape, v.shape, cu_seqlens.shape[0] - 1
-    G, has_context = H // Hkv, context_k is not None and max_context > 0
-    qk_scale, cap_scale = _scales(scale, softcap)
-    ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
-    block_d, block_dv = tile(D, 16, MAX_WIDTH), tile(Dv, 16, MAX_WIDTH)
-    block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), 64)
-    row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
-    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
-    delta = torch.empty_like(lse)
+    common = _common(q, v, scale, window, softcap)
+    context = context_k, context_v, cu_context, context_index
+    grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 64)
+    delta, splits = torch.empty_like(lse), grid[2]
     dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
-    wrap_triton(_context_attention_bwd_dq_kernel, CONFIGS)[(B * Hkv, row_tiles, splits)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        cu_ptr=cu_seqlens,
-        context_k_ptr=ck,
-        context_v_ptr=cv,
-        cu_context_ptr=cu_seqlens if cu_context is None else cu_context,
-        context_index_ptr=cu_seqlens if context_index is None else context_index,
-        o_ptr=o,
-        do_ptr=do,
-        lse_ptr=lse,
-        delta_ptr=delta,
-        dq_ptr=dq,
-        T=T,
-        n_kv_heads=Hkv,
-        window=0 if window is None else window,
-        scale=scale,
-        qk_scale=qk_scale,
-        cap_scale=cap_scale,
-        stride_qt=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_kt=k.stride(0),
-        stride_kh=k.stride(1),
-        stride_vt=v.stride(0),
-        stride_vh=v.stride(1),
-        stride_ckt=ck.stride(0),
-        stride_ckh=ck.stride(1),
-        stride_cvt=cv.stride(0),
-        stride_cvh=cv.stride(1),
-        G=G,
-        D=D,
-        DV=Dv,
-        HAS_CONTEXT=has_context,
-        HAS_INDEX=context_index is not None,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        IS_LONG=max_seqlen > block_own,
-        SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_OWN=block_own,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
-        num_warps=num_warps,
-        num_stages=num_stages,
+    wrap_triton(_context_attention_bwd_dq_kernel, CONFIGS)[grid](
+        **common, **arguments, o_ptr=o, do_ptr=do, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, scale=scale
     )
+    common |= {"q_ptr": q, "cu_ptr": cu_seqlens, "do_ptr": do, "lse_ptr": lse, "delta_ptr": delta, "scale": scale}
     dk, dv, dck, dcv, dsinks = (q.new_empty(0) for _ in range(5))
     if needs_own:
         dk, dv = k.new_empty(T, Hkv, D), v.new_empty(T, Hkv, Dv)
-        block_m, own_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * G, max_seqlen)
-        wrap_triton(_context_attention_bwd_own_kernel, CONFIGS)[(B * Hkv, triton.cdiv(max_seqlen, own_n))](
-            q_ptr=q,
+        block_m, block_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * H // Hkv, max_seqlen)
+        wrap_triton(_context_attention_bwd_own_kernel, CONFIGS)[(B * Hkv, triton.cdiv(max_seqlen, block_n))](
+            **common,
             k_ptr=k,
             v_ptr=v,
-            cu_ptr=cu_seqlens,
-            do_ptr=do,
-            lse_ptr=lse,
-            delta_ptr=delta,
             dk_ptr=dk,
             dv_ptr=dv,
-            n_kv_heads=Hkv,
-            window=0 if window is None else window,
-            scale=scale,
-            qk_scale=qk_scale,
-            cap_scale=cap_scale,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
             stride_kt=k.stride(0),
             stride_kh=k.stride(1),
             stride_vt=v.stride(0),
             stride_vh=v.stride(1),
-            G=G,
-            D=D,
-            DV=Dv,
-            HAS_WINDOW=window is not None,
-            HAS_SOFTCAP=softcap is not None,
-            IS_LONG=max_seqlen > own_n,
+            IS_LONG=max_seqlen > block_n,
             BLOCK_M=block_m,
-            BLOCK_N=own_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
+            BLOCK_N=block_n,
             num_warps=num_warps,
             num_stages=num_stages,
         )
@@ -1085,48 +1053,30 @@ def _context_attention_bwd(
         if context_index is not None:
             key, users = torch.sort(context_index, stable=True)
             user_begin = torch.searchsorted(key, torch.arange(N + 1, device=q.device, dtype=key.dtype))
-        block_m, context_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * G, max_context)
-        key_tiles = triton.cdiv(max_context, context_n)
+        block_m, block_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * H // Hkv, max_context)
+        key_tiles = triton.cdiv(max_context, block_n)
         user_splits = max(1, min(PROGRAMS // max(1, N * Hkv * key_tiles), B // max(1, N)))
         dtype = torch.float32 if user_splits > 1 else q.dtype
         dck, dcv = q.new_empty(user_splits, C, Hkv, D, dtype=dtype), q.new_empty(user_splits, C, Hkv, Dv, dtype=dtype)
         if key_tiles > 0 and N > 0:
             wrap_triton(_context_attention_bwd_context_kernel, CONFIGS)[(N * Hkv, key_tiles, user_splits)](
-                q_ptr=q,
+                **common,
                 context_k_ptr=context_k,
                 context_v_ptr=context_v,
-                cu_ptr=cu_seqlens,
                 cu_context_ptr=cu_context,
                 user_ptr=users,
                 user_begin_ptr=user_begin,
-                do_ptr=do,
-                lse_ptr=lse,
-                delta_ptr=delta,
                 dk_ptr=dck,
                 dv_ptr=dcv,
                 C=C,
-                n_kv_heads=Hkv,
-                window=0 if window is None else window,
-                scale=scale,
-                qk_scale=qk_scale,
-                cap_scale=cap_scale,
-                stride_qt=q.stride(0),
-                stride_qh=q.stride(1),
                 stride_ckt=context_k.stride(0),
                 stride_ckh=context_k.stride(1),
                 stride_cvt=context_v.stride(0),
                 stride_cvh=context_v.stride(1),
-                G=G,
-                D=D,
-                DV=Dv,
                 HAS_INDEX=context_index is not None,
-                HAS_WINDOW=window is not None,
-                HAS_SOFTCAP=softcap is not None,
                 SPLITS=user_splits,
                 BLOCK_M=block_m,
-                BLOCK_N=context_n,
-                BLOCK_D=block_d,
-                BLOCK_DV=block_dv,
+                BLOCK_N=block_n,
                 num_warps=num_warps,
                 num_stages=num_stages,
             )

@@ -11,6 +11,8 @@ Shape legend: B queries, N candidate documents, D width, S splits of the documen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -247,6 +249,49 @@ def _info_nce_bwd_kernel(
     tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+def _shared(
+    q: Tensor,
+    d: Tensor,
+    positive: Tensor,
+    row_text: Tensor | None,
+    row_positive: Tensor | None,
+    row_label: Tensor | None,
+    column_text: Tensor | None,
+    column_partner: Tensor | None,
+    column_label: Tensor | None,
+    temperature: float,
+    block_m: int,
+    block_n: int,
+) -> dict[str, Any]:
+    """Arguments that both kernels have in common."""
+    return {
+        "q_ptr": q,
+        "d_ptr": d,
+        "positive_ptr": positive,
+        "row_text_ptr": positive if row_text is None else row_text,
+        "row_positive_ptr": positive if row_positive is None else row_positive,
+        "row_label_ptr": positive if row_label is None else row_label,
+        "column_text_ptr": positive if column_text is None else column_text,
+        "column_partner_ptr": positive if column_partner is None else column_partner,
+        "column_label_ptr": positive if column_label is None else column_label,
+        "scale": LOG2E / temperature,
+        "B": q.shape[0],
+        "N": d.shape[0],
+        "D": q.shape[1],
+        "stride_qm": q.stride(0),
+        "stride_dn": d.stride(0),
+        "TEXT_TEXT": row_text is not None and column_text is not None,
+        "POSITIVE_TEXT": row_positive is not None and column_text is not None,
+        "TEXT_PARTNER": row_text is not None and column_partner is not None,
+        "LABELS": row_label is not None and column_label is not None,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": 64 if q.element_size() == 2 else 32,
+        "num_warps": 8 if block_m == 128 else 4,
+        "num_stages": 3 if generation(q.device) else 1,
+    }
+
+
 @triton_op("pe::info_nce_fwd")
 def _info_nce_fwd(
     q: Tensor,
@@ -261,40 +306,18 @@ def _info_nce_fwd(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and the base-2 log-sum-exp of its scaled scores, [B] float32."""
-    (B, D), N = q.shape, d.shape[0]
+    B, N = q.shape[0], d.shape[0]
     block_m, block_n = tile(B, 16, 128), tile(N, 16, 64 if generation(q.device) == 8 else 128)
     row_tiles, column_tiles = triton.cdiv(B, block_m), triton.cdiv(N, block_n)
     splits = max(1, min(PROGRAMS // row_tiles, column_tiles))
     top, total, score = (q.new_empty(splits, B, dtype=torch.float32) for _ in range(3))
+    ids = row_text, row_positive, row_label, column_text, column_partner, column_label
     wrap_triton(_info_nce_fwd_kernel, CONFIGS)[(row_tiles, splits)](
-        q_ptr=q,
-        d_ptr=d,
-        positive_ptr=positive,
-        row_text_ptr=positive if row_text is None else row_text,
-        row_positive_ptr=positive if row_positive is None else row_positive,
-        row_label_ptr=positive if row_label is None else row_label,
-        column_text_ptr=positive if column_text is None else column_text,
-        column_partner_ptr=positive if column_partner is None else column_partner,
-        column_label_ptr=positive if column_label is None else column_label,
+        **_shared(q, d, positive, *ids, temperature, block_m, block_n),
         max_ptr=top,
         sum_ptr=total,
         score_ptr=score,
-        scale=LOG2E / temperature,
-        B=B,
-        N=N,
-        D=D,
         tiles_per_split=triton.cdiv(column_tiles, splits),
-        stride_qm=q.stride(0),
-        stride_dn=d.stride(0),
-        TEXT_TEXT=row_text is not None and column_text is not None,
-        POSITIVE_TEXT=row_positive is not None and column_text is not None,
-        TEXT_PARTNER=row_text is not None and column_partner is not None,
-        LABELS=row_label is not None and column_label is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=64 if q.element_size() == 2 else 32,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=3 if generation(q.device) else 1,
     )
     largest = top.amax(dim=0)
     lse = largest + (total * torch.exp2(top - largest)).sum(dim=0).log2()
@@ -327,38 +350,12 @@ def _info_nce_bwd(
     tile_g = q.new_empty(B, chunk)
     dq = q.new_empty(B, D, dtype=torch.float32) if needs_q else q.new_empty(0)
     dd = d.new_empty(N, D) if needs_d else d.new_empty(0)
+    ids = row_text, row_positive, row_label, column_text, column_partner, column_label
+    shared = _shared(q, d, positive, *ids, temperature, block_m, block_n)
     for n in range(0, N, chunk):
         size = min(chunk, N - n)
         wrap_triton(_info_nce_bwd_kernel, CONFIGS)[(triton.cdiv(size, block_n), triton.cdiv(B, block_m))](
-            q_ptr=q,
-            d_ptr=d,
-            positive_ptr=positive,
-            row_text_ptr=positive if row_text is None else row_text,
-            row_positive_ptr=positive if row_positive is None else row_positive,
-            row_label_ptr=positive if row_label is None else row_label,
-            column_text_ptr=positive if column_text is None else column_text,
-            column_partner_ptr=positive if column_partner is None else column_partner,
-            column_label_ptr=positive if column_label is None else column_label,
-            lse_ptr=lse,
-            row_scale_ptr=row_scale,
-            g_ptr=tile_g,
-            scale=LOG2E / temperature,
-            B=B,
-            N=N,
-            D=D,
-            n_begin=n,
-            stride_qm=q.stride(0),
-            stride_dn=d.stride(0),
-            stride_gm=tile_g.stride(0),
-            TEXT_TEXT=row_text is not None and column_text is not None,
-            POSITIVE_TEXT=row_positive is not None and column_text is not None,
-            TEXT_PARTNER=row_text is not None and column_partner is not None,
-            LABELS=row_label is not None and column_label is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_D=64 if q.element_size() == 2 else 32,
-            num_warps=8 if block_m == 128 else 4,
-            num_stages=3 if generation(q.device) else 1,
+            **shared, lse_ptr=lse, row_scale_ptr=row_scale, g_ptr=tile_g, n_begin=n, stride_gm=tile_g.stride(0)
         )
         if needs_q:
             matmul_into(dq, tile_g[:, :size], d[n : n + size], accumulate=n > 0)
