@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pe.backbone import Backbone
-from pe.baselines.common import Floats, content_hash, short_name
+from pe.baselines.common import Floats, Reading, content_hash, encode, short_name
 from pe.config import BackboneConfig
 from pe.model import Requests, Side, Truncation
-from pe.packing import by_length, fitting, inverse, token_batches
+from pe.packing import by_length, fitting, inverse
 from pe.skip import LinearSkip
 from pe.trainable import TrainableModule
 
@@ -74,11 +73,13 @@ class LinearEmbedder(TrainableModule):
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order, whatever the instruction."""
-        ids = self._tokenize(texts)
-        embeddings = np.empty((len(texts), self.backbone.hidden_size), dtype=np.float32)
-        for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.backbone.device)):
-            embeddings[batch] = self._embed([ids[i] for i in batch]).numpy(force=True)
-        return embeddings
+        return encode(
+            lambda readings: self._embed([reading.ids for reading in readings]),
+            [Reading(ids) for ids in self._tokenize(texts)],
+            self.backbone.hidden_size,
+            batch_tokens=fitting(batch_tokens, self.backbone.device),
+            progress=progress,
+        )
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere."""
