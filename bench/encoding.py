@@ -30,10 +30,10 @@ from pe.backbone import PROBE_TOLERANCE, Backbone
 from pe.baselines.common import INSTRUCT, Floats
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import ModelConfig
-from pe.data import read_jsonl
 from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
+from pe.records import read_jsonl
 
 Files = Mapping[str, Sequence[str]]
 """Of each file the fields whose texts are read."""

@@ -21,7 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.cases import ROOT, Case
-from pe.data import BatchPlan, load_dataset
+from pe.batches import BatchPlan
+from pe.data import load_dataset
 from pe.loading import TextTokenizer
 from pe.model import Instruction, Requests
 

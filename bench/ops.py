@@ -5,8 +5,8 @@ FLOPs of a pass. Costs count each operand once, and the FLOPs of an algorithm th
 probabilities, so it computes that matrix again backward.
 
 Peers are only what computes the same function; a check against the reference stands before every figure. Liger has no
-row for `info_nce` and cut-cross-entropy none where documents are masked. Inf-CL's published figures (arXiv 2410.17243)
-are not at hand, so it has no row.
+row for `info_nce` and cut-cross-entropy none where documents are masked. Inf-CL (arXiv 2410.17243) publishes figures of
+whole trainings alone, which the page cites, so it has no row.
 
 Legend: s bytes of an element; the rest as in the kernels' files.
 """

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse import auto_cli
 
-from pe.data import DataError, read_jsonl
 from pe.loading import quiet
 from pe.model import PromptEmbedder
+from pe.records import DataError, read_jsonl
 
 Embeddings = npt.NDArray[np.float32]
 

@@ -26,7 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pe.config import nearest
-from pe.data import DataError
+from pe.records import DataError
 from pe.tasks import TASKS, EvaluationError, available, offline_task
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it

@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import DTYPES, Backbone
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
+from pe.batches import Batch
 from pe.config import BackboneConfig, PrompterConfig, Recipe
-from pe.data import Batch
 from pe.loading import TextTokenizer
 from pe.losses import backward, batch_requests
 from pe.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases

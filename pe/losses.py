@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from pe.batches import Batch
 from pe.config import LossConfig
-from pe.data import Batch
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
 from pe.packing import to_device

@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pe.batches import Batch
 from pe.config import Recipe, RecipeError
-from pe.data import Batch, DataError
 from pe.footprint import SYSTEMS, System, TrainingStep, estimate, heaviest_batch, load, longest_batch
 from pe.loading import quiet
 from pe.losses import batch_requests
@@ -47,6 +47,7 @@ from pe.meters import (
     resident,
 )
 from pe.recipes import load_recipe
+from pe.records import DataError
 from pe.train import DEFAULT_RECIPE, build_accelerator
 
 Record = dict[str, Any]

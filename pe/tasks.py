@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pe.config import nearest
-from pe.data import read_jsonl, read_qrels
+from pe.records import read_jsonl, read_qrels
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what builds tasks imports it
     from mteb.abstasks.abstask import AbsTask

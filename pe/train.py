@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
+from pe.batches import BatchPlan
 from pe.card import model_card
 from pe.config import Recipe, RecipeError, TrainConfig, to_dict
-from pe.data import BatchPlan, DataError, load_dataset
+from pe.data import load_dataset
 from pe.evaluate import Scores, comparison, score
 from pe.loading import quiet
 from pe.losses import backward, batch_requests
 from pe.model import PromptEmbedder, Requests, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
+from pe.records import DataError
 from pe.runs import RunError, RunFolder, flatten
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it

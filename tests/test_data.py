@@ -17,19 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pe.batches import Batch, BatchPlan, text_id
 from pe.config import DatasetConfig
-from pe.data import (
-    Batch,
-    BatchPlan,
-    Count,
-    DataError,
-    Dataset,
-    Report,
-    load_dataset,
-    read_jsonl,
-    read_qrels,
-    text_id,
-)
+from pe.data import Count, Dataset, Report, load_dataset
+from pe.records import DataError, read_jsonl, read_qrels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "data"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pe import encode, transfer
-from pe.data import DataError
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
+from pe.records import DataError
 from pe.train import train
 from pe.transfer import Reached, move, reached
 from tests.test_train import write_recipe

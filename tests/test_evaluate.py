@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import pe.evaluate
-from pe.data import DataError
 from pe.evaluate import EvaluationError, Scores, comparison, main, score
+from pe.records import DataError
 from pe.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task, offline_tasks
 
 mteb = pytest.importorskip("mteb")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pe import footprint, memory
+from pe.batches import Batch
 from pe.config import Recipe
-from pe.data import Batch
 from pe.footprint import SYSTEMS, TrainingStep, estimate, heaviest_batch, load, longest_batch
 from pe.losses import batch_requests
 from pe.meters import (

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pe import train as training
+from pe.batches import Batch, BatchPlan
 from pe.config import LossConfig, Recipe, TrainConfig
-from pe.data import Batch, BatchPlan
 from pe.losses import backward, batch_requests, contrastive_loss, cut
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
