@@ -9,43 +9,30 @@ Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, I in
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
-from transformers import AutoModel
 
-from pe.alignment import (
-    AlignedPrompts,
-    Alignment,
-    AlignmentReport,
-    LinearAlignment,
-    VocabularyAlignment,
-    build_alignment,
-)
+from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone, UnsupportedBackbone
-from pe.config import ModelConfig, to_dict
-from pe.loading import load_pretrained
+from pe.config import ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
+from pe.saving import Parts, read, write
 from pe.skip import LinearSkip, around
 from pe.trainable import TrainableModule
 
 Side = Literal["query", "document"]
-FORMAT = 1
 SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 """Rows of soft tokens that run at once when texts are encoded under many instructions; on a CPU, what caches hold."""
 
@@ -112,20 +99,32 @@ class PromptEmbedder(TrainableModule):
         truncation: counts since the model was made.
     """
 
-    def __init__(self, config: ModelConfig, prompter: PromptingLLM, alignment: Alignment, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        prompter: PromptingLLM,
+        alignment: Alignment,
+        backbone: Backbone,
+        skip: LinearSkip | None = None,
+    ) -> None:
+        """Put the parts together; where the options ask for a skip and none is given, it is the identity.
+
+        Raises:
+            ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
+            UnsupportedBackbone: a skip on a backbone whose states cannot be read.
+        """
         super().__init__()
         backbone.check_length(config.max_length + config.prompter.soft_tokens)
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
-        self.skip: LinearSkip | None = None
-        if config.skip == "linear":
-            if not backbone.has_means:
-                raise UnsupportedBackbone(
-                    f"{backbone.name} ({backbone.model.config.model_type}): its states before the last layer cannot be"
-                    " read, which skip: linear needs; use skip: none"
-                )
-            self.skip = LinearSkip(backbone.hidden_size, backbone.device)
+        if config.skip == "linear" and not backbone.has_means:
+            raise UnsupportedBackbone(
+                f"{backbone.name} ({backbone.model.config.model_type}): its states before the last layer cannot be"
+                " read, which skip: linear needs; use skip: none"
+            )
+        is_fresh = config.skip == "linear" and skip is None
+        self.skip = LinearSkip(backbone.hidden_size, backbone.device) if is_fresh else skip
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
         self._bank_version = -1
@@ -460,54 +459,8 @@ class PromptEmbedder(TrainableModule):
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
-        path = Path(path)
-        if path.exists() and not _may_be_replaced(path):
-            raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
-        include_backbone |= Path(self.backbone.name).resolve().is_relative_to(path.resolve())
-        temporary = path.with_name(path.name + ".part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.prompter.model.save_pretrained(temporary / "prompter")
-        self.prompter.text_tokenizer.tokenizer.save_pretrained(temporary / "prompter")
-        if isinstance(self.alignment, LinearAlignment):
-            save_file(
-                {"weight": self.alignment.weight.detach().cpu().contiguous()}, temporary / "alignment.safetensors"
-            )
-        if self.backbone.has_reader:
-            self.backbone.model.save_pretrained(temporary / "reader")
-        if self.skip is not None:
-            save_file({"weight": self.skip.weight.detach().cpu().contiguous()}, temporary / "skip.safetensors")
-        if include_backbone:
-            self._save_backbone(temporary / "backbone")
-        config = {
-            "format": FORMAT,
-            "model": to_dict(self.config),
-            "prompter": {"revision": self.prompter.revision},
-            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "included": include_backbone},
-            "alignment": dataclasses.asdict(self.alignment.report),
-            "dimensions": self.dimensions,
-        }
-        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (temporary / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
-        former = path.with_name(path.name + ".former")
-        shutil.rmtree(former, ignore_errors=True)
-        if path.exists():
-            path.rename(former)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if former.exists():
-                former.rename(path)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
-
-    def _save_backbone(self, folder: Path) -> None:
-        """The checkpoint itself, in its own dtype: the model in memory may be cast and carry a reader."""
-        is_local = Path(self.backbone.name).is_dir()
-        revision = None if is_local else self.config.backbone.revision
-        model, tokenizer = load_pretrained(AutoModel, self.backbone.name, revision, "auto")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip)
+        write(parts, Path(path), include_backbone=include_backbone, card=card)
 
     @classmethod
     def from_pretrained(
@@ -524,86 +477,7 @@ class PromptEmbedder(TrainableModule):
             FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
             ValueError: another format, or a backbone whose content differs from the one trained on.
         """
-        from pe.recipes import model_config_from_dict  # its parser is a package that training steps do without
-
-        path, device = Path(path), torch.device(device)
-        saved = read_config(path)
-        config = model_config_from_dict(saved["model"], str(path / "config.json"))
-        prompter = load_prompter(path, config, device, saved.get("prompter", {}).get("revision"))
-        own = saved["backbone"]["included"] and backbone is None
-        name = str(path / "backbone") if own else backbone or saved["backbone"]["name"]
-        revision = config.backbone.revision
-        if name == saved["backbone"]["name"]:
-            revision = saved["backbone"]["revision"]
-        if Path(name).is_dir():
-            revision = None
-        frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
-        if not (own or frozen.revision is None or frozen.revision == saved["backbone"]["revision"]):
-            raise ValueError(
-                f"{path}: trained on backbone {saved['backbone']['name']} with content {saved['backbone']['revision']},"
-                f" but {name} has content {frozen.revision}; give the right folder as backbone=, or move the embedder"
-                " with `python -m pe.transfer`"
-            )
-        if config.reader == "activated_lora":
-            frozen.load_reader(path / "reader")
-        alignment: Alignment
-        if config.alignment.kind == "linear":
-            weight = load_file(path / "alignment.safetensors")["weight"].to(device)
-            alignment = LinearAlignment(weight, AlignmentReport(**saved["alignment"]))
-        else:
-            alignment = VocabularyAlignment(prompter, frozen)
-        model = cls(config, prompter, alignment, frozen).eval()
-        if model.skip is not None:
-            model.skip.load_state_dict(load_file(path / "skip.safetensors"))
+        path = Path(path)
+        model = cls(*read(path, backbone=backbone, device=torch.device(device))).eval()
         model.name = path.name
         return model
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Whether a path is an empty folder, or one that `save_pretrained` wrote."""
-    if not path.is_dir():
-        return False
-    if not any(path.iterdir()):
-        return True
-    try:
-        return "backbone" in read_config(path)
-    except (OSError, ValueError):
-        return False
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a saved PromptEmbedder.
-
-    Raises:
-        FileNotFoundError, ValueError: none there, or of another format.
-    """
-    file = path / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or "backbone" not in saved:
-        got = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{file}: expected a PromptEmbedder of format {FORMAT}, got {got!r}")
-    return saved
-
-
-def load_prompter(path: Path, config: ModelConfig, device: torch.device, revision: str | None) -> PromptingLLM:
-    """The trained prompting LLM of a saved embedder: whole weights, or its base model with the saved adapter.
-
-    Raises:
-        ValueError: the base model's content is not `revision`, on which the adapter was trained.
-    """
-    folder, options = path / "prompter", config.prompter
-    if options.trainable == "full":
-        prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, model=str(folder), revision=None), device)
-        prompter.config = options
-        return prompter
-    pinned = options.revision if Path(options.model).is_dir() else revision or options.revision
-    prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, revision=pinned), device)
-    if revision not in (None, prompter.revision):
-        raise ValueError(
-            f"{path}: its prompting LLM is an adapter of {options.model} with content {revision}, but that has content"
-            f" {prompter.revision} now; put the former checkpoint there"
-        )
-    prompter.load_adapter(folder)
-    return prompter

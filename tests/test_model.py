@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe import model as model_module
+from pe import saving
 from pe.alignment import LinearAlignment
 from pe.config import (
     AlignmentConfig,
@@ -499,7 +499,7 @@ def test_an_interrupted_save_leaves_the_old_one(
 
     with monkeypatch.context() as patch:
         if where == "weights":
-            patch.setattr(model_module, "save_file", fail)
+            patch.setattr(saving, "save_file", fail)
         else:
             patch.setattr(Path, "rename", lambda p, to: fail() if p.suffix == ".part" else rename(p, to))
         with pytest.raises(OSError, match="disk full"):
