@@ -30,7 +30,7 @@ SECONDS = 520.0  # of --quick, the summary and the start of Python besides
 GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.05  # seconds
 STEP_CASES = ("1b", "8b")
-QUICK_VARIANTS = ("lora-padded", "lora-checkpointed", "lora-packed", "pe-suffix-reader")
+QUICK_VARIANTS = ("lora-padded", "lora-checkpointed", "lora-packed", "pe-suffix-skip")
 KEYWORDS = {
     "vocab_mixture": "mixture",
     "prompt_rows": "rows and not mixture",

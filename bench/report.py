@@ -23,7 +23,7 @@ from bench.step import use
 
 PAGE = ROOT / "BENCHMARKS.md"
 CHECKPOINTED = "lora-checkpointed"
-CLAIMED = {"pe-suffix": "without reader", "pe-suffix-reader": "with reader"}
+CLAIMED = {"pe-suffix": "without reader", "pe-suffix-skip": "with reader and skip"}
 LORA = "PEFT LoRA on the same backbone, texts and batch, padded (a) and with activation checkpointing besides (b)"
 PAPER = "The paper (arXiv 2605.28066) claims training 3.7 times faster than LoRA and 36 to 40 % less GPU memory."
 

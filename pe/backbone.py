@@ -28,6 +28,8 @@ from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 READER = "reader"
+MEANS_EPS = 1e-6
+"""Added to a state's mean square before it is divided by its root, for the texts' means."""
 
 attention.register()
 
@@ -200,7 +202,9 @@ class Backbone(nn.Module):
         assert kept is not None
         if not means:
             return kept
-        return dataclasses.replace(kept, means=pool_normalize(states[0][0], segments.cu_seqlens, norm="rms"))
+        return dataclasses.replace(
+            kept, means=pool_normalize(states[0][0], segments.cu_seqlens, norm="rms", eps=MEANS_EPS)
+        )
 
     @contextlib.contextmanager
     def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
@@ -349,7 +353,7 @@ class Backbone(nn.Module):
                 torch.tensor([list(ids)], device=self.device), use_cache=False, output_hidden_states=True
             )
             states = output.hidden_states[-2][0].float()
-            expected = F.normalize(F.rms_norm(states, states.shape[-1:]).mean(0), dim=-1)
+            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=MEANS_EPS).mean(0), dim=-1)
             if mean.shape != expected.shape or not (mean - expected).norm() <= tolerance:
                 return False
         return True

@@ -82,6 +82,16 @@ def test_a_backbone_whose_states_differ_is_refused(monkeypatch: pytest.MonkeyPat
         PromptEmbedder(model.config, model.prompter, model.alignment, other)
 
 
+def test_states_near_zero_are_read_too() -> None:
+    model = decoder("qwen3")
+    with torch.no_grad():
+        model.embed_tokens.weight *= 1e-2
+        for layer in model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight *= 1e-2
+    assert Backbone(model, byte_tokenizer(), "small").has_means
+
+
 def test_layers_that_stand_in_no_list_have_no_last() -> None:
     model = decoder("qwen3")
     assert backbone_module.last_layer(model, 2) is model.layers[1]
