@@ -66,7 +66,6 @@ class Backbone(nn.Module):
         model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
-        has_means: whether `read` can give the texts' means.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Backbone(nn.Module):
         self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
         self.position_limit = position_limit(options)
         self.final_norm = find_final_norm(self.model)
-        self.has_means = last_layer(self.model, self.num_layers) is not None
         self.check_parity()
 
     @classmethod
@@ -187,7 +185,7 @@ class Backbone(nn.Module):
         """The frozen text pass: keys and values of every text, without gradient, without the reader.
 
         The last layer stops at its keys and values: nothing behind them can reach a later token. With `means` the
-        states that enter it are pooled too.
+        states that enter it are pooled too; `check_means` says whether that can be had.
         """
         if self.device.type == "cpu":
             return attention.joined([self._read(part, means) for part in neighbours(texts, CPU_TOKENS)])
@@ -218,7 +216,8 @@ class Backbone(nn.Module):
             states.append(arguments[0] if arguments else options["hidden_states"])
 
         layer = last_layer(self.model, self.num_layers)
-        assert layer is not None
+        if layer is None:
+            raise ValueError(f"no list of {self.num_layers} layers")
         handle = layer.register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield states
@@ -323,7 +322,6 @@ class Backbone(nn.Module):
             packed = self.pool(packed, Segments((1,) * segments.total, self.device), normalize=False)
             self(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
             masks = self._masks(rows[:2])
-            self.has_means = self.has_means and self._means_agree(texts, tolerance)
         except torch.OutOfMemoryError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
@@ -344,19 +342,35 @@ class Backbone(nn.Module):
                     " texts would differ from the stock forward; this architecture is not supported"
                 )
 
-    def _means_agree(self, texts: Sequence[Sequence[int]], tolerance: float) -> bool:
-        """Whether the means of a text pass are those of the stock model's states before its last layer."""
-        means = self.read(texts, means=True).means
-        self.model.set_attn_implementation(self.stock_attention)
-        for ids, mean in zip(texts, means if means is not None else (), strict=True):
-            output = self.model(
-                torch.tensor([list(ids)], device=self.device), use_cache=False, output_hidden_states=True
+    @torch.no_grad()
+    def check_means(self) -> None:
+        """Compare a text's mean with that of the stock model's states before its last layer.
+
+        Raises:
+            UnsupportedBackbone: the two differ, or the states cannot be read.
+        """
+        ids, reason = list(range(5)), "they differ from the stock model's"
+        try:
+            means = self.read([ids], means=True).means
+            with self.reader_off():
+                self.model.set_attn_implementation(self.stock_attention)
+                tokens = torch.tensor([ids], device=self.device)
+                states = self.model(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
+            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=MEANS_EPS).mean(0, keepdim=True), dim=-1)
+            agree = (
+                means is not None
+                and means.shape == expected.shape
+                and bool((means - expected).norm() <= PROBE_TOLERANCE[self.dtype])
             )
-            states = output.hidden_states[-2][0].float()
-            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=MEANS_EPS).mean(0), dim=-1)
-            if mean.shape != expected.shape or not (mean - expected).norm() <= tolerance:
-                return False
-        return True
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            agree, reason = False, f"{type(error).__name__}: {error}"
+        if not agree:
+            raise UnsupportedBackbone(
+                f"{self.name} ({self.model.config.model_type}): its states before the last layer cannot be read"
+                f" ({reason}), which a skip needs; use skip: none"
+            )
 
     def _masks(self, rows: Tensor) -> dict[int, tuple[object, int | None]]:
         """Each layer's mask rule in the stock model, and the window that it tells the attention function."""

@@ -190,6 +190,9 @@ class _UnprobedBackbone(Backbone):
     def check_parity(self) -> None:
         pass
 
+    def check_means(self) -> None:
+        pass
+
 
 class _UnknownNumbers(TorchDispatchMode):
     """Lets the prompting LLM's probes pass: a number read from a tensor without data is a tiny one."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
-from pe.backbone import Backbone, UnsupportedBackbone
+from pe.backbone import Backbone
 from pe.config import ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
@@ -118,11 +118,8 @@ class PromptEmbedder(TrainableModule):
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
-        if config.skip == "linear" and not backbone.has_means:
-            raise UnsupportedBackbone(
-                f"{backbone.name} ({backbone.model.config.model_type}): its states before the last layer cannot be"
-                " read, which skip: linear needs; use skip: none"
-            )
+        if config.skip == "linear":
+            backbone.check_means()
         is_fresh = config.skip == "linear" and skip is None
         self.skip = LinearSkip(backbone.hidden_size, backbone.device) if is_fresh else skip
         self.truncation = Truncation()

@@ -77,7 +77,6 @@ def test_a_backbone_whose_states_differ_is_refused(monkeypatch: pytest.MonkeyPat
     model = embedder()
     monkeypatch.setattr(backbone_module, "last_layer", lambda model, layers: model.layers[0])
     other = Backbone(decoder("qwen3"), byte_tokenizer(), "other")
-    assert not other.has_means, "the first layer's states are not the last one's"
     with pytest.raises(UnsupportedBackbone, match=r"other \(qwen3\): its states before the last layer cannot be read"):
         PromptEmbedder(model.config, model.prompter, model.alignment, other)
 
@@ -89,7 +88,14 @@ def test_states_near_zero_are_read_too() -> None:
         for layer in model.layers:
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 linear.weight *= 1e-2
-    assert Backbone(model, byte_tokenizer(), "small").has_means
+    Backbone(model, byte_tokenizer(), "small").check_means()
+
+
+def test_only_a_skip_needs_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_module, "last_layer", lambda model, layers: None)
+    assert build("qwen3")(REQUESTS).shape == (len(TEXTS), 32)
+    with pytest.raises(UnsupportedBackbone, match=r"cannot be read \(ValueError: no list of 2 layers\)"):
+        build("qwen3", skip="linear")
 
 
 def test_layers_that_stand_in_no_list_have_no_last() -> None:

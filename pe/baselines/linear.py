@@ -26,6 +26,7 @@ class LinearEmbedder(TrainableModule):
 
     def __init__(self, backbone: Backbone, *, max_length: int = 256) -> None:
         super().__init__()
+        backbone.check_means()
         self.backbone, self.max_length = backbone, max_length
         self.map = LinearSkip(backbone.hidden_size, backbone.device)
         self.name = f"linear-{short_name(backbone.name)}"
