@@ -2,8 +2,9 @@
 
 Needs torch, triton, transformers, peft, accelerate and pytest. Correctness comes first: the `gpu` tests of every op and
 of packed-equals-stock. An op whose tests fail has no figures; all else goes on. Then the ops (`bench.kernels`), whole
-training steps and their memory. Every stage is a process group of its own that appends its records as it goes, so what
-is measured stays when one is stopped. `--quick` ends within nine minutes: a step may use its share of what is left.
+training steps and their memory; with `--full` the largest batches, scaling and encoding besides. Every stage is a
+process group of its own that appends its records as it goes, so what is measured stays when one is stopped. `--quick`
+ends within nine minutes: a step may use its share of what is left.
 Exit code: 0, 1 where a stage failed or was stopped, 2 without a GPU.
 """
 
@@ -29,8 +30,10 @@ from bench.records import ROOT
 SECONDS = 520.0  # of --quick, the summary and the start of Python besides
 GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.05  # seconds
-STEP_CASES = ("1b", "8b")
-QUICK_VARIANTS = ("lora-padded", "lora-checkpointed", "lora-packed", "pe-suffix-skip")
+KERNEL_SECONDS = 180.0  # of --quick, shared out among the ops: steps and memory come behind them
+QUICK_CASES, FULL_CASES = ("1b", "8b"), ("1b", "4b", "8b")
+QUICK_VARIANTS = ("lora-padded", "pe-suffix-skip", "lora-checkpointed", "lora-packed")
+"""The two sides of the claim first: where time runs out, what comes last is lost first."""
 KEYWORDS = {
     "vocab_mixture": "mixture",
     "prompt_rows": "rows and not mixture",
@@ -73,6 +76,10 @@ class Outcome:
     def passed(self) -> bool:
         return self.result == "passed"
 
+    @property
+    def failed(self) -> bool:
+        return self.result.startswith("failed")
+
 
 Plan = Callable[[Sequence[Outcome]], Iterator[Step]]
 """Steps one after another; each may depend on the outcomes so far."""
@@ -95,22 +102,26 @@ def tests(quick: bool) -> list[Stage]:
 
 
 def plan(quick: bool) -> Plan:
-    """Tests, ops, steps, memory."""
-    few = ("--distributions", "fixed", "--variants", *QUICK_VARIANTS)
+    """Tests, ops, steps, memory, and what `--quick` has no time for."""
+    few = ["--distributions", "fixed", "--variants", *QUICK_VARIANTS] if quick else []
+    cases = QUICK_CASES if quick else FULL_CASES
 
     def steps(outcomes: Sequence[Outcome]) -> Iterator[Step]:
         yield Step(tests(quick), 0.25)
-        passed = {outcome.name for outcome in outcomes if outcome.passed}
-        red = [op for op in OPS if tests_of(op) not in passed]
-        yield module("kernels", 0.55, "bench.kernels", *(["--quick"] if quick else []), "--red", *red)
-        for case, share in zip(STEP_CASES, (0.2, 0.35), strict=True):
-            yield module(
-                f"step, {case}", share, "bench.step", "--cases", case, *((*few, "--rounds", "3") if quick else ())
-            )
-        for case, share in zip(STEP_CASES, (0.45, 1.0), strict=True):
-            yield module(
-                f"memory, {case}", share, "bench.memory", "--cases", case, *((*few, "--passes", "1") if quick else ())
-            )
+        failed = {outcome.name for outcome in outcomes if outcome.failed}
+        red = [op for op in OPS if tests_of(op) in failed]
+        limits = ["--quick", "--seconds", f"{KERNEL_SECONDS:g}"] if quick else []
+        yield module("kernels", 0.5, "bench.kernels", *limits, "--red", *red)
+        for case, share in zip(cases, (0.2, 0.35, 0.5), strict=False):
+            few_rounds = [*few, "--rounds", "3"] if quick else []
+            yield module(f"step, {case}", share, "bench.step", "--cases", case, *few_rounds)
+        for case, share in zip(cases, (0.45, 1.0, 1.0), strict=False):
+            one_pass = [*few, "--passes", "1"] if quick else []
+            yield module(f"memory, {case}", share, "bench.memory", "--cases", case, *one_pass)
+        if not quick:
+            yield module("largest batch", 1.0, "bench.largest")
+            yield module("scaling", 1.0, "bench.scaling", "--case", cases[0])
+            yield module("encoding", 1.0, "bench.encoding")
 
     return steps
 
@@ -183,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: no GPU that torch can use; on a CPU run bench.step and bench.memory", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the stages end with this process
     outcomes = run(plan(arguments.quick), SECONDS if arguments.quick else None)
     Console().print(table(outcomes))
     return int(not all(outcome.passed for outcome in outcomes))

@@ -4,7 +4,8 @@ Times the five ops (`bench.ops`), forward and backward, against their reference 
 and against whoever else computes the same. Before an implementation is timed, its output and gradients are compared
 with the float32 reference by the tolerance rule of the kernel tests: one that fails has no figure, only the reason.
 
-On a GPU: CUDA events around every pass, the L2 cache overwritten before it, the forward of a timed backward outside;
+On a GPU: CUDA events around every pass, which is enqueued while the GPU still waits, so that its launch is not in the
+figure; the L2 cache overwritten before it, the forward of a timed backward outside;
 the peak is what torch allocates above the inputs, including what a backward pass finds saved. Every op runs in a
 process of its own, so that a kernel that faults takes no other op with it, and records are written case by case.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -37,7 +39,13 @@ OURS, EAGER, COMPILED = "ours", "torch, eager", "torch.compile"
 MODES = ("forward", "backward", "both")
 MIB = 2**20
 L2_BYTES = 256 * MIB  # more than any GPU's L2 cache
-FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError, TritonError)
+LONGEST = 86_400.0  # seconds that an op may take where no limit is given
+WAIT_CYCLES = 2_000_000  # about a millisecond of a GPU
+FAILURES = (
+    RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError, LookupError, OSError, TritonError,
+    subprocess.CalledProcessError,
+)  # fmt: skip
+"""What an implementation or its compiler raises; it becomes the reason in the place of a figure."""
 HEADER = (
     "", "forward, ms", "x ours", "of roof", "backward, ms", "x ours", "of roof", "both, ms", "x ours", "peak MiB"
 )  # fmt: skip
@@ -118,6 +126,7 @@ def time_on_gpu(prepare: Callable[[], Any], action: Callable[[Any], object], bud
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         ready = prepare()
         cache.zero_()
+        torch.cuda._sleep(WAIT_CYCLES)  # the pass is enqueued before the clock starts: kernels count, Python does not
         begin.record()
         action(ready)
         end.record()
@@ -242,16 +251,22 @@ def measure(
             measured = dict.fromkeys(MODES, failure)
         impl = {"impl": our_impl(device)} if name == OURS else {}
         found += [{**common, "implementation": name, **impl, "mode": mode, **measured[mode]} for mode in MODES]
-        clean(device)
+        if not is_clean(device):
+            break
     torch.compiler.reset()
     return found
 
 
-def clean(device: torch.device) -> None:
-    """Free what an implementation left on the device."""
+def is_clean(device: torch.device) -> bool:
+    """Free what an implementation left on the device; False where a GPU no longer answers."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def lines(found: Sequence[records.Record]) -> Iterator[list[str]]:
@@ -310,8 +325,19 @@ def render(folder: Path) -> str:
             for line in lines(group)
         ]
         header = [f"`{op}`", *HEADER[1:]]
-        parts.append(f"**`{op}`**, {gpu or 'CPU'}\n\n{grid(header, rows)}\n\n{where(groups[-1][0])}.")
+        origins = dict.fromkeys(where(group[0]) for group in groups)
+        sources = "\n\n".join(f"{origin}." for origin in origins)
+        parts.append(f"**`{op}`**, {gpu or 'CPU'}\n\n{grid(header, rows)}\n\n{sources}")
     return "\n\n".join([*(parts or [NOT_YET]), *gpu_line("ops", folder)])
+
+
+def run_alone(command: Sequence[str], seconds: float) -> bool:
+    """Run a command, no longer than `seconds`; whether it ended well."""
+    try:
+        return subprocess.run(command, cwd=records.ROOT, check=False, timeout=min(seconds, LONGEST)).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(command)}: stopped after {seconds:.0f} s", file=sys.stderr)
+        return False
 
 
 def broken(found: Sequence[records.Record]) -> bool:
@@ -330,12 +356,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--implementations", nargs="+", choices=(OURS, EAGER, COMPILED, *PEERS), help="default: all")
     options.add_argument("--red", nargs="*", choices=OPS, default=[], help="ops whose tests fail: no figures of ours")
     options.add_argument("--dry", action="store_true", help="print only, add no records")
+    options.add_argument("--seconds", type=float, default=math.inf, help="limit on a GPU, shared out among the ops")
     arguments = options.parse_args(given)
     device = torch.device(arguments.device)
     if device.type == "cuda" and len(arguments.ops) > 1:
         command = [sys.executable, "-m", "bench.kernels", *given, "--ops"]
-        codes = [subprocess.run([*command, op], cwd=records.ROOT, check=False).returncode for op in arguments.ops]
-        return int(any(codes))
+        deadline = time.perf_counter() + arguments.seconds
+        passed = []
+        for number, op in enumerate(arguments.ops):
+            limit = (deadline - time.perf_counter()) / (len(arguments.ops) - number)
+            passed.append(run_alone([*command, op], limit))
+        return int(not all(passed))
     console, failed = Console(width=None if sys.stdout.isatty() else 200), False
     for case in CASES:
         if case.op not in arguments.ops or (arguments.quick and not case.quick):

@@ -23,12 +23,17 @@ def dtype_of(record: Record) -> str:
     return "float32" if dtype == "auto" and not on_gpu else str(dtype)
 
 
+def hardware(record: Record) -> str:
+    """What a record was taken on."""
+    found = record["hardware"]
+    on_gpu = record.get("device", "cpu") != "cpu"
+    return f"{found['gpu']}, driver {found['driver']}" if on_gpu else f"{found['cpu']}, {found['cores']} cores"
+
+
 def where(record: Record) -> str:
     """Hardware, versions, commit and date of a record, in a sentence."""
-    hardware = record["hardware"]
-    on = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
-    if record.get("device", "cpu") != "cpu":
-        on = f"{hardware['gpu']}, driver {hardware['driver']}"
+    threads = f", {record['hardware']['threads']} threads" if record.get("device", "cpu") == "cpu" else ""
+    on = f"{hardware(record)}{threads}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
     if record["dirty"]:

@@ -37,17 +37,19 @@ def measure(
 ) -> records.Record:
     """Memory of this process over `passes` passes over the distribution's batches, in MiB.
 
+    A step goes before them, within what is measured: only from the second on a step finds the optimiser's state.
     Meant for a fresh process: see `in_fresh_process`.
     """
     load, device = workload(distribution, CASES[case]), setting.device
     step = prepare(CASES[case], variant, load, setting)
     give_back_freed()
     on_gpu = device.type == "cuda"
-    read = device_used(device) if on_gpu else resident
+    source, read = device_used(device) if on_gpu else resident()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before, highest_before = read(), highest_resident()
     with Sampler(read, interval) as sampler:
+        step(load.batches[0])
         for _ in range(passes):
             for batch in load.batches:
                 step(batch)
@@ -59,7 +61,7 @@ def measure(
     elif highest_resident() > highest_before:
         peak = max(peak, highest_resident())
     found |= {
-        "source": "nvml" if on_gpu else "rss",
+        "source": source,
         "loaded_mib": round(before / MIB, 1),
         "peak_mib": round(peak / MIB, 1),
         "above_mib": round((peak - before) / MIB, 1),

@@ -55,11 +55,11 @@ def _driver() -> str | None:
         import pynvml
     except ModuleNotFoundError:
         return None
-    pynvml.nvmlInit()
     try:
+        pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 @functools.cache
@@ -82,7 +82,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def origin() -> Record:
-    """Commit, and whether anything but results differs from it; None outside a git checkout."""
+    """Commit, and whether anything but results differs from it; None outside a git checkout.
+
+    A copy without its history takes both from the environment: PE_COMMIT, and PE_DIRTY=1 where it differs.
+    """
+    if commit := os.environ.get("PE_COMMIT"):
+        return {"commit": commit[:12], "dirty": os.environ.get("PE_DIRTY") == "1"}
     status = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!bench/plots", ":!BENCHMARKS.md")
     return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
@@ -16,11 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from triton.errors import TritonError
 
 from bench import records
 from bench.cases import BASELINE, CASES, VARIANTS, Case, Embedder, Setting, default_cases, trainable
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
+from bench.roofline import ROOFS
 from pe.kernels.info_nce import info_nce
 from pe.losses import cached_backward
 from pe.model import Requests
@@ -30,6 +34,10 @@ CLIP_NORM = 1.0
 RATE = 1e-5
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 """Size of the matrix product whose rate stands for the hardware's."""
+WARM_UPS = {"cpu": 1, "cuda": 3}
+"""Passes over the batches before the clock: kernels are compiled, and the allocator knows the optimiser's state."""
+FAILURES = (RuntimeError, TritonError, subprocess.CalledProcessError)
+"""What a model, a kernel or its compiler raises on a GPU, out of memory included."""
 
 
 class TrainingStep:
@@ -131,52 +139,88 @@ def product_rate(setting: Setting, size: int) -> float:
 
 
 def measure(
-    case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting
+    case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting, *, in_turns: bool
 ) -> Iterator[list[records.Record]]:
     """Records of one case and distribution, one a variant, as they are had.
 
-    On a CPU the variants take turns, so that a machine that slows down slows all; on a GPU, whose memory may hold one
-    of them alone, they come one after another.
+    Args:
+        case, load, variants, rounds, setting: what is measured, how often, and where.
+        in_turns: the variants take turns, so that a machine that slows down slows all; else they come one after
+            another, as on a GPU, whose memory may hold one of them alone, and one that fails says so in its record.
+
+    Raises:
+        RuntimeError: a GPU that no longer answers after a failure; the records before it are had by then.
     """
-    groups = [variants] if setting.device.type == "cpu" else [[name] for name in variants]
-    for group in groups:
-        yield measure_together(case, load, group, rounds, setting)
-        if setting.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+    if in_turns:
+        yield measure_together(case, load, variants, rounds, setting)
+        return
+    for name in variants:
+        try:
+            yield measure_together(case, load, [name], rounds, setting)
+        except FAILURES as error:
+            yield [{**describe(case, load, setting), "rounds": rounds, "variant": name, "failed": reason(error)}]
+        gc.collect()
+        free(setting.device)
 
 
 def measure_together(
     case: Case, load: Workload, variants: Sequence[str], rounds: int, setting: Setting
 ) -> list[records.Record]:
-    """Records of variants that take turns; one that runs out of memory says so in its record."""
-    common = {**describe(case, load, setting), "rounds": rounds}
-    steps, flops, found = {}, {}, []
+    """Records of variants that take turns."""
+    steps, flops = {}, {}
     for name in variants:
-        try:
-            steps[name] = prepare(case, name, load, setting)
-            for batch in load.batches:
-                steps[name](batch)
-        except torch.OutOfMemoryError as error:
-            steps.pop(name, None)
-            found.append({**common, "variant": name, "failed": str(error).splitlines()[0]})
-            torch.cuda.empty_cache()
-            continue
+        steps[name] = prepare(case, name, load, setting)
+        for batch in load.batches * WARM_UPS[setting.device.type]:
+            steps[name](batch)
         if cut := steps[name].model.truncation.cut:
             raise RuntimeError(f"{name}, {load.distribution}: expected texts that are read whole, got {cut} cut ones")
         flops[name] = load.mean([step_flops(steps[name].model, batch.requests) for batch in load.batches])
     times = time_rounds(steps, load, rounds)
-    rate = product_rate(setting, PRODUCT[setting.device.type])
-    for name in steps:
-        own = {"ms": records.spread(times[name]), "flops": round(flops[name]), "product_flops_per_s": round(rate)}
-        found.append({**common, "variant": name, **own})
-    return found
+    common = {
+        **describe(case, load, setting),
+        "rounds": rounds,
+        "product_flops_per_s": round(product_rate(setting, PRODUCT[setting.device.type])),
+        "peak_flops_per_s": peak_rate(setting),
+    }
+    return [
+        {**common, "variant": name, "ms": records.spread(times[name]), "flops": round(flops[name])} for name in steps
+    ]
+
+
+def reason(error: Exception) -> str:
+    """A failure in a line."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {line}"
+
+
+def free(device: torch.device) -> None:
+    """Give back what a GPU's allocator keeps; an error here is that of a GPU which no longer answers."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def peak_rate(setting: Setting) -> float | None:
+    """FLOP/s of the data sheet; None for a CPU, an unknown GPU and float32."""
+    gpu = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else ""
+    half = setting.dtype != torch.float32
+    return 1e12 * ROOFS[gpu].compute if gpu in ROOFS and half else None
 
 
 def use(record: records.Record) -> float:
     """A step's FLOP/s as a share of the matrix product's."""
-    share: float = record["flops"] / (record["ms"]["median"] / 1000) / record["product_flops_per_s"]
-    return share
+    return rate(record) / float(record["product_flops_per_s"])
+
+
+def utilisation(record: records.Record) -> str:
+    """Model FLOPs utilisation: a step's FLOP/s as a share of the data sheet's; "-" where there is none."""
+    peak = record.get("peak_flops_per_s")
+    return f"{rate(record) / peak:.0%}" if peak else "-"
+
+
+def rate(record: records.Record) -> float:
+    """FLOP/s of a step."""
+    return float(record["flops"]) / (record["ms"]["median"] / 1000)
 
 
 def table(found: Sequence[records.Record]) -> Table:
@@ -186,7 +230,7 @@ def table(found: Sequence[records.Record]) -> Table:
     title = (
         f"{first['case']}, {first['distribution']}: {sizes['tokens']:,} tokens, {sizes['padding_share']:.0%} padding"
     )
-    grid = Table("", "ms", "p20-p80", "tokens/s", "GFLOP", "use", "x (a)", title=title, title_justify="left")
+    grid = Table("", "ms", "p20-p80", "tokens/s", "GFLOP", "use", "MFU", "x (a)", title=title, title_justify="left")
     base = {record["variant"]: record["ms"]["median"] for record in found if "ms" in record}.get(BASELINE)
     for record in found:
         name = VARIANTS[record["variant"]].title
@@ -195,10 +239,11 @@ def table(found: Sequence[records.Record]) -> Table:
             continue
         ms = record["ms"]
         ratio = f"{base / ms['median']:.2f}" if base else "-"
-        rate = f"{1000 * sizes['tokens'] / ms['median']:,.0f}"
+        tokens = f"{1000 * sizes['tokens'] / ms['median']:,.0f}"
         spread = f"{ms['p20']:.0f}-{ms['p80']:.0f}"
+        work = f"{record['flops'] / 1e9:,.0f}"
         grid.add_row(
-            name, f"{ms['median']:.0f}", spread, rate, f"{record['flops'] / 1e9:,.0f}", f"{use(record):.0%}", ratio
+            name, f"{ms['median']:.0f}", spread, tokens, work, f"{use(record):.0%}", utilisation(record), ratio
         )
     return grid
 
@@ -215,21 +260,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and record; 1 where a variant failed."""
     options = parser(__doc__ or "")
     options.add_argument("--rounds", type=int, default=7)
     arguments = options.parse_args(argv)
-    setting = Setting.of(arguments.device, arguments.dtype)
+    setting, failed = Setting.of(arguments.device, arguments.dtype), False
     for name in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
             load = workload(cast(Distribution, distribution), CASES[name])
             found = []
-            for group in measure(CASES[name], load, arguments.variants, arguments.rounds, setting):
+            in_turns = setting.device.type == "cpu"
+            for group in measure(CASES[name], load, arguments.variants, arguments.rounds, setting, in_turns=in_turns):
                 found += group
                 if not arguments.dry:
                     records.append("step", group)
             Console().print(table(found))
+            failed = failed or any("failed" in record for record in found)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

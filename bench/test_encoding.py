@@ -46,6 +46,8 @@ READS_INSTRUCTIONS = [system for system in TITLES if system not in ("st", "froze
 def test_encoding(benchmark: BenchmarkFixture, encoders: dict[str, Encode], system: str, count: int) -> None:
     """Texts under one instruction, and under ten where the system reads instructions."""
     texts, asked = sample(TEXTS), instructions(count, 0)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     benchmark.group = f"{TEXTS} texts, {count} instructions"
     benchmark(encoders[system], texts, asked)
     benchmark.extra_info |= {"texts": TEXTS, "instructions": count, "hardware": records.hardware()}

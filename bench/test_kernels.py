@@ -12,7 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
-from bench.kernels import FAILURES, check, clean, expected, our_impl, passes, ways, why
+from bench.kernels import FAILURES, check, expected, is_clean, our_impl, passes, ways, why
 from bench.ops import CASES, PEERS, Case
 from bench.step import synchronise
 
@@ -63,4 +63,4 @@ def test_kernel(benchmark: BenchmarkFixture, name: str, implementation: str, mod
         benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated()
     torch.compiler.reset()
-    clean(DEVICE)
+    is_clean(DEVICE)

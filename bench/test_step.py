@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -20,6 +22,10 @@ SETTING = Setting.of("cuda" if torch.cuda.is_available() else "cpu")
 def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:
     """`real` takes one step on a batch of every data set; the others take a single step."""
     load = workload(distribution, CASES[case])
+    if SETTING.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     step = prepare(CASES[case], variant, load, SETTING)
 
     def take() -> None:

@@ -38,10 +38,13 @@ def require_offsets(name: str, offsets: Tensor, total: int) -> None:
         require(bool((offsets.diff() >= 0).all()), name, "entries that never fall", offsets.tolist())
 
 
-def require_longest(name: str, longest: int, offsets: Tensor) -> None:
-    """`longest` bounds every segment of `offsets`."""
+def require_longest(name: str, longest: int, offsets: Tensor, total: int) -> None:
+    """`longest` bounds every segment of `offsets`; on a GPU only what `total` tokens in so many segments tell."""
     require(longest >= 0, name, "an int >= 0", longest)
-    if values_are_free(offsets) and offsets.shape[0] > 1:
+    mean = -(-total // max(1, offsets.shape[0] - 1))
+    if not values_are_free(offsets):
+        require(longest >= mean, name, f"at least the mean segment, {mean}", longest)
+    elif offsets.shape[0] > 1:
         actual = int(offsets.diff().max())
         require(longest >= actual, name, f"at least the longest segment, {actual}", longest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -38,10 +39,11 @@ class _Interpreted:
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that allocates, launches and mutates nothing; torch.compile sees through to its kernels.
 
-    Interpreted kernels cannot be traced, so there the op is an opaque one with the same schema.
+    Its kernels run on the GPU of its first argument, whichever is the current one. Interpreted kernels cannot be
+    traced, so there the op is an opaque one with the same schema.
     """
     if not INTERPRETED:
-        return lambda fn: torch.library.triton_op(name, fn, mutates_args=())
+        return lambda fn: torch.library.triton_op(name, _on_its_gpu(fn), mutates_args=())
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         op = torch.library.custom_op(name, fn, mutates_args=())
@@ -49,6 +51,19 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return op
 
     return register
+
+
+def _on_its_gpu(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` with the GPU of its first tensor as the current one, on which alone Triton launches."""
+
+    @functools.wraps(fn)
+    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
+        if not _are_real_and_on_a_gpu([first]):
+            return fn(first, *arguments, **options)
+        with torch.cuda.device(first.device):
+            return fn(first, *arguments, **options)
+
+    return run
 
 
 class _Tuned:

@@ -201,13 +201,10 @@ def _visible(position_m, position_n, mask_n, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _rows(b, kv_head, first_row, cu_ptr, BLOCK_M: tl.constexpr, G: tl.constexpr):
-    """Of a block of packed rows: token in the sequence, packed token, head, mask; and the sequence's length."""
-    begin = tl.load(cu_ptr + b)
-    length = tl.load(cu_ptr + b + 1) - begin
-    begin = begin.to(tl.int64)
+def _rows(begin, length, kv_head, first_row, BLOCK_M: tl.constexpr, G: tl.constexpr):
+    """Of a block of packed rows: token in the sequence, packed token, head and mask."""
     rows = first_row + tl.arange(0, BLOCK_M)
-    return rows // G, begin + rows // G, kv_head * G + rows % G, rows < length * G, begin, length
+    return rows // G, begin + rows // G, kv_head * G + rows % G, rows < length * G
 
 
 @triton.jit
@@ -367,7 +364,10 @@ def _context_attention_fwd_kernel(
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
-    token, t, head, mask_m, begin, length = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+    begin = tl.load(cu_ptr + b)
+    length = tl.load(cu_ptr + b + 1) - begin
+    begin = begin.to(tl.int64)
+    token, t, head, mask_m = _rows(begin, length, kv_head, first_row, BLOCK_M, G)
     context_begin, context = _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT, HAS_INDEX)
     position_m = context + token
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -606,7 +606,10 @@ def _context_attention_bwd_dq_kernel(
     """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
-    token, t, head, mask_m, begin, length = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+    begin = tl.load(cu_ptr + b)
+    length = tl.load(cu_ptr + b + 1) - begin
+    begin = begin.to(tl.int64)
+    token, t, head, mask_m = _rows(begin, length, kv_head, first_row, BLOCK_M, G)
     context_begin, context = _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT, HAS_INDEX)
     position_m = context + token
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -660,8 +663,8 @@ def _accumulate_dkv(
     do_ptr,
     lse_ptr,
     delta_ptr,
-    cu_ptr,
-    b,
+    begin,
+    length,
     kv_head,
     begin_row,
     end_row,
@@ -684,13 +687,13 @@ def _accumulate_dkv(
     HAS_SOFTCAP: tl.constexpr,
     ALL_VISIBLE: tl.constexpr,
 ):
-    """dk += dzᵀ q and dv += Pᵀ do over rows [begin_row, end_row) of sequence b, in whole tiles up to its last row.
+    """dk += dzᵀ q and dv += Pᵀ do over rows [begin_row, end_row) of one sequence, in whole tiles up to its last row.
 
     Rows and keys past the end are zero: as visible ones they add nothing to what is stored.
     """
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for first_row in range(begin_row, end_row, BLOCK_M):
-        token, t, head, mask_m, _, _ = _rows(b, kv_head, first_row, cu_ptr, BLOCK_M, G)
+        token, t, head, mask_m = _rows(begin, length, kv_head, first_row, BLOCK_M, G)
         row = t * (n_kv_heads * G) + head  # row of [T, H]
         q_ptrs = q_ptr + t[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
         do_ptrs = do_ptr + row[:, None] * DV + offs_dv[None, :]
@@ -758,14 +761,14 @@ def _context_attention_bwd_own_kernel(
         end_row = tl.minimum(length, n + BLOCK_N - 1 + window) * G
         some = end_row
     dk, dv = _accumulate_dkv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * G, some, n * 0, offs_n, mask_n,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, begin, length, kv_head, n * G, some, n * 0, offs_n, mask_n,
         n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
     if IS_LONG and not HAS_WINDOW:
         dk, dv = _accumulate_dkv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, some, end_row, n * 0, offs_n, mask_n,
-            n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, begin, length, kv_head, some, end_row, n * 0, offs_n,
+            mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             HAS_WINDOW, HAS_SOFTCAP, True,
         )  # fmt: skip
     row = (begin + offs_n) * n_kv_heads + kv_head  # row of [T, Hkv]
@@ -834,13 +837,15 @@ def _context_attention_bwd_context_kernel(
         b = segment
         if HAS_INDEX:
             b = tl.load(user_ptr + user)
-        last_token = tl.load(cu_ptr + b + 1) - tl.load(cu_ptr + b)
+        first_token = tl.load(cu_ptr + b)
+        length = tl.load(cu_ptr + b + 1) - first_token
+        first_token, last_token = first_token.to(tl.int64), length
         if HAS_WINDOW:
             last_token = tl.minimum(last_token, tl.maximum(n + BLOCK_N - 1 + window - context, 0))
         dk, dv = _accumulate_dkv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cu_ptr, b, kv_head, n * 0, last_token * G, context, offs_n,
-            mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M, BLOCK_D,
-            BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, not HAS_WINDOW,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, first_token, length, kv_head, n * 0, last_token * G,
+            context, offs_n, mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh, G, D, DV, BLOCK_M,
+            BLOCK_D, BLOCK_DV, HAS_WINDOW, HAS_SOFTCAP, not HAS_WINDOW,
         )  # fmt: skip
     row = (split * C + begin + offs_n) * n_kv_heads + kv_head  # row of [SPLITS, C, Hkv]
     dk_ptrs, dv_ptrs = dk_ptr + row[:, None] * D + offs_d[None, :], dv_ptr + row[:, None] * DV + offs_dv[None, :]
@@ -1165,7 +1170,7 @@ def context_attention(
     require(v.shape[0] == T and v.shape[1] == Hkv, "v", f"shape [{T}, {Hkv}, Dv]", v.shape)
     require(Hkv >= 1 and H % Hkv == 0, "k", f"a number of heads that divides q's {H}", k.shape)
     require_offsets("cu_seqlens", cu_seqlens, T)
-    require_longest("max_seqlen", max_seqlen, cu_seqlens)
+    require_longest("max_seqlen", max_seqlen, cu_seqlens, T)
     given = (context_k is not None, context_v is not None, cu_context is not None)
     require(len(set(given)) == 1, "context_k, context_v, cu_context", "all three or none", given)
     if context_k is not None and context_v is not None and cu_context is not None:
@@ -1174,7 +1179,7 @@ def context_attention(
         require(tuple(context_k.shape) == expected_k, "context_k", f"shape [C, {Hkv}, {D}]", context_k.shape)
         require(tuple(context_v.shape) == expected_v, "context_v", f"shape {expected_v}", context_v.shape)
         require_offsets("cu_context", cu_context, C)
-        require_longest("max_context", max_context, cu_context)
+        require_longest("max_context", max_context, cu_context, C)
         n_segments = cu_context.shape[0] - 1
         if context_index is None:
             require(n_segments == B, "cu_context", f"shape [{B + 1}] without a context_index", cu_context.shape)

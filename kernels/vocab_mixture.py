@@ -691,6 +691,12 @@ def _vocab_mixture_bwd(
     return dh, de_out, de_in
 
 
+def _room(ds: Tensor) -> Tensor:
+    """Power of two, float32, that brings the largest of ds into (4, 8], so that P (dP - delta) does not underflow."""
+    top = ds.abs().amax().float()
+    return torch.where((top > 0) & top.isfinite(), torch.exp2(3 - torch.ceil(torch.log2(top))), 1.0)
+
+
 class _VocabMixture(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -705,7 +711,11 @@ class _VocabMixture(torch.autograd.Function):
     def backward(ctx: FunctionCtx, ds: Tensor) -> tuple[Tensor | None, ...]:
         h, e_out, e_in, s, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = _vocab_mixture_bwd(ds.contiguous(), h, e_out, e_in, s, lse, ctx.temperature, ctx.is_tied, *needs)
+        factor = _room(ds) if ds.dtype == torch.float16 and ds.numel() else None
+        ds = ds.contiguous() if factor is None else (ds * factor).to(ds.dtype)
+        grads = _vocab_mixture_bwd(ds, h, e_out, e_in, s, lse, ctx.temperature, ctx.is_tied, *needs)
+        if factor is not None:
+            grads = tuple((grad / factor).to(grad.dtype) for grad in grads)
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
 
 

@@ -69,9 +69,15 @@ class AttentionPlan:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         if self.keep:
-            self.stored[layer] = (k, v)
+            self.stored[layer] = (apart(k), apart(v))
         if layer == self.stop_after:
             raise LastLayerReached
+
+
+def apart(x: Tensor) -> Tensor:
+    """`x`, without gradient as a copy where it is a part of a larger buffer, such as a fused projection's output."""
+    is_part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone() if is_part and not x.requires_grad else x
 
 
 def flash_attention(

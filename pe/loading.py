@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -48,8 +50,15 @@ def quiet() -> None:
 
 
 def embedding_scale(model: PreTrainedModel) -> float:
-    """The factor that a model's embedding layer applies to its rows (Gemma), 1 elsewhere."""
-    return float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    """The factor that a model's embedding layer applies to its rows (Gemma), in their type; 1 elsewhere."""
+    layer: Any = model.get_input_embeddings()
+    return rounded(getattr(layer, "scalar_embed_scale", 1.0), layer.weight.dtype)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """A positive number as `dtype` holds it."""
+    unit = math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 1)
+    return round(value / unit) * unit
 
 
 def load_pretrained(

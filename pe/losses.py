@@ -5,7 +5,7 @@ Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N docume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -171,12 +171,12 @@ def cached_backward(
         set_random_state(state)
         with autocast():
             again = embed(requests.part(part))
-        backward((again * gradient[:, part]).sum())
+        backward((again * gradient[:, part.start : part.stop]).sum())
     set_random_state(after)
     return loss.detach()
 
 
-def chunks(count: int, size: int) -> Iterator[Sequence[int]]:
+def chunks(count: int, size: int) -> Iterator[range]:
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
 

@@ -52,6 +52,8 @@ from pe.train import DEFAULT_RECIPE, build_accelerator
 
 Record = dict[str, Any]
 
+SOURCES = {"nvml": "NVML", "cuda": "CUDA", "rss": "RSS"}
+"""Who says how much of the GPU, or of a CPU's memory for the process, is in use."""
 TITLES: dict[System, str] = {
     "pe": "PromptEmbedder",
     "lora-padded": "LoRA, padded",
@@ -104,7 +106,7 @@ def measure(recipe: Recipe, system: System, batch: Batch, steps: int, interval: 
     step = TrainingStep(load(recipe, system, device), recipe)
     give_back_freed()
     on_gpu = device.type == "cuda"
-    read = device_used(device) if on_gpu else resident
+    source, read = device_used(device) if on_gpu else resident()
     loaded, highest_before, seconds = read(), highest_resident(), []
     torch_loaded = (
         {"allocated": torch.cuda.memory_allocated(device), "reserved": torch.cuda.memory_reserved(device)}
@@ -120,7 +122,6 @@ def measure(recipe: Recipe, system: System, batch: Batch, steps: int, interval: 
     peak = max(sampler.highest, read())
     if not on_gpu and highest_resident() > highest_before:
         peak = max(peak, highest_resident())
-    source = "nvml" if on_gpu else "rss"
     process: Record = {source: source_of(loaded, peak, sampler.peaks)}
     if allocator:
         for name, peaks in (("allocated", allocator.allocated), ("reserved", allocator.reserved)):
@@ -221,7 +222,9 @@ def build_report(arguments: argparse.Namespace, overrides: Sequence[str], recipe
 def peaks_table(report: Record) -> Table:
     """Measured beside predicted peaks above the loaded model."""
     records, is_gpu = report["systems"], report["device"] != "cpu"
-    source, name = ("nvml", "NVML") if is_gpu else ("rss", "RSS")
+    measured = [name for record in records for name in SOURCES if name in record.get("process", {})]
+    source = measured[0] if measured else "nvml" if is_gpu else "rss"
+    name = SOURCES[source]
     note = ", without the CUDA context" if is_gpu else ""
     title = "Peak of a step above the loaded model, MiB"
     grid = Table("", *(TITLES[record["system"]] for record in records), title=title, title_justify="left")

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,13 @@ class Phases:
 # Sampling.
 
 
+class Reading(NamedTuple):
+    """Bytes in use, and who says so: `rss`, `nvml` or `cuda`."""
+
+    source: str
+    bytes: Callable[[], int]
+
+
 class Sampler(threading.Thread):
     """The highest value of `read` while it runs, asked every `interval` seconds.
 
@@ -113,9 +120,10 @@ class Sampler(threading.Thread):
         self.join()
 
 
-def resident() -> int:
+def resident() -> Reading:
     """Resident bytes of this process (RSS)."""
-    return int(extra("psutil").Process().memory_info().rss)
+    process = extra("psutil").Process()
+    return Reading("rss", lambda: int(process.memory_info().rss))
 
 
 def highest_resident() -> int:
@@ -133,24 +141,38 @@ def give_back_freed() -> None:
             trim(0)
 
 
-def _handle(device: torch.device) -> tuple[ModuleType, Any]:
-    """NVML, and its handle of the GPU, found by UUID: CUDA's order of devices is not NVML's."""
-    pynvml = extra("pynvml")
-    pynvml.nvmlInit()
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+def _nvml(device: torch.device) -> tuple[ModuleType, Any] | None:
+    """NVML, and its handle of the GPU, found by UUID: CUDA's order of devices is not NVML's; None where it has none."""
+    try:
+        pynvml = extra("pynvml")
+    except MissingPackage:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:
+        return None
 
 
-def device_used(device: torch.device) -> Callable[[], int]:
-    """Used bytes of the whole GPU by NVML: what the driver holds is in it."""
-    pynvml, handle = _handle(device)
-    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+def device_used(device: torch.device) -> Reading:
+    """Used bytes of the whole GPU, with what the driver holds: by NVML, or by CUDA where NVML does not run."""
+    if nvml := _nvml(device):
+        pynvml, handle = nvml
+        return Reading("nvml", lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+
+    def used() -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+
+    return Reading("cuda", used)
 
 
 def driver_reserved(device: torch.device) -> int | None:
     """Bytes that the driver keeps for itself; None where NVML does not tell them apart."""
-    pynvml, handle = _handle(device)
-    if not hasattr(pynvml, "nvmlMemory_v2"):
+    nvml = _nvml(device)
+    if nvml is None or not hasattr(nvml[0], "nvmlMemory_v2"):
         return None
+    pynvml, handle = nvml
     try:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
     except pynvml.NVMLError:
@@ -159,7 +181,10 @@ def driver_reserved(device: torch.device) -> int | None:
 
 def process_used(device: torch.device) -> int | None:
     """Bytes of the GPU that NVML assigns to this process; None where it does not say, as in many containers."""
-    pynvml, handle = _handle(device)
+    nvml = _nvml(device)
+    if nvml is None:
+        return None
+    pynvml, handle = nvml
     used = {item.pid: item.usedGpuMemory for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
     found = used.get(os.getpid())
     return None if found is None else int(found)

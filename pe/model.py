@@ -378,7 +378,8 @@ class PromptEmbedder(TrainableModule):
         embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
         bar = tqdm(total=len(texts), unit="text", disable=not progress, desc="encode")
         for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
-            embeddings[:, batch] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
+            places = to_device(batch, self.device)
+            embeddings[:, places] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
             bar.update(len(batch))
         bar.close()
         self.train(was_training)

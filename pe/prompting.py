@@ -64,6 +64,7 @@ class PromptingLLM(nn.Module):
         super().__init__()
         self.model, self.config, self.revision = model, config, revision
         self.text_tokenizer = TextTokenizer(tokenizer)
+        self._cast: tuple[object, tuple[Tensor, Tensor]] | None = None
         self.logit_scale = logit_scale(model)
         self.check_generation()
         if config.trainable == "lora":
@@ -122,7 +123,8 @@ class PromptingLLM(nn.Module):
     def generate(self, requests: Sequence[Sequence[int]], count: int) -> SoftPrompts:
         """Write prompts of `count` soft tokens."""
         decoder, scale = self.model.base_model, self.embedding_scale
-        ids, mask, positions = left_padded(requests, self.device)
+        ids, pads, positions = left_padded(requests, self.device)
+        mask = None if pads is None else self._mask(pads, ids.shape[1], count)
         inputs = torch.nn.functional.embedding(ids, self.embedding) * scale
         cache = DynamicCache(config=self.model.config)
         tokens, hidden = [], []
@@ -135,14 +137,47 @@ class PromptingLLM(nn.Module):
                 use_cache=True,
             )
             h = output.last_hidden_state[:, -1]
-            mixture = vocab_mixture(h, self.output_embedding, self.embedding, self.mixture_temperature)
-            token = mixture.to(self.embedding.dtype) * scale
+            token = self._mixture(h).to(self.embedding.dtype) * scale
             tokens.append(token)
             hidden.append(h)
             inputs, positions = token[:, None], positions[:, -1:] + 1
             if mask is not None:
-                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                mask = torch.nn.functional.pad(mask[..., -1:, :] if mask.ndim == 4 else mask, (0, 1), value=1)
         return SoftPrompts(torch.stack(tokens, 1), torch.stack(hidden, 1))
+
+    def _mixture(self, hidden: Tensor) -> Tensor:
+        """The soft token of each last hidden state `[N, D]`; under autocast of a GPU in its type, as a product runs."""
+        dtype = hidden.dtype
+        if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+        return vocab_mixture(hidden.to(dtype), *self._embeddings(dtype), self.mixture_temperature)
+
+    def _embeddings(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Output and input embedding in a type; they are frozen, so a copy is made once."""
+        own = self.output_embedding, self.embedding
+        if own[0].dtype == dtype:
+            return own
+        places = tuple((weight.data_ptr(), weight._version) for weight in own)
+        if self._cast is None or self._cast[0] != (dtype, places):
+            output = own[0].detach().to(dtype)
+            self._cast = (dtype, places), (output, output if own[1] is own[0] else own[1].detach().to(dtype))
+        return self._cast[1]
+
+    def _mask(self, pads: Tensor, length: int, count: int) -> Tensor:
+        """The attention mask behind `pads` `[N]` tokens of padding.
+
+        Ready-made (`[N, 1, L, L]`, true where a query sees a key) where the model takes it so: transformers then has no
+        need to look at the values of `[N, L]`, which would wait for a GPU. A padding token sees itself.
+        """
+        places = torch.arange(length, device=pads.device)
+        is_token = places >= pads[:, None]
+        config = self.model.config
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        is_whole = all(window is None or length + count <= window for window in windows)
+        if config._attn_implementation != "sdpa" or not is_whole:
+            return is_token.long()
+        causal = places <= places[:, None]
+        return ((causal & is_token[:, None]) | (places == places[:, None]))[:, None]
 
     @torch.no_grad()
     def check_generation(self) -> None:
@@ -176,14 +211,13 @@ class PromptingLLM(nn.Module):
 
 
 def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Ids, attention mask (None where nothing is padded) and positions, each `[N, L]`."""
+    """Ids `[N, L]`, tokens of padding `[N]` (None where nothing is padded) and positions `[N, L]`."""
     longest = max(map(len, requests))
     pads = to_device([longest - len(row) for row in requests], device)
     ids = to_device([[0] * (longest - len(row)) + list(row) for row in requests], device)
     places = torch.arange(longest, device=device)
-    mask = (places >= pads[:, None]).long()
-    padded = any(len(row) != longest for row in requests)
-    return ids, mask if padded else None, (places - pads[:, None]).clamp(min=0)
+    is_padded = any(len(row) != longest for row in requests)
+    return ids, pads if is_padded else None, (places - pads[:, None]).clamp(min=0)
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM
+from triton.errors import TritonError
 
 from bench import aot, cases, largest, lengths, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
@@ -117,19 +119,27 @@ def test_turns_rotate() -> None:
     assert [len(found) for found in times.values()] == [2, 2, 2]
 
 
-def test_a_variant_without_memory_is_a_row(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_fails_is_a_row(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, whole = workload("fixed", TOY), step.prepare
 
     def prepare(case: Case, variant: str, *others: Any) -> step.TrainingStep:
         if variant == "lora-padded":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        if variant == "lora-packed":
+            raise TritonError("no such instruction\nin line 3")
         return whole(case, variant, *others)
 
     monkeypatch.setattr(step, "prepare", prepare)
-    (found,) = step.measure(TOY, load, ["lora-padded", "pe-suffix"], 1, CPU)
-    assert found[0]["failed"] == "CUDA out of memory."
-    assert 0 < step.use(found[1]) < 1
-    assert step.table(found).row_count == 2
+    variants = ["lora-padded", "lora-packed", "pe-suffix"]
+    found = [record for group in step.measure(TOY, load, variants, 1, CPU, in_turns=False) for record in group]
+    assert [record.get("failed") for record in found] == [
+        "CUDA out of memory.",
+        "TritonError: no such instruction",
+        None,
+    ]
+    assert 0 < step.use(found[2]) < 1
+    assert step.utilisation({**found[2], "peak_flops_per_s": step.rate(found[2])}) == "100%"
+    assert step.table(found).row_count == 3
     monkeypatch.setattr(report, "MEASURED", ("toy",))
     records.append("step", found)
     assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in report.render_step(results)
@@ -162,7 +172,7 @@ def test_texts_are_read_whole(distribution: Distribution, variant: str) -> None:
 def test_cut_texts_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "MAX_LENGTH", 511)
     with pytest.raises(RuntimeError, match="pe-suffix, long: expected texts that are read whole, got 2 cut ones"):
-        list(step.measure(TOY, workload("long", TOY), ["pe-suffix"], 1, CPU))
+        list(step.measure(TOY, workload("long", TOY), ["pe-suffix"], 1, CPU, in_turns=True))
 
 
 def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,9 +348,53 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert "| PE, suffix | 31 | 0.31 | - | 31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
 
-    monkeypatch.setattr(records, "run_id", lambda: "later")
-    records.append("step", [fake("pe-suffix", ms=spreads["pe-suffix"], rounds=5)])
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | - | - | - |" in report.render_step(results)
+
+def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(run: str, ms: float, *variants: str, **fields: Any) -> None:
+        monkeypatch.setattr(records, "run_id", lambda: run)
+        spread = {"median": ms, "p20": ms, "p80": ms}
+        records.append("step", [fake(name, ms=spread, rounds=5, **fields) for name in variants])
+
+    def shown() -> list[list[float]]:
+        return [[record["ms"]["median"] for record in group] for group in report.measured("step", results)]
+
+    take("first", 1.0, "lora-padded", "pe-suffix")
+    take("second", 2.0, "lora-padded")
+    assert shown() == [[1.0, 1.0]]
+    take("third", 3.0, "pe-suffix", "lora-padded")
+    assert shown() == [[3.0, 3.0]]
+
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        monkeypatch.setattr(records, "hardware", lambda gpu=gpu: {"gpu": gpu, "driver": "1"})
+        take("third", 4.0, "lora-padded", device="cuda")
+    assert shown() == [[3.0, 3.0], [4.0], [4.0]]
+    assert "NVIDIA H100 80GB HBM3, driver 1" in report.render_headline(results)
+    assert "NVIDIA H200, driver 1" in report.render_headline(results)
+
+
+def test_a_copy_without_history_says_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PE_COMMIT", "0123456789abcdef")
+    assert records.origin() == {"commit": "0123456789ab", "dirty": False}
+    monkeypatch.setenv("PE_DIRTY", "1")
+    assert records.origin()["dirty"]
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": ("1b", "backbone", 1.236e9),
+    "Qwen3-4B": ("4b", "backbone", 4.022e9),
+    "Qwen3-8B": ("8b", "backbone", 7.568e9),
+    "Qwen3-0.6B": ("1b", "prompter", 0.596e9),
+}
+"""Parameters of the published models without an output embedding of their own (Qwen3-8B alone has one)."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name: str) -> None:
+    case, part, parameters = PUBLISHED[name]
+    shape: Shape = getattr(CASES[case], part)
+    auto = AutoModel if part == "backbone" else AutoModelForCausalLM
+    model = shape.load(auto, torch.bfloat16, torch.device("meta"))
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(parameters, rel=1e-3)
 
 
 def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_path: Path, results: Path) -> None:

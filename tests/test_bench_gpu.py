@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import gpu, kernels
-from bench.cases import VARIANTS
+from bench.cases import GPU_CASES, VARIANTS
 from bench.gpu import Outcome, Stage, Step
 from bench.ops import OPS
 from bench.records import ROOT
@@ -91,7 +91,7 @@ def test_time_that_is_left_goes_to_the_next_steps(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "run_step", skip)
     outcomes = gpu.run(gpu.plan(True), gpu.SECONDS)
     assert all(outcome.passed for outcome in outcomes)
-    shares = [0.25, 0.55, 0.2, 0.35, 0.45, 1.0]
+    shares = [0.25, 0.5, 0.2, 0.35, 0.45, 1.0]
     assert given == pytest.approx([share * gpu.SECONDS for share in shares], rel=0.01)
     assert gpu.SECONDS < 9 * 60
     given.clear()
@@ -111,15 +111,50 @@ def commands(quick: bool, failing: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def test_failing_tests_make_their_op_red() -> None:
-    assert commands(True)["kernels"][-2:] == ["--quick", "--red"]
+    assert commands(True)["kernels"][-4:] == ["--quick", "--seconds", "180", "--red"]
     found = commands(True, ["tests of info_nce", "tests of packed passes"])
     assert found["kernels"][-2:] == ["--red", "info_nce"]
-    assert set(commands(False)) - set(found) == {gpu.SANITIZER}
+    more = {gpu.SANITIZER, "step, 4b", "memory, 4b", "largest batch", "scaling", "encoding"}
+    assert set(commands(False)) - set(found) == more
     assert list(found)[-5:] == ["kernels", "step, 1b", "step, 8b", "memory, 1b", "memory, 8b"]
+
+
+def test_tests_that_were_stopped_make_no_op_red() -> None:
+    outcomes: list[Outcome] = []
+    steps = gpu.plan(True)(outcomes)
+    outcomes += [Outcome(stage.name, 130.0, "stopped after 130 s") for stage in next(steps).stages]
+    (kernels_stage,) = next(steps).stages
+    assert kernels_stage.command[-1] == "--red"
+
+
+def test_steps_and_memory_are_left_their_time() -> None:
+    """Even if the tests and the ops take all they may."""
+    behind = gpu.SECONDS * (1 - 0.25) - gpu.KERNEL_SECONDS
+    assert behind >= 200
+    assert gpu.KERNEL_SECONDS < 0.5 * gpu.SECONDS * (1 - 0.25)
+
+
+def test_stages_end_with_the_command(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    stage = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys, torch; torch.cuda.is_available = lambda: True; from bench import gpu; "
+        f"step = gpu.Step([gpu.Stage('long', [sys.executable, '-S', '-c', {stage!r}])], 1.0); "
+        "gpu.plan = lambda _: lambda _: iter([step]); sys.exit(gpu.main(['--quick']))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    started = time.perf_counter()
+    while not (pid.exists() and pid.read_text()):
+        assert time.perf_counter() - started < 60
+        time.sleep(0.05)
+    command.terminate()
+    assert command.wait(30) == 143
+    assert not running(int(pid.read_text()))
 
 
 def test_the_plan_asks_for_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(gpu.QUICK_VARIANTS) <= set(VARIANTS)
+    assert gpu.FULL_CASES == GPU_CASES
     for quick in (True, False):
         command = commands(quick, [gpu.tests_of("pool_normalize")])["kernels"]
         assert command[:3] == [sys.executable, "-m", "bench.kernels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,23 @@ def test_nothing_is_timed_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {record["failed"] for record in found} == {
         "no figure: the reference to check it by fails (out of memory)"
     }  # fmt: skip
+
+
+def test_a_gpu_that_no_longer_answers_ends_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = dataclasses.replace(case("pool"), build=raising(RuntimeError("CUDA error: an illegal memory access")))
+    assert kernels.is_clean(CPU)
+    monkeypatch.setattr(kernels, "is_clean", lambda _: False)
+    found = kernels.measure(failing, failing.toy, CPU, only=[ops.CUT, ops.LIGER])
+    assert [(record["implementation"], "failed" in record) for record in found] == [(ops.CUT, True)] * 3
+
+
+def test_an_op_may_use_its_share_of_the_time() -> None:
+    def command(code: str) -> list[str]:
+        return [sys.executable, "-S", "-c", code]
+
+    assert kernels.run_alone(command(""), math.inf)
+    assert not kernels.run_alone(command("raise SystemExit(1)"), 60.0)
+    assert not kernels.run_alone(command("import time; time.sleep(60)"), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe.config import LoraSettings, PrompterConfig
 from pe.prompting import PromptingLLM, UnsupportedPrompter, left_padded
@@ -39,12 +41,52 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def test_left_padding_aligns_the_last_tokens() -> None:
-    ids, mask, positions = left_padded([[1, 2, 3], [9]], torch.device("cpu"))
+    ids, pads, positions = left_padded([[1, 2, 3], [9]], torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [0, 0, 9]]
-    assert mask is not None
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert pads is not None
+    assert pads.tolist() == [0, 2]
     assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
     assert left_padded([[1, 2], [3, 4]], torch.device("cpu"))[1] is None
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for: on a GPU each waits for all work before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_generation_waits_for_no_value(architecture: str) -> None:
+    model = prompter(architecture)
+    with ValuesRead() as values:
+        model(REQUESTS)
+    assert values.count == 0
+
+
+def test_masks_are_ready_made_within_a_window_only() -> None:
+    model, pads = prompter("mistral_window"), torch.tensor([0, 1])
+    longest = model.model.config.sliding_window - 3
+    assert model._mask(pads, longest, 3).shape == (2, 1, longest, longest)
+    assert model._mask(pads, longest + 1, 3).tolist() == [[1] * (longest + 1), [0] + [1] * longest]
+    ready = prompter()._mask(torch.tensor([0, 2]), 4, 3)[1, 0].int().tolist()
+    assert ready == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_frozen_embeddings_are_cast_once() -> None:
+    model = prompter()
+    assert model._embeddings(torch.float32)[0] is model.output_embedding
+    first = model._embeddings(torch.bfloat16)
+    assert {weight.dtype for weight in first} == {torch.bfloat16}
+    assert model._embeddings(torch.bfloat16)[0] is first[0]
+    with torch.no_grad():
+        model.output_embedding.mul_(2)
+    assert torch.equal(model._embeddings(torch.bfloat16)[0], 2 * first[0])
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -25,6 +25,7 @@ import torch
 import torch.library
 import triton
 from torch import Tensor
+from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
@@ -59,7 +60,7 @@ class Result:
     """What the compiler made of a launch.
 
     `spills` in bytes a thread (NVIDIA: stack and local), `shared` in bytes; `pipelined`: some loads run ahead of their
-    use (NVIDIA: asynchronous copies).
+    use (NVIDIA: asynchronous copies); `written`: the pointers that torch.compile takes for written.
     """
 
     op: str
@@ -75,6 +76,7 @@ class Result:
     has_dot: bool
     matrix: str
     pipelined: bool
+    written: list[str]
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -228,8 +230,34 @@ def compile_launch(launch: Launch) -> Result:
         op=launch.op, case=launch.case, kernel=kernel_name, target=launch.target, dtype=launch.dtype, blocks=blocks,
         num_warps=launch.arguments["num_warps"], registers=registers, shared=compiled.metadata.shared, spills=spills,
         has_dot=has_dot, matrix=next((kind for kind in kinds if kind in text), ""),
-        pipelined="async_copy" in compiled.asm["ttgir"],
+        pipelined="async_copy" in compiled.asm["ttgir"], written=written(kernel, launch),
     )  # fmt: skip
+
+
+class Driver:
+    """A Triton driver that knows its target and has no GPU."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def written(kernel: JITFunction, launch: Launch) -> list[str]:
+    """Pointers that torch's analysis of a kernel takes for written; a compiled graph copies such an input."""
+    triton.runtime.driver.set_active(Driver(TARGETS[launch.target]))
+    arguments = {
+        name: torch.empty(2, dtype=getattr(torch, value.removeprefix("torch."))) if name.endswith("_ptr") else value
+        for name, value in launch.arguments.items()
+        if name in kernel.arg_names
+    }
+    if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):  # torch 2.13
+        found = triton_kernel_wrap.identify_accessed_tensors(kernel, arguments, {}).read_writes.writes
+        names = {dependency.name for dependency in found}
+    else:
+        names = set(triton_kernel_wrap.identify_mutated_tensors(kernel, arguments, {}))
+    return sorted(name for name in names if name.endswith("_ptr"))
 
 
 def _number(pattern: str, text: str) -> int:

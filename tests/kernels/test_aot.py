@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_nothing_spills(results: list[dict[str, Any]]) -> None:
 def test_every_tuned_kernel_has_a_candidate_that_compiles(results: list[dict[str, Any]]) -> None:
     untuned = {kernel for kernel in KERNELS if "merge" in kernel}
     assert {r["kernel"] for r in results if r["case"] == "candidate"} == KERNELS - untuned
+
+
+def test_torch_sees_what_a_kernel_writes(results: list[dict[str, Any]]) -> None:
+    """What its module stores to, and nothing else: torch.compile would copy an input that it takes for written."""
+    stored = {
+        f"{pointer}_ptr"
+        for path in (ROOT / "kernels").glob("*.py")
+        for pointer in re.findall(r"tl\.store\((\w+)_ptrs?\b", path.read_text())
+    }
+    assert "cu_ptr" not in stored
+    assert not failures(results, lambda r: r["written"] and set(r["written"]) <= stored)
 
 
 def test_dots_run_on_matrix_units(results: list[dict[str, Any]]) -> None:
