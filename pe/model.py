@@ -33,6 +33,7 @@ from pe.skip import LinearSkip, around
 from pe.trainable import TrainableModule
 
 Side = Literal["query", "document"]
+SIDES: tuple[Side, ...] = ("query", "document")
 SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 """Rows of soft tokens that run at once when texts are encoded under many instructions; on a CPU, what caches hold."""
 
@@ -79,13 +80,30 @@ class Requests:
 
 @dataclass
 class Truncation:
-    """How many texts were tokenised, and how many of them were cut to `max_length`."""
+    """How many texts were tokenised, and how many of them were cut to `max_length`.
+
+    A prompting LLM that reads the text as well cuts it by its own tokens: `prompter_cut` of its readings.
+    """
 
     texts: int = 0
     cut: int = 0
+    prompter_cut: int = 0
 
     def __str__(self) -> str:
-        return f"{self.cut:,} of {self.texts:,} texts truncated"
+        readings = f", {self.prompter_cut:,} readings of the prompting LLM too" if self.prompter_cut else ""
+        return f"{self.cut:,} of {self.texts:,} texts truncated{readings}"
+
+
+def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
+    """Refuse a bare string for a sequence, whose characters would be texts, and an unknown side.
+
+    Raises:
+        ValueError: what to give instead.
+    """
+    if isinstance(texts, str) or isinstance(instructions, str):
+        raise ValueError("texts, instructions: expected sequences of strings, got a single string; wrap it in a list")
+    if side not in SIDES:
+        raise ValueError(f"side: expected {' or '.join(map(repr, SIDES))}, got {side!r}")
 
 
 class PromptEmbedder(TrainableModule):
@@ -124,7 +142,7 @@ class PromptEmbedder(TrainableModule):
         self.skip = LinearSkip(backbone.hidden_size, backbone.device) if is_fresh else skip
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
-        self._bank_version = -1
+        self._bank_version: int | None = None
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
@@ -234,6 +252,7 @@ class PromptEmbedder(TrainableModule):
         lengths = dict(zip(heads, map(len, self.prompter.text_tokenizer(list(heads))), strict=True))
         limits = [lengths[head] + self.config.max_length for head, _ in readings]
         read = self.prompter.text_tokenizer([whole for _, whole in readings])
+        self.truncation.prompter_cut += sum(len(row) > limit for row, limit in zip(read, limits, strict=True))
         return [row[:limit] for row, limit in zip(read, limits, strict=True)]
 
     def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
@@ -365,24 +384,27 @@ class PromptEmbedder(TrainableModule):
         """Embeddings `[I, N, D]` float32 of N texts under I instructions at once, on the model's device.
 
         In the suffix layout each further instruction costs K tokens a text.
+
+        Raises:
+            ValueError: a bare string where a sequence is expected, or an unknown side.
         """
-        if isinstance(texts, str) or isinstance(instructions, str):
-            raise ValueError(
-                "texts, instructions: expected sequences of strings, got a single string; wrap it in a list"
-            )
+        check_arguments(texts, instructions, side)
         was_training = self.training
         self.eval()
-        wanted = [Instruction(text, side) for text in instructions]
+        try:
+            return self._encode(texts, [Instruction(text, side) for text in instructions], batch_tokens, progress)
+        finally:
+            self.train(was_training)
+
+    def _encode(self, texts: Sequence[str], wanted: list[Instruction], batch_tokens: int, progress: bool) -> Tensor:
         everything = Requests(texts, wanted[:1], [0] * len(texts))
         ids = self.tokenize(everything) if wanted else []
         embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
-        bar = tqdm(total=len(texts), unit="text", disable=not progress, desc="encode")
-        for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
-            places = to_device(batch, self.device)
-            embeddings[:, places] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
-            bar.update(len(batch))
-        bar.close()
-        self.train(was_training)
+        with tqdm(total=len(texts), unit="text", disable=not progress, desc="encode") as bar:
+            for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
+                places = to_device(batch, self.device)
+                embeddings[:, places] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
+                bar.update(len(batch))
         return embeddings
 
     def _encode_batch(self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction]) -> Tensor:
@@ -421,8 +443,8 @@ class PromptEmbedder(TrainableModule):
         """
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
-        version = _optimizer_steps + sum(p._version for p in self.parameters())
-        if version != self._bank_version:
+        version = self._weights_version()
+        if version is None or version != self._bank_version:
             self._bank, self._bank_version = {}, version
         for item in instructions:
             if item not in self._bank:
@@ -431,6 +453,13 @@ class PromptEmbedder(TrainableModule):
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
+
+    def _weights_version(self) -> int | None:
+        """A number that grows with every change of a weight; None for tensors of inference mode, which count none."""
+        parameters = list(self.parameters())
+        if any(p.is_inference() for p in parameters):
+            return None
+        return _optimizer_steps + sum(p._version for p in parameters)
 
     # What trains, and what is saved.
 
@@ -452,7 +481,9 @@ class PromptEmbedder(TrainableModule):
         """Write the embedder to a folder: whole or not at all.
 
         The backbone is stored by name and revision; its weights only with `include_backbone`, or where they are in the
-        folder that is written anew.
+        folder that is written anew. An earlier saved embedder in `path` is replaced with all that stands in its folder,
+        files of yours too; until the new one is whole it stays, and a process that is killed between the two moves
+        leaves it in `NAME.saving-*/former`.
 
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
@@ -472,8 +503,8 @@ class PromptEmbedder(TrainableModule):
             device: where everything goes.
 
         Raises:
-            FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
-            ValueError: another format, or a backbone whose content differs from the one trained on.
+            FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
+            ValueError: another format, a damaged file, or a backbone whose content differs from the one trained on.
         """
         path = Path(path)
         model = cls(*read(path, backbone=backbone, device=torch.device(device))).eval()

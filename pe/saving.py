@@ -1,6 +1,7 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
-`config.json` names the backbone and the content it was trained on; `prompter/`, `reader/`, `alignment.safetensors` and
+`config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
+came from a hub. `prompter/`, `reader/`, `alignment.safetensors` and
 `skip.safetensors` hold what trains, `backbone/` the frozen weights where they are asked for.
 """
 
@@ -8,22 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import Backbone
 from pe.config import ModelConfig, to_dict
-from pe.loading import load_pretrained
+from pe.loading import check_weights, commit_of, has_content, load_pretrained
 from pe.prompting import PromptingLLM
 from pe.skip import LinearSkip
 
 FORMAT = 1
+NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
+"""Keys that `config.json` must have, by section."""
+OLD_CONTENT = (
+    " (it was saved when a backbone of the hub had its commit for content: load it by the hub's name and save it again,"
+    " and copies will be known)"
+)
 
 
 class Parts(NamedTuple):
@@ -42,49 +52,60 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
     Raises:
         FileExistsError: the folder holds something other than a saved PromptEmbedder.
     """
-    config, prompter, alignment, backbone, skip = parts
     if path.exists() and not _may_be_replaced(path):
         raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
-    include_backbone |= Path(backbone.name).resolve().is_relative_to(path.resolve())
-    temporary = path.with_name(path.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    prompter.model.save_pretrained(temporary / "prompter")
-    prompter.text_tokenizer.tokenizer.save_pretrained(temporary / "prompter")
+    include_backbone |= Path(parts.backbone.name).resolve().is_relative_to(path.resolve())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path.parent))
+    new, former = own / "new", own / "former"
+    try:
+        _write_parts(parts, new, include_backbone, card)
+        if path.exists():
+            path.rename(former)
+        new.rename(path)
+    finally:
+        if os.path.lexists(former) and not path.exists():
+            former.rename(path)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) -> None:
+    config, prompter, alignment, backbone, skip = parts
+    folder.mkdir()
+    prompter.model.save_pretrained(folder / "prompter")
+    prompter.text_tokenizer.tokenizer.save_pretrained(folder / "prompter")
     matrices = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip}
     for name, part in matrices.items():
         if part is not None:
-            save_file({"weight": part.weight.detach().cpu().contiguous()}, temporary / f"{name}.safetensors")
+            save_file({"weight": part.weight.detach().cpu().contiguous()}, folder / f"{name}.safetensors")
     if backbone.has_reader:
-        backbone.model.save_pretrained(temporary / "reader")
+        backbone.model.save_pretrained(folder / "reader")
     if include_backbone:
-        _write_backbone(backbone.name, config, temporary / "backbone")
+        _write_backbone(backbone, config, folder / "backbone")
     saved = {
         "format": FORMAT,
         "model": to_dict(config),
-        "prompter": {"revision": prompter.revision},
-        "backbone": {"name": backbone.name, "revision": backbone.revision, "included": include_backbone},
+        "prompter": {
+            "revision": prompter.revision,
+            "commit": commit_of(prompter.model),
+        },
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "commit": commit_of(backbone.model),
+            "included": include_backbone,
+        },
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
     }
-    (temporary / "config.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
-    (temporary / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
-    former = path.with_name(path.name + ".former")
-    shutil.rmtree(former, ignore_errors=True)
-    if path.exists():
-        path.rename(former)
-    try:
-        temporary.rename(path)
-    except OSError:
-        if former.exists():
-            former.rename(path)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
+    (folder / "config.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
 
 
-def _write_backbone(name: str, config: ModelConfig, folder: Path) -> None:
+def _write_backbone(backbone: Backbone, config: ModelConfig, folder: Path) -> None:
     """The checkpoint itself, in its own dtype: the model in memory may be cast and carry a reader."""
-    revision = None if Path(name).is_dir() else config.backbone.revision
+    name = backbone.name
+    revision = None if Path(name).is_dir() else commit_of(backbone.model) or config.backbone.revision
     model, tokenizer = load_pretrained(AutoModel, name, revision, "auto")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -94,28 +115,68 @@ def read(path: Path, *, backbone: str | None, device: torch.device) -> Parts:
     """The parts that `write` wrote; see `PromptEmbedder.from_pretrained`.
 
     Raises:
-        FileNotFoundError: no saved PromptEmbedder there, or its backbone is not found.
-        ValueError: another format, or a backbone whose content differs from the one trained on.
+        FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
+        ValueError: another format, a damaged file, or a backbone whose content differs from the one trained on.
     """
     from pe.recipes import model_config_from_dict  # its parser is a package that training steps do without
 
     saved = read_config(path)
     config = model_config_from_dict(saved["model"], str(path / "config.json"))
-    prompter = _read_prompter(path, config, device, saved.get("prompter", {}).get("revision"))
+    prompter = _read_prompter(path, config, device, saved.get("prompter", {}))
     frozen = _read_backbone(path, config, device, saved["backbone"], backbone)
     if config.reader == "activated_lora":
+        _check_adapter(path / "reader")
         frozen.load_reader(path / "reader")
     alignment: Alignment
     if config.alignment.kind == "linear":
-        weight = load_file(path / "alignment.safetensors")["weight"].to(device)
-        alignment = LinearAlignment(weight, AlignmentReport(**saved["alignment"]))
+        size = (prompter.hidden_size, frozen.hidden_size)
+        weight = _read_matrix(path / "alignment.safetensors", size).to(device)
+        found = saved["alignment"]
+        alignment = LinearAlignment(weight, AlignmentReport(found["shared_tokens"], found["residual"]))
     else:
         alignment = VocabularyAlignment(prompter, frozen)
     skip = None
     if config.skip == "linear":
         skip = LinearSkip(frozen.hidden_size, device)
-        skip.load_state_dict(load_file(path / "skip.safetensors"))
+        size = (frozen.hidden_size, frozen.hidden_size)
+        skip.load_state_dict({"weight": _read_matrix(path / "skip.safetensors", size)})
     return Parts(config, prompter, alignment, frozen, skip)
+
+
+def _read_matrix(file: Path, size: tuple[int, int]) -> torch.Tensor:
+    """The one matrix of a file that `write` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a damaged one, or another shape.
+    """
+    check_weights(file)
+    try:
+        weight = load_file(file)["weight"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file}: expected one tensor, 'weight' ({error}); copy the file again") from error
+    if weight.shape != size:
+        raise ValueError(f"{file}: expected a matrix of {list(size)}, got {list(weight.shape)}; copy the file again")
+    return weight
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError unless a folder holds an adapter: PEFT looks on the hub for what is not."""
+    _read_json(folder / "adapter_config.json")
+    check_weights(folder / "adapter_model.safetensors")
+
+
+def _read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or a damaged one.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a JSON file, found none; copy the saved embedder again")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); copy the saved embedder again") from error
 
 
 def _read_backbone(
@@ -124,14 +185,14 @@ def _read_backbone(
     """The backbone in the folder, where `given` says it is now, or where it was; its content is checked."""
     own = saved["included"] and given is None
     name = str(path / "backbone") if own else given or saved["name"]
-    revision = saved["revision"] if name == saved["name"] else config.backbone.revision
-    if Path(name).is_dir():
-        revision = None
+    commit = saved.get("commit", saved["revision"]) if name == saved["name"] else None
+    revision = None if Path(name).is_dir() else commit or config.backbone.revision
     frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
-    if not (own or frozen.revision is None or frozen.revision == saved["revision"]):
+    if not (own or has_content(frozen.model, name, frozen.revision, saved)):
         raise ValueError(
             f"{path}: trained on backbone {saved['name']} with content {saved['revision']}, but {name} has content"
             f" {frozen.revision}; give the right folder as backbone=, or move the embedder with `python -m pe.transfer`"
+            f"{'' if 'commit' in saved else OLD_CONTENT}"
         )
     return frozen
 
@@ -143,9 +204,10 @@ def _may_be_replaced(path: Path) -> bool:
     if not any(path.iterdir()):
         return True
     try:
-        return "backbone" in read_config(path)
+        read_config(path)
     except (OSError, ValueError):
         return False
+    return True
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -157,27 +219,34 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or "backbone" not in saved:
+    saved = _read_json(file)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         got = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{file}: expected a PromptEmbedder of format {FORMAT}, got {got!r}")
+    for section, keys in NEEDED.items():
+        found = saved.get(section)
+        missing = [f"{section}.{key}" for key in keys if key not in found] if isinstance(found, dict) else [section]
+        if missing:
+            raise ValueError(f"{file}: damaged: expected {', '.join(missing)}, got none; copy the saved embedder again")
     return saved
 
 
-def _read_prompter(path: Path, config: ModelConfig, device: torch.device, revision: str | None) -> PromptingLLM:
+def _read_prompter(path: Path, config: ModelConfig, device: torch.device, saved: dict[str, Any]) -> PromptingLLM:
     """The trained prompting LLM of a saved embedder: whole weights, or its base model with the saved adapter.
 
     Raises:
-        ValueError: the base model's content is not `revision`, on which the adapter was trained.
+        ValueError: the base model's content is not the `saved` one, on which the adapter was trained.
     """
-    folder, options = path / "prompter", config.prompter
+    folder, options, revision = path / "prompter", config.prompter, saved.get("revision")
     if options.trainable == "full":
         prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, model=str(folder), revision=None), device)
         prompter.config = options
         return prompter
-    pinned = options.revision if Path(options.model).is_dir() else revision or options.revision
+    _check_adapter(folder)
+    commit = saved.get("commit", revision)
+    pinned = options.revision if Path(options.model).is_dir() else commit or options.revision
     prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, revision=pinned), device)
-    if revision not in (None, prompter.revision):
+    if revision is not None and not has_content(prompter.model, options.model, prompter.revision, saved):
         raise ValueError(
             f"{path}: its prompting LLM is an adapter of {options.model} with content {revision}, but that has content"
             f" {prompter.revision} now; put the former checkpoint there"

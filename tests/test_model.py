@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
-from pe import saving
+from pe import loading, saving
 from pe.alignment import LinearAlignment
+from pe.baselines.frozen import FrozenEncoder
+from pe.baselines.linear import LinearEmbedder
 from pe.config import (
     AlignmentConfig,
     BackboneConfig,
@@ -62,7 +65,7 @@ def make(models: Path) -> Maker:
         *,
         prompter: dict[str, Any] | None = None,
         alignment: dict[str, Any] | None = None,
-        backbone: Path | None = None,
+        backbone: Path | str | None = None,
         **options: Any,
     ) -> PromptEmbedder:
         torch.manual_seed(0)
@@ -205,6 +208,18 @@ def test_a_single_string_is_refused(make: Maker) -> None:
         model.encode_tensor(["the cat"], instructions=FIND)
 
 
+def test_a_single_string_is_no_sequence_for_baselines_either(models: Path) -> None:
+    config = BackboneConfig(model=str(models / "backbone"))
+    for baseline in (FrozenEncoder.from_config(config), LinearEmbedder.from_config(config)):
+        with pytest.raises(ValueError, match="got a single string; wrap it in a list"):
+            baseline.encode("the cat", instruction=FIND)
+
+
+def test_an_unknown_side_is_refused(make: Maker) -> None:
+    with pytest.raises(ValueError, match="side: expected 'query' or 'document', got 'doc'"):
+        make().encode(["a"], instruction=FIND, side="doc")  # type: ignore[arg-type]
+
+
 def test_truncation_is_counted_and_cuts(make: Maker) -> None:
     model = make(max_length=6)
     long = model.encode(["the cat sat on the mat", "a b"], instruction=FIND)
@@ -214,6 +229,34 @@ def test_truncation_is_counted_and_cuts(make: Maker) -> None:
     assert model.backbone.text_tokenizer([kept])[0] == ids[:6]
     np.testing.assert_allclose(long[0], model.encode([kept], instruction=FIND)[0], atol=ROUNDING)
     assert (model.truncation.texts, model.truncation.cut) == (3, 1)
+
+
+def test_what_the_prompting_model_cuts_is_counted(make: Maker) -> None:
+    model = make(max_length=8, conditioning="instruction_and_text")
+    model.prompter_ids([("the", "the"), ("the", "the end of a day")])
+    assert model.truncation.prompter_cut == 1
+    model.encode(["a", "an old man walks"], instruction=FIND)
+    assert str(model.truncation) == "1 of 2 texts truncated, 2 readings of the prompting LLM too"
+
+
+def test_an_error_leaves_the_mode_as_it_was(make: Maker) -> None:
+    model = make().train()
+    with pytest.raises(TypeError):
+        model.encode([None], instruction=FIND)  # type: ignore[list-item]
+    assert model.training
+    assert model.prompter.training
+
+
+def test_inference_mode(make: Maker, tmp_path: Path) -> None:
+    model = make()
+    expected = model.encode(TEXTS, instruction=FIND)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        again = PromptEmbedder.from_pretrained(tmp_path / "saved")
+        np.testing.assert_array_equal(again.encode(TEXTS, instruction=FIND), expected)
+        again.alignment.weight.mul_(-1)  # type: ignore[union-attr, operator]
+        assert np.abs(again.encode(TEXTS, instruction=FIND) - expected).max() > 1e-3
+        np.testing.assert_array_equal(model.encode(TEXTS, instruction=FIND), expected)
 
 
 def test_encode_leaves_mode_and_gradients_as_they_were(make: Maker) -> None:
@@ -501,7 +544,7 @@ def test_an_interrupted_save_leaves_the_old_one(
         if where == "weights":
             patch.setattr(saving, "save_file", fail)
         else:
-            patch.setattr(Path, "rename", lambda p, to: fail() if p.suffix == ".part" else rename(p, to))
+            patch.setattr(Path, "rename", lambda p, to: fail() if p.name == "new" else rename(p, to))
         with pytest.raises(OSError, match="disk full"):
             perturb(make()).save_pretrained(tmp_path / "saved")
     assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), old.trainable_state())
@@ -509,6 +552,128 @@ def test_an_interrupted_save_leaves_the_old_one(
     newer.save_pretrained(tmp_path / "saved")
     assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), newer.trainable_state())
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_save_that_is_stopped_leaves_the_old_one(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: type[BaseException]
+) -> None:
+    old, rename = make(), Path.rename
+    old.save_pretrained(tmp_path / "saved")
+
+    def stopped(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise stop
+        return rename(path, to)
+
+    newer = perturb(make())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(stop):
+            newer.save_pretrained(tmp_path / "saved")
+    assert same_bits(PromptEmbedder.from_pretrained(tmp_path / "saved").trainable_state(), old.trainable_state())
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_former_model_that_cannot_be_put_back_is_kept(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old, rename = make(), Path.rename
+    old.save_pretrained(tmp_path / "saved")
+
+    def only_away(path: Path, to: Path) -> Path:
+        if to == tmp_path / "saved":
+            raise OSError("read-only")
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", only_away)
+        with pytest.raises(OSError, match="read-only"):
+            old.save_pretrained(tmp_path / "saved")
+    (kept,) = tmp_path.glob("saved.saving-*/former")
+    assert same_bits(PromptEmbedder.from_pretrained(kept).trainable_state(), old.trainable_state())
+
+
+def test_saving_touches_no_sibling(make: Maker, tmp_path: Path) -> None:
+    for name in ("m.part", "m.former"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    for _ in range(2):
+        make().save_pretrained(tmp_path / "m")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "m.former", "m.part"]
+    assert all((tmp_path / name / "mine.txt").exists() for name in ("m.part", "m.former"))
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache, offline, that holds the backbone as `owner/backbone`; returns its snapshot."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "models--owner--backbone"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    return Path(shutil.copytree(models / "backbone", cached / "snapshots" / COMMIT))
+
+
+def as_saved_before(folder: Path, **changes: str | None) -> None:
+    """Take from a saved embedder what earlier versions did not write."""
+    file = folder / "config.json"
+    saved = json.loads(file.read_text())
+    for section in ("backbone", "prompter"):
+        saved[section].pop("commit", None)
+    saved["backbone"] |= changes
+    file.write_text(json.dumps(saved))
+
+
+def test_a_backbone_of_the_hub_and_its_copy_are_the_same(make: Maker, models: Path, hub: Path, tmp_path: Path) -> None:
+    make(backbone="owner/backbone").save_pretrained(tmp_path / "of-hub")
+    make().save_pretrained(tmp_path / "of-folder")
+    saved = json.loads((tmp_path / "of-hub" / "config.json").read_text())["backbone"]
+    assert saved["commit"] == COMMIT
+    (hub.parent.parent / "refs" / "main").write_text("f" * 40)  # the branch moves on; the commit stays
+    PromptEmbedder.from_pretrained(tmp_path / "of-hub")
+    PromptEmbedder.from_pretrained(tmp_path / "of-hub", backbone=str(models / "backbone"))
+    (hub.parent.parent / "refs" / "main").write_text(COMMIT)
+    PromptEmbedder.from_pretrained(tmp_path / "of-folder", backbone="owner/backbone")
+    with pytest.raises(ValueError, match="has content"):
+        PromptEmbedder.from_pretrained(tmp_path / "of-hub", backbone=str(models / "other"))
+    shutil.copy(models / "other" / "model.safetensors", hub / "model.safetensors")
+    with pytest.raises(ValueError, match="has content"):
+        PromptEmbedder.from_pretrained(tmp_path / "of-folder", backbone="owner/backbone")
+
+
+def test_embedders_saved_before_load(make: Maker, models: Path, hub: Path, moving: Path, tmp_path: Path) -> None:
+    make(backbone="owner/backbone").save_pretrained(tmp_path / "of-hub")
+    as_saved_before(tmp_path / "of-hub", revision=COMMIT)
+    PromptEmbedder.from_pretrained(tmp_path / "of-hub")
+    as_saved_before(tmp_path / "of-hub", revision=None)
+    PromptEmbedder.from_pretrained(tmp_path / "of-hub")
+    with pytest.raises(ValueError, match="load it by the hub's name and save it again"):
+        PromptEmbedder.from_pretrained(tmp_path / "of-hub", backbone=str(models / "backbone"))
+
+    shutil.copy(models / "other" / "model.safetensors", moving / "consolidated.safetensors")  # no loader reads it
+    make(backbone=moving).save_pretrained(tmp_path / "of-folder")
+    PromptEmbedder.from_pretrained(tmp_path / "of-folder", backbone=str(models / "backbone"))
+    legacy = [moving / "config.json", *moving.glob("*.safetensors")]
+    as_saved_before(tmp_path / "of-folder", revision=loading.fingerprint(legacy))
+    PromptEmbedder.from_pretrained(tmp_path / "of-folder")
+
+
+def test_shards_make_the_same_fingerprint_wherever_they_are(models: Path, tmp_path: Path) -> None:
+    decoder("qwen3").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    files = loading.checkpoint_files(str(tmp_path / "sharded"), None)
+    assert len(files) > 2
+    assert {file.name for file in files} == {
+        "config.json",
+        *(f.name for f in (tmp_path / "sharded").glob("*.safetensors")),
+    }
+    files[-1].unlink()
+    assert loading.checkpoint_files(str(tmp_path / "sharded"), None) == []
 
 
 def test_no_embedder_there(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pe.backbone import Backbone
 from pe.baselines.common import BARE, Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig
-from pe.model import Instruction, Requests, Side, Truncation
+from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack
 
 
@@ -76,6 +76,7 @@ class FrozenEncoder:
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; see `PromptEmbedder.encode`."""
+        check_arguments(texts, [instruction], side)
         requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
         readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
         size = self.backbone.hidden_size

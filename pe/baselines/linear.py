@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Reading, content_hash, encode, short_name
 from pe.config import BackboneConfig
-from pe.model import Requests, Side, Truncation
+from pe.model import Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse
 from pe.skip import LinearSkip
 from pe.trainable import TrainableModule
@@ -74,6 +74,7 @@ class LinearEmbedder(TrainableModule):
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order, whatever the instruction."""
+        check_arguments(texts, [instruction], side)
         return encode(
             lambda readings: self._embed([reading.ids for reading in readings]),
             [Reading(ids) for ids in self._tokenize(texts)],
