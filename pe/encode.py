@@ -1,8 +1,8 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT ...]`
+"""`python -m pe.encode MODEL INPUT OUTPUT --instruction TEXT`, or `--instruction '["TEXT", ...]'` for several.
 
-INPUT: `.txt` (a text a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the field named by --field). OUTPUT: `.npy` holds
-float32 `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and `.parquet` hold a row a text with its embedding (one
-for each instruction).
+INPUT: `.txt` (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the
+field named by --field). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and
+`.parquet` hold a row a text with its embedding (one for each instruction).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from jsonargparse import auto_cli
 
 from pe.loading import quiet
 from pe.model import PromptEmbedder
-from pe.records import DataError, read_jsonl
+from pe.records import DataError, RecordError, check_unicode, read_jsonl, read_lines
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -32,12 +33,10 @@ def read_texts(path: Path, field: str) -> list[str]:
     """The texts of a file, in order.
 
     Raises:
-        DataError: unreadable file, or a row without the field, with file and line.
+        DataError: unreadable or empty file, or a row without the field, with file and line.
     """
     if path.suffix == ".txt":
-        if not path.is_file():
-            raise DataError(f"{path}: no such file (tried {path.resolve()})")
-        return path.read_text(encoding="utf-8").splitlines()
+        return read_lines(path)
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(field), str):
@@ -45,7 +44,28 @@ def read_texts(path: Path, field: str) -> list[str]:
                 f"{path}: row {number}: expected a text under {field!r}, got the keys {', '.join(row)}; name the field"
                 " with --field"
             )
+        try:
+            check_unicode(field, row[field])
+        except RecordError as bad:
+            raise DataError(f"{path}:{number}: {bad}") from bad
     return [row[field] for row in rows]
+
+
+def sentences(given: list[str] | str) -> list[str]:
+    """The instructions of `--instruction`: one sentence, or several.
+
+    Raises:
+        ValueError: none, or one that is empty or no Unicode.
+    """
+    several = [given] if isinstance(given, str) else given
+    if not several or not all(sentence.strip() for sentence in several):
+        raise ValueError(f"--instruction: expected a sentence, or a JSON list of sentences, got {given!r}")
+    for sentence in several:
+        try:
+            check_unicode("--instruction", sentence)
+        except RecordError as bad:
+            raise ValueError(str(bad)) from bad
+    return several
 
 
 def columns(embeddings: Embeddings, instructions: Sequence[str]) -> dict[str, Embeddings]:
@@ -88,7 +108,7 @@ def encode_file(
     input: str,
     output: str,
     *,
-    instruction: list[str],
+    instruction: list[str] | str,
     side: Literal["query", "document"] = "query",
     field: str = "text",
     batch_tokens: int = 16_384,
@@ -100,8 +120,8 @@ def encode_file(
     Args:
         model: folder of a saved PromptEmbedder.
         input: `.txt` or `.jsonl[.xz|.gz]`.
-        output: `.npy`, `.jsonl` or `.parquet`.
-        instruction: one or more instructions; they share the text pass.
+        output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
+        instruction: a sentence, or a JSON list of sentences, which share the text pass.
         side: whose templates are used.
         field: the text's key in a `.jsonl` input.
         batch_tokens: tokens of a packed batch.
@@ -111,17 +131,22 @@ def encode_file(
     target = Path(output)
     if target.suffix not in WRITERS:
         raise ValueError(f"output: expected a name ending in {', '.join(WRITERS)}, got {output}")
+    if target.is_dir():
+        raise ValueError(f"output: expected a file, got the folder {output}")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; give --overwrite=true, or another name")
+    instructions = sentences(instruction)
     texts = read_texts(Path(input), field)
+    target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, device=device)
     embeddings = embedder.encode_many(
-        texts, instructions=instruction, side=side, batch_tokens=batch_tokens, progress=True
+        texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
     )
-    temporary = target.with_name(target.name + ".part")
-    WRITERS[target.suffix](temporary, texts, embeddings, instruction)
-    os.replace(temporary, target)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+        whole = Path(folder) / target.name
+        WRITERS[target.suffix](whole, texts, embeddings, instructions)
+        os.replace(whole, target)
     print(f"{output}: {list(embeddings.shape)} float32; {embedder.truncation}", file=sys.stderr)
 
 

@@ -110,6 +110,23 @@ def read_jsonl(path: str | Path, keys: Sequence[str] = ()) -> list[Record]:
     return records
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """All lines of a UTF-8 file, each without the `\\n` or `\\r\\n` that ends it; other separators are part of a line.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8, or no line of it holds anything.
+    """
+    lines = []
+    for number, line in _lines(Path(path)):
+        try:
+            lines.append(_decode(line).removesuffix("\r\n").removesuffix("\n"))
+        except RecordError as bad:
+            raise DataError(f"{path}:{number}: {bad}") from bad
+    if not any(lines):
+        raise DataError(f"{path}: expected at least one text, got none")
+    return lines
+
+
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """Relevance judgements `{query id: {document id: score}}` of a tab-separated file.
 
@@ -165,6 +182,11 @@ def _text(key: str, value: Any) -> None:
         raise RecordError("wrong type", f"{key}: expected a string, got {_short(value)}")
     if not value.strip():
         raise RecordError("empty text", f"{key}: expected a text, got {_short(value)}")
+    check_unicode(key, value)
+
+
+def check_unicode(key: str, value: str) -> None:
+    """Raise RecordError for a string that no tokenizer reads."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -20,7 +20,7 @@ import pytest
 from pe.batches import Batch, BatchPlan, text_id
 from pe.config import DatasetConfig
 from pe.data import Count, Dataset, Report, load_dataset
-from pe.records import DataError, read_jsonl, read_qrels
+from pe.records import DataError, read_jsonl, read_lines, read_qrels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "data"
@@ -234,6 +234,12 @@ def test_qrels(tmp_path: Path) -> None:
     path.write_bytes(lzma.compress(b"query-id\tcorpus-id\tscore\n\xff\tx\t1\n"))
     with pytest.raises(DataError, match=":2: expected UTF-8, got byte 0xff"):
         read_qrels(path)
+
+
+def test_read_lines_keeps_every_separator_but_the_line_feed(tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_bytes("\ufeffa\u2028b\r\n\n\x0cc\r".encode())
+    assert read_lines(file) == ["a\u2028b", "", "\x0cc\r"]
 
 
 def test_read_jsonl_asks_for_keys(tmp_path: Path) -> None:

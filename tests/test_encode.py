@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +63,18 @@ def test_jsonl_input_and_several_instructions(run: Path, expected: np.ndarray, t
 
 
 def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, taken = tmp_path / "in.txt", tmp_path / "taken.npy"
+    source, taken, folder = tmp_path / "in.txt", tmp_path / "taken.npy", tmp_path / "folder.npy"
+    folder.mkdir()
     source.write_text("a", encoding="utf-8")
     taken.write_bytes(b"precious")
     model, task = str(run / "model"), f"--instruction=[{TASK}]"
     for arguments, message in (
         ([model, str(source), str(tmp_path / "out.csv"), task], "a name ending in .npy, .jsonl, .parquet"),
         ([model, str(source), str(taken), task], "exists already"),
-        ([model, str(tmp_path / "absent.txt"), str(tmp_path / "o.npy"), task], "no such file"),
+        ([model, str(source), str(tmp_path), task], "a name ending in .npy, .jsonl, .parquet"),
+        ([model, str(source), str(folder), task, "--overwrite=true"], "expected a file, got the folder"),
+        ([model, str(tmp_path / "absent.txt"), str(tmp_path / "o.npy"), task], "expected a file, found none"),
+        ([model, str(source), str(source / "o.npy"), task], str(source)),
         ([str(tmp_path), str(source), str(tmp_path / "o.npy"), task], "no saved PromptEmbedder there"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -80,6 +86,106 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
     bad.write_text('{"body": "x"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="row 1: expected a text under 'text', got the keys body"):
         encode.read_texts(bad, "text")
+
+
+def test_only_a_line_feed_ends_a_text(tmp_path: Path) -> None:
+    texts = ["one\u2028still one", "two\x85\x0c\x1c\x0b", "", "three\r four", "last"]
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    assert encode.read_texts(source, "text") == texts
+    source.write_bytes(("\n".join(texts) + "\n").encode())
+    assert encode.read_texts(source, "text") == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.txt", b"good\nna\xefve\n", r"in\.txt:2: expected UTF-8, got byte 0xef"),
+        ("in.txt", b"", r"in\.txt: expected at least one text, got none"),
+        ("in.txt", b"\xef\xbb\xbf\n", r"in\.txt: expected at least one text, got none"),
+        ("in.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"in\.jsonl:2: text: expected Unicode text, got half a"),
+    ],
+)
+def test_a_file_without_usable_texts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        encode.read_texts(tmp_path / name, "text")
+
+
+@pytest.mark.parametrize("instruction", [TASK, f"Given a query: {TASK}", "it's [not] a list", "123"])
+def test_one_plain_instruction(run: Path, tmp_path: Path, instruction: str) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "new" / "folder" / "out.npy"
+    source.write_text("\n".join(TEXTS), encoding="utf-8")
+    encode.main([str(run / "model"), str(source), str(output), "--instruction", instruction])
+    model = PromptEmbedder.from_pretrained(run / "model")
+    assert np.allclose(np.load(output), model.encode(TEXTS, instruction=instruction), atol=1e-6)
+    assert [file.name for file in output.parent.iterdir()] == ["out.npy"]
+
+
+@pytest.mark.parametrize("instruction", ["[]", '[""]', "", " ", '["a", " "]'])
+def test_an_empty_instruction_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], instruction: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        encode.main(["model", "in.txt", str(tmp_path / "o.npy"), "--instruction", instruction])
+    assert stopped.value.code == 2
+    assert "--instruction: expected a sentence, or a JSON list of sentences, got" in capsys.readouterr().err
+
+
+def test_a_file_beside_the_output_stays(run: Path, tmp_path: Path) -> None:
+    source, neighbour = tmp_path / "in.txt", tmp_path / "out.npy.part"
+    source.write_text("a", encoding="utf-8")
+    neighbour.write_bytes(b"precious")
+    encode.main([str(run / "model"), str(source), str(tmp_path / "out.npy"), f"--instruction=[{TASK}]"])
+    assert neighbour.read_bytes() == b"precious"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def without(section: str, key: str | None = None) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        del (saved[section] if key else saved)[key or section]
+        file.write_text(json.dumps(saved), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("alignment.safetensors", cut, "damaged weights"),
+        ("skip.safetensors", cut, "damaged weights"),
+        ("prompter/model.safetensors", cut, "damaged weights"),
+        ("prompter/tokenizer.json", cut, "damaged tokenizer"),
+        ("reader/adapter_model.safetensors", cut, "damaged weights"),
+        ("reader/adapter_config.json", cut, "damaged"),
+        ("alignment.safetensors", Path.unlink, "found none"),
+        ("reader", shutil.rmtree, "found none"),
+        ("config.json", cut, "damaged"),
+        ("config.json", without("model"), "expected model, got none"),
+        ("config.json", without("backbone", "included"), "expected backbone.included, got none"),
+        ("config.json", without("alignment", "residual"), "expected alignment.residual, got none"),
+    ],
+)
+def test_a_damaged_model_is_one_message_that_names_the_file(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    model, source = Path(shutil.copytree(run / "model", tmp_path / "model")), tmp_path / "in.txt"
+    source.write_text("a", encoding="utf-8")
+    damage(model / name)
+    with pytest.raises(SystemExit) as stopped:
+        encode.main([str(model), str(source), str(tmp_path / "o.npy"), f"--instruction=[{TASK}]"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert str((model / name).parent) in error
+    assert Path(name).name in error
+    assert message in error
 
 
 def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_path: Path) -> None:
