@@ -269,11 +269,16 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def load_encoder(path: Path, *, backbone: str | None = None, device: str | None = None) -> TextEncoder:
-    """A saved PromptEmbedder, on `device` or on the GPU where there is one."""
+    """A saved PromptEmbedder, on `device` or on the GPU where there is one.
+
+    Raises:
+        ValueError, OSError: no such device, or see `PromptEmbedder.from_pretrained`.
+    """
+    from pe.loading import usable_device
     from pe.model import PromptEmbedder
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return PromptEmbedder.from_pretrained(path, backbone=backbone, device=device)
+    found = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return PromptEmbedder.from_pretrained(path, backbone=backbone, device=found)
 
 
 def _parser() -> ArgumentParser:
@@ -282,6 +287,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
     parser.add_argument("--output", type=Path | None, default=None, help="JSON file for the scores")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument(
         "--instruction",
         type=str,
@@ -315,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             if options.output.is_dir():
                 raise EvaluationError(f"--output: expected a file, got the folder {options.output}")
+            if options.output.exists() and not options.overwrite:
+                raise EvaluationError(f"--output: {options.output} exists already; give --overwrite, or another name")
         encoder = load_encoder(options.model, backbone=options.backbone, device=options.device)
     except (ValueError, OSError) as error:
         return _refuse(error)

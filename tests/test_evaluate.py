@@ -289,6 +289,20 @@ def test_a_cache_keeps_revisions_and_instructions_apart(tiny: Path, tmp_path: Pa
     assert instructed.calls
 
 
+def test_an_encoder_that_changes_is_encoded_anew(tiny: Path) -> None:
+    encoder = Trigrams()
+    model = MtebEncoder(encoder)
+
+    def run() -> int:
+        mteb.evaluate(model, offline_task("PE-STS12", tiny), cache=None, show_progress_bar=False)
+        return len(encoder.texts)
+
+    once = run()
+    assert run() == once > 0
+    encoder.revision = "2"
+    assert run() == 2 * once
+
+
 def test_score_reads_no_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTEB_CACHE", str(tmp_path))
     for _ in range(2):
@@ -422,6 +436,28 @@ def test_the_command(loaded: Trigrams, tiny: Path, tmp_path: Path, capsys: pytes
     assert "ndcg_at_10" in printed
     assert set(loaded.calls) == {("query", "Find a = b"), ("document", PASSAGE), ("query", "Compare")}
     assert list(json.loads(output.read_text(encoding="utf-8"))["tasks"]) == ["PE-STS12", "PE-XQuAD"]
+
+
+def test_scores_are_not_overwritten_unasked(
+    loaded: Trigrams, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores.json"
+    output.write_text("precious")
+    options = ["model", "--tasks", "PE-STS12", "--data", str(tiny), "--output", str(output)]
+    assert main(options) == 2
+    assert f"--output: {output} exists already; give --overwrite" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+    assert not loaded.calls
+    assert main([*options, "--overwrite"]) == 0
+    assert "PE-STS12" in json.loads(output.read_text(encoding="utf-8"))["tasks"]
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used(
+    device: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), "--data", str(tiny), "--device", device]) == 2
+    assert f"device: expected one that can be used here, such as cpu, got '{device}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

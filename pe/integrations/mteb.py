@@ -57,6 +57,8 @@ class TextEncoder(Protocol):
 class MtebEncoder(AbsEncoder):
     """`encoder` as a model for `mteb.evaluate`; each distinct text of a symmetric task is encoded once.
 
+    A cache of mteb keeps scores under the revision that the encoder has now: wrap it anew when it has been trained.
+
     Args:
         encoder: what is scored.
         instructions: by task name for its queries (and for all texts of a symmetric task), by `NAME-document` for its
@@ -71,7 +73,7 @@ class MtebEncoder(AbsEncoder):
         self.instructions = dict(instructions or {})
         self.batch_tokens = batch_tokens
         self._seen: dict[str, Floats] = {}
-        self._seen_under: tuple[str, str] = ("", "")
+        self._seen_under: tuple[str, str, str] = ("", "", "")
         name = encoder.name if "/" in encoder.name else f"pe/{encoder.name}"
         meta: dict[str, Any] = {
             "name": name,
@@ -132,7 +134,8 @@ class MtebEncoder(AbsEncoder):
         return np.stack([seen[text] for text in texts])
 
     def _keep(self, task: str, instruction: str) -> dict[str, Floats]:
-        """Embeddings by text of this task under this instruction; those of the task before are let go."""
-        if self._seen_under != (task, instruction):
-            self._seen, self._seen_under = {}, (task, instruction)
+        """Embeddings by text of this task under this instruction by the encoder as it is; others are let go."""
+        now = (self.model.revision, task, instruction)
+        if self._seen_under != now:
+            self._seen, self._seen_under = {}, now
         return self._seen
