@@ -71,6 +71,10 @@ class ReportError(ValueError):
     """A report that cannot be written as asked."""
 
 
+class NothingMeasured(RuntimeError):
+    """Every system failed; the report says why each did."""
+
+
 def mib(size: int) -> float:
     return round(size / MIB, 2)
 
@@ -287,15 +291,19 @@ def phases_table(report: Record) -> Table:
     return grid
 
 
-def draw(report: Record, paths: Sequence[Path]) -> None:
-    """Stacked areas of the live tensors over the step, one panel a system, all with the same y axis."""
+def draw(report: Record, paths: Sequence[Path]) -> list[Path]:
+    """Stacked areas of the live tensors over the step, one panel a system, all with the same y axis.
+
+    Returns:
+        the paths that were written: none where no system has a course.
+    """
     matplotlib = extra("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     records = [record for record in report["systems"] if shown(record)]
     if not records:
-        return
+        return []
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pe.memory"}):
         figure, axes = pyplot.subplots(
             1, len(records), figsize=(1.5 + 4.2 * len(records), 5), sharey=True, squeeze=False, layout="constrained"
@@ -311,6 +319,7 @@ def draw(report: Record, paths: Sequence[Path]) -> None:
         for path in paths:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
+    return list(paths)
 
 
 def draw_course(axis: Any, record: Record) -> None:
@@ -373,6 +382,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
+    place = folder.absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ReportError(f"--output: expected a folder, got {folder}, where {nearest} is a file")
     there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
         raise ReportError(f"{folder}: holds a report already ({', '.join(there)}); --overwrite replaces it")
@@ -404,22 +417,37 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         return
     report = build_report(arguments, overrides, recipe, batch)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (arguments.output / name).unlink(missing_ok=True)
     (arguments.output / FILES[0]).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    draw(report, [arguments.output / name for name in FILES[1:]])
+    charts = draw(report, [arguments.output / name for name in FILES[1:]])
     console = Console()
     for table in (peaks_table(report), categories_table(report), phases_table(report)):
         console.print(table)
-    console.print(f"written to {arguments.output}: {', '.join(FILES)}", highlight=False)
+    written = ", ".join([FILES[0], *(path.name for path in charts)])
+    console.print(f"written to {arguments.output}: {written}", highlight=False)
+    reasons = [failure(record, arguments.estimate) for record in report["systems"]]
+    if all(reasons):
+        raise NothingMeasured(f"no system {'predicted' if arguments.estimate else 'measured'}: {reasons[0]}")
+
+
+def failure(record: Record, is_estimate: bool) -> str | None:
+    """Why a system has not what was asked for: its measurement, or its prediction."""
+    asked: Record = record["predicted"] if is_estimate else record
+    return asked.get("failed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Report as the command line says; bad input ends with one message and exit code 2."""
+    """Report as the command line says; ends with one message and exit code 2 for bad input, 1 if every system fails."""
     quiet()
     try:
         run(*parse(argv))
-    except (RecipeError, DataError, ReportError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"pe.memory: {error}", file=sys.stderr)
         sys.exit(2)
+    except NothingMeasured as error:
+        print(f"pe.memory: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

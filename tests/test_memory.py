@@ -304,6 +304,8 @@ def test_bad_input_is_one_message(tiny_models: Path, tmp_path: Path, capsys: pyt
     shutil.rmtree(tmp_path / "data")
     fails(capsys, [str(path), *output], "pairs.jsonl")
     assert not (tmp_path / "report").exists()
+    for output in (path, path / "report"):
+        fails(capsys, [str(path), "--output", str(output)], "--output: expected a folder", f"{path} is a file")
 
 
 def test_a_process_that_dies_is_a_row(
@@ -312,11 +314,32 @@ def test_a_process_that_dies_is_a_row(
     died = subprocess.CompletedProcess[Any]([], -9, "", "RuntimeError: out of memory\n")
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: died)
     path = write_recipe(tiny_models, tmp_path)
-    memory.main([str(path), "--systems", "lora-packed", "--output", str(tmp_path / "report")])
-    assert "out of memory" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        memory.main([str(path), "--systems", "lora-packed", "--output", str(tmp_path / "report")])
+    shown = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "out of memory" in shown.out
+    assert shown.err == "pe.memory: no system measured: RuntimeError: out of memory\n"
     (record,) = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["systems"]
     assert record["failed"] == "RuntimeError: out of memory"
     assert record["predicted"]["above_mib"] > 0
+
+
+def test_only_files_that_were_written_are_listed(
+    tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "predict", lambda *_: {"failed": "no such operation"})
+    path, output = write_recipe(tiny_models, tmp_path), tmp_path / "report"
+    output.mkdir()
+    (output / "memory.svg").write_text("of an earlier report")
+    with pytest.raises(SystemExit) as ended:
+        memory.main([str(path), "--estimate", "--systems", "lora-packed", "--overwrite", "--output", str(output)])
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "no system predicted: no such operation" in shown.err
+    assert "report.json" in shown.out
+    assert "memory." not in shown.out
+    assert [file.name for file in output.iterdir()] == ["report.json"]
 
 
 def test_a_missing_package_names_its_command() -> None:
