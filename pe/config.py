@@ -168,7 +168,7 @@ class LossConfig:
     hard_negatives: int = 1
     """Hard negatives of a query, at most."""
     mask_false_negatives: bool = True
-    """Leave out in-batch documents with the query's label, its own text or its positive's text."""
+    """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
     symmetric: bool = False
     """Also score each positive against all queries."""
     stepwise: bool = False

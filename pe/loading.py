@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.config import LoraSettings
@@ -41,6 +42,13 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
     )
+
+
+def train_in_float32(model: nn.Module, adapter: str) -> None:
+    """Hold the weights of a LoRA adapter in float32: steps of a small rate are lost in half precision."""
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name:
+            parameter.data = parameter.data.float()
 
 
 def quiet() -> None:

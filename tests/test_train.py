@@ -89,7 +89,8 @@ def plain_loss(embeddings: Tensor, batch: Batch, temperature: float) -> float:
         for j in range(len(documents)):
             same_label = batch.labels[i] >= 0 and batch.document_labels[j] == batch.labels[i]
             same_text = batch.document_ids[j] in (batch.document_ids[i], batch.query_ids[i])
-            if j == i or not (same_label or same_text):
+            same_query = j < count and batch.query_ids[j] == batch.query_ids[i]
+            if j == i or not (same_label or same_text or same_query):
                 terms.append((queries[i] @ documents[j] / temperature).double())
         losses.append(torch.logsumexp(torch.stack(terms), 0) - (queries[i] @ documents[i] / temperature).double())
     return torch.stack(losses).mean().item()
@@ -105,6 +106,17 @@ def test_loss_equals_the_plain_one_and_masks_labels(recipe: Recipe) -> None:
     assert got == pytest.approx(plain_loss(embeddings[0], batch, 0.1), rel=1e-5)
     unmasked = dataclasses.replace(config, mask_false_negatives=False)
     assert contrastive_loss(embeddings, batch, unmasked, accelerator()).item() > got + 1e-3
+
+
+def test_other_positives_of_a_query_are_none_of_its_negatives(recipe: Recipe) -> None:
+    plan = plan_of(recipe)
+    batch = next(batch for batch in map(plan.batch, range(plan.steps)) if (batch.labels < 0).all())
+    twice = dataclasses.replace(batch, query_ids=batch.query_ids.copy())
+    twice.query_ids[1] = twice.query_ids[0]
+    embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
+    losses = [contrastive_loss(embeddings, one, LossConfig(), accelerator()).item() for one in (batch, twice)]
+    assert losses[1] == pytest.approx(plain_loss(embeddings[0], twice, 0.02), rel=1e-5)
+    assert losses[1] < losses[0]
 
 
 def test_stepwise_and_matryoshka_are_means(recipe: Recipe) -> None:
@@ -290,8 +302,9 @@ if accelerator.is_main_process:
 """
 
 
-def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path) -> None:
-    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1})
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, symmetric: bool) -> None:
+    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1, "symmetric": symmetric})
     script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
     root = str(Path(__file__).parent.parent)
     script.write_text(TWO_PROCESSES.format(root=root, recipe=str(path), out=str(out)), encoding="utf-8")
