@@ -109,7 +109,10 @@ def test_types_may_differ() -> None:
     soft = torch.randn(2, 3, 16, device=DEVICE, requires_grad=True), torch.randn(16, 24, device=DEVICE) / 4
     soft[1].requires_grad_()
     wide = [x.detach().double().requires_grad_() for x in soft]
-    out, expected = prompt_rows(ids, embedding, *soft, impl="triton"), prompt_rows_ref(ids, embedding.double(), *wide)
+    out, expected = (
+        prompt_rows(ids, embedding, *soft, impl="triton"),
+        prompt_rows_ref(ids, embedding.double(), *wide, scale=1.0),
+    )
     assert out.dtype == torch.float16
     assert_no_worse(out, expected, expected.half())
     upstream = torch.randn(8, 24, device=DEVICE).half()
