@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pe import encode, transfer
+from pe.config import BackboneConfig
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
 from pe.records import DataError
@@ -82,6 +84,11 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
         encode.read_texts(bad, "text")
 
 
+def moved_to(backbone: str, run: Path) -> PromptEmbedder:
+    source = PromptEmbedder.from_pretrained(run / "model")
+    return move(source, dataclasses.replace(source.config, backbone=BackboneConfig(model=backbone)))
+
+
 def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_path: Path) -> None:
     source = PromptEmbedder.from_pretrained(run / "model")
     before = {name: p.clone() for name, p in source.prompter.named_parameters()}
@@ -93,7 +100,7 @@ def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_p
     assert moved.encode(TEXTS, instruction=TASK).shape == (3, 40)
     after = dict(moved.prompter.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
-    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    start = moved_to(new, run)
     assert not torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert set(start.trainable_parameters()) == {"alignment", "reader", "skip"}
 
@@ -102,7 +109,7 @@ def test_transfer_without_steps_is_the_least_squares_start(run: Path, tiny_model
     out, new = tmp_path / "moved", str(tiny_models / "two")
     transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
     moved = PromptEmbedder.from_pretrained(out / "model")
-    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    start = moved_to(new, run)
     assert torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert json.loads((out / "transfer.json").read_text(encoding="utf-8"))["curve"] == []
 
