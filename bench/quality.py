@@ -99,8 +99,11 @@ def build_lora(pooling: Pooling) -> Callable[[Recipe, torch.device], System]:
     return build
 
 
+PROTOCOL = 2
+"""Of new records. 2: LoRA adapters (LoRA's, the reader's) train in float32; before, in the frozen weights' bfloat16."""
 TUNING_SEED = 100
 TUNING_STEPS = 60
+EARLIER = "† Not yet measured again: its adapters trained in the frozen weights' type instead of float32."
 FROZEN = {
     "frozen backbone, mean": None,
     "frozen backbone, mean, instruction before queries": Templates(),
@@ -183,6 +186,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         sides["seen" if task.instruction in trained_on else "unseen"].append(task.score)
     return {
         "recipe": name,
+        "protocol": PROTOCOL,
         "variant": row.title,
         "seed": recipe.train.seed,
         "device": device.type,
@@ -204,6 +208,12 @@ def with_train(recipe: Recipe, **options: Any) -> Recipe:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **options))
 
 
+def is_current(record: records.Record) -> bool:
+    """Whether a system was trained as it would be now: what has no adapters is the same in every protocol."""
+    has_adapters = "reader" in record["variant"] or "LoRA" in record["variant"]
+    return not has_adapters or record.get("protocol", 1) == PROTOCOL
+
+
 def best_rate(name: str, recipe: Recipe, recipe_name: str) -> float:
     """The rate whose tuning run of this system and recipe scored highest; the recipe's own where there is none."""
     runs = [
@@ -211,12 +221,15 @@ def best_rate(name: str, recipe: Recipe, recipe_name: str) -> float:
         for record in records.read("tuning")
         if (record["system"], record["recipe"]) == (name, recipe_name) and record["mean"] is not None
     ]
+    runs = [record for record in runs if is_current(record)] or runs
     return max(runs, key=lambda record: record["mean"])["rate"] if runs else recipe.train.lr
 
 
 def tune(recipe: Recipe, name: str, systems: Sequence[str], rates: Sequence[float], device: torch.device) -> None:
     """Short trainings of every system at every rate, under a seed that no measurement uses; one record each."""
-    done = {(record["recipe"], record["system"], record["rate"]) for record in records.read("tuning")}
+    done = {
+        (record["recipe"], record["system"], record["rate"]) for record in records.read("tuning") if is_current(record)
+    }
     for system in systems:
         for rate in rates:
             if (name, system, rate) in done:
@@ -239,7 +252,11 @@ def measure(
     resume: bool = False,
 ) -> None:
     """Train and score every system under every seed, those in `before` untrained too; a record as each one ends."""
-    done = {(record["recipe"], record["variant"], record["seed"]) for record in records.read("quality")}
+    done = {
+        (record["recipe"], record["variant"], record["seed"])
+        for record in records.read("quality")
+        if is_current(record)
+    }
 
     def keep(run: Callable[[str, Recipe, torch.device], Row], what: str, title: str, own: Recipe) -> None:
         if resume and (name, title, own.train.seed) in done:
@@ -263,11 +280,14 @@ def measure(
 
 
 def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
-    """The newest record of every seed, by recipe and variant."""
+    """The newest record of every seed, by recipe and variant; of an earlier protocol where none is current."""
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in records.read("quality", folder)}
     found: dict[str, dict[str, list[records.Record]]] = {}
     for row in latest.values():
         found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row)
+    for variants in found.values():
+        for name, rows in variants.items():
+            variants[name] = [row for row in rows if is_current(row)] or rows
     return found
 
 
@@ -311,12 +331,14 @@ def render(folder: Path) -> str:
             by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
             seconds = "-" if spent is None else f"{spent:,.0f}"
             seeds, rate = str(len(rows)), f"{rows[0]['rate']:g}" if spent else "-"
-            table.append([name, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
+            title = name if all(map(is_current, rows)) else f"{name} †"
+            table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
         sides = ["seen instructions", "unseen instructions"]
         header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s", "rate", "seeds"]
         tasks = ", ".join(name.removeprefix("PE-") for name in every[-1]["by_task"])
         image = f"![Score against training time](bench/plots/{plot_name(recipe)})\n\n" if series(variants) else ""
-        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{image}{where(every[-1])}.")
+        note = "" if all(map(is_current, every)) else f"{EARLIER}\n\n"
+        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{where(every[-1])}.")
     return "\n\n".join(parts or [NOT_YET])
 
 

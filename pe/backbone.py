@@ -22,7 +22,14 @@ from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import NormOptions, find_final_norm
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
-from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained, lora_config
+from pe.loading import (
+    TextTokenizer,
+    content_of,
+    embedding_scale,
+    load_pretrained,
+    lora_config,
+    train_in_float32,
+)
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -263,13 +270,15 @@ class Backbone(nn.Module):
     # The reader: adapters that act in the K-token pass alone.
 
     def add_reader(self, settings: LoraSettings) -> None:
-        """Put LoRA adapters on every linear layer; they start as the identity and are the only trainable weights."""
+        """Put LoRA adapters, float32, on every linear layer; they start as the identity and alone are trainable."""
         self.model.add_adapter(lora_config(settings), READER)
+        train_in_float32(self.model, READER)
         self.train(self.training)
 
     def load_reader(self, folder: Path) -> None:
         """Load adapters that `save_pretrained` of the model wrote; they go on training."""
         self.model.load_adapter(str(folder), adapter_name=READER, is_trainable=True)
+        train_in_float32(self.model, READER)
         self.train(self.training)
 
     @property

@@ -11,7 +11,7 @@ from pe.model import PromptEmbedder
 
 def model_card(recipe: Recipe, model: PromptEmbedder, seconds: float, scores: Mapping[str, Scores]) -> str:
     """What was trained on what, how to use it, and what it scores, as Markdown."""
-    config = recipe.model
+    config = model.config
     data = "\n".join(f"| `{item.path}` | {item.weight:g} | {item.instruction} |" for item in recipe.data)
     tables = "\n".join(
         f"| {name} | " + " | ".join(f"{value:.1f}" for value in found.by_type.values()) + f" | {found.mean:.1f} |"

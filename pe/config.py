@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,26 +19,35 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise RecipeError(f"{name}: expected {expected}, got {got!r}")
 
 
+def _require_positive(name: str, value: float) -> None:
+    _require(0 < value < math.inf, name, "a positive number", value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Rank, scaling numerator and dropout of LoRA adapters on all linear layers."""
+    """LoRA adapters on all linear layers: x goes through A and B of rank r, scaled by alpha / r."""
 
     rank: int = 16
+    """r, the inner width of an adapter."""
     alpha: int = 64
+    """Numerator of the scale."""
     dropout: float = 0.0
+    """Share of an adapter's inputs that are set to zero in training."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "rank", "at least 1", self.rank)
+        _require(self.alpha >= 1, "alpha", "at least 1", self.alpha)
         _require(0 <= self.dropout < 1, "dropout", "a value in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrompterConfig:
-    """The prompting LLM and its continuous relaxation (DESIGN 1)."""
+    """The prompting LLM and its continuous relaxation."""
 
     model: str = "models/tiny-prompter"
     """Folder or hub name of a causal language model."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null: the main branch."""
     soft_tokens: int = 5
     """K, the soft tokens of a prompt."""
     temperature: float = 1.0
@@ -45,10 +55,11 @@ class PrompterConfig:
     trainable: Literal["full", "lora"] = "full"
     """What trains: all weights, or LoRA adapters; the vocabulary embedding is frozen in both."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapters of `trainable: lora`."""
 
     def __post_init__(self) -> None:
         _require(self.soft_tokens >= 1, "prompter.soft_tokens", "at least 1", self.soft_tokens)
-        _require(self.temperature > 0, "prompter.temperature", "a positive number", self.temperature)
+        _require_positive("prompter.temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,7 @@ class BackboneConfig:
     model: str = "models/tiny-qwen3"
     """Folder or hub name of a causal decoder."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null: the main branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights; auto: the checkpoint's on a GPU, float32 on a CPU."""
 
@@ -69,11 +81,13 @@ class AlignmentConfig:
     kind: Literal["linear", "vocabulary"] = "linear"
     """linear: a d_p x d_e matrix (the paper). vocabulary: no matrix, a mixture of the backbone's own rows."""
     init: Literal["least_squares", "orthogonal", "identity"] = "least_squares"
+    """Where the matrix starts. least_squares: carries the prompting LLM's rows of the shared tokens to the backbone's.
+    orthogonal: random, with the backbone's mean row norm. identity: ones on the main diagonal."""
     ridge: float = 1e-3
     """Ridge weight of the least-squares start, relative to the mean eigenvalue of the Gram matrix."""
 
     def __post_init__(self) -> None:
-        _require(self.ridge >= 0, "alignment.ridge", "a non-negative number", self.ridge)
+        _require(0 <= self.ridge < math.inf, "alignment.ridge", "a non-negative number", self.ridge)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +106,21 @@ class SideTemplates:
         _require("{instruction}" not in self.text, "templates.text", "no {instruction} (texts are shared)", self.text)
         _require("{text}" not in self.prefix, "templates.prefix", "no {text} (it follows the prompt)", self.prefix)
         _require("{instruction}" in self.prompter, "templates.prompter", "a template with {instruction}", self.prompter)
+        head = self.prompter.partition("{text}")[0]
+        _require("{instruction}" in head, "templates.prompter", "{instruction} before {text}", self.prompter)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplatesConfig:
+    """What is read for queries, and for documents."""
+
     query: SideTemplates = field(default_factory=SideTemplates)
     document: SideTemplates = field(default_factory=SideTemplates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A PromptEmbedder: the options of DESIGN 2."""
+    """A PromptEmbedder: its parts, and how they work together."""
 
     prompter: PrompterConfig = field(default_factory=PrompterConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -116,6 +134,7 @@ class ModelConfig:
     reader: Literal["none", "activated_lora"] = "none"
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapters of `reader: activated_lora`."""
     skip: Literal["none", "linear"] = "none"
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
     embedding (suffix)."""
@@ -146,16 +165,19 @@ class DatasetConfig:
     weight: float = 1.0
     """Share of the training batches, relative to the other sets."""
     query_template: str = "{text}"
+    """What a query's text is put into, before the model's own template."""
     document_template: str = "{text}"
+    """What a document's text is put into, before the model's own template."""
     positive_from: float | None = None
     """Scored pairs: a pair counts as positive from this score on; required for them."""
     max_rows: int | None = None
     """Use the first rows only."""
     on_bad_record: Literal["error", "skip"] = "error"
+    """A record that does not fit stops the run with file and line, or is left out, counted and reported."""
 
     def __post_init__(self) -> None:
         _require(bool(self.instruction.strip()), f"{self.path}: instruction", "a sentence", self.instruction)
-        _require(self.weight > 0, f"{self.path}: weight", "a positive number", self.weight)
+        _require_positive(f"{self.path}: weight", self.weight)
         for name in ("query_template", "document_template"):
             _require("{text}" in getattr(self, name), f"{self.path}: {name}", "{text} in it", getattr(self, name))
 
@@ -165,10 +187,11 @@ class LossConfig:
     """InfoNCE over in-batch and hard negatives."""
 
     temperature: float = 0.02
+    """What cosine similarities are divided by."""
     hard_negatives: int = 1
     """Hard negatives of a query, at most."""
     mask_false_negatives: bool = True
-    """Leave out in-batch documents with the query's label, its own text or its positive's text."""
+    """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
     symmetric: bool = False
     """Also score each positive against all queries."""
     stepwise: bool = False
@@ -177,7 +200,7 @@ class LossConfig:
     """Further embedding sizes to train; each is cut, normalised and weighted equally."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "loss.temperature", "a positive number", self.temperature)
+        _require_positive("loss.temperature", self.temperature)
         _require(self.hard_negatives >= 0, "loss.hard_negatives", "0 or more", self.hard_negatives)
         _require(all(d >= 1 for d in self.matryoshka), "loss.matryoshka", "sizes of 1 or more", self.matryoshka)
 
@@ -187,6 +210,7 @@ class TrainConfig:
     """Optimiser, schedule, precision, logging."""
 
     steps: int = 200
+    """Steps of the optimiser; 0, in `pe.transfer` alone: none."""
     batch_size: int = 64
     """Queries of a step (on each process); their positives and hard negatives come on top."""
     micro_batch_size: int | None = None
@@ -200,39 +224,60 @@ class TrainConfig:
     skip_lr: float | None = None
     """Peak rate of the matrix around the soft prompt; null: lr."""
     weight_decay: float = 0.01
+    """AdamW's: times the rate, the share of each weight that a step takes away."""
     warmup: float = 0.1
-    """Share of the steps."""
+    """Share of the steps in which the rates rise from zero to their peaks."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rates go on from their peaks: to zero in a line or a half cosine, or not at all."""
     clip_norm: float = 1.0
+    """Norm of all gradients together above which they are scaled down to it; .inf: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the hardware multiplies it faster."""
     seed: int = 0
+    """Of fresh weights, batches and dropout."""
     eval_every: int = 0
     """Steps between evaluations while training; 0: only at the end."""
     save_every: int = 100
+    """Steps between checkpoints; the last step always makes one."""
     log_every: int = 10
+    """Steps between records in the log, each the mean loss since the one before."""
     keep_checkpoints: int = 2
+    """The newest checkpoints that stay, older ones are removed."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "train.steps", "0 or more", self.steps)
         for name in ("batch_size", "save_every", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         _require(0 <= self.warmup <= 1, "train.warmup", "a share in [0, 1]", self.warmup)
-        _require(self.lr > 0, "train.lr", "a positive number", self.lr)
+        for name in ("eval_every", "seed"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
+        _require(self.seed < 2**32, "train.seed", "less than 2^32", self.seed)
+        _require_positive("train.lr", self.lr)
+        for name in ("alignment_lr", "reader_lr", "skip_lr"):
+            own = getattr(self, name)
+            _require(own is None or 0 <= own < math.inf, f"train.{name}", "a non-negative number, or null", own)
+        decay = self.weight_decay
+        _require(0 <= decay < math.inf, "train.weight_decay", "a non-negative number", decay)
+        _require(self.clip_norm > 0, "train.clip_norm", "a positive number", self.clip_norm)
         micro = self.micro_batch_size
         _require(micro is None or micro >= 1, "train.micro_batch_size", "at least 1, or null", micro)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """The tasks a run is scored on: names of `pe.tasks` or of MTEB; instructions by task name."""
+    """What a run is scored on."""
 
     tasks: tuple[str, ...] = ()
+    """Names of `pe.tasks` or of MTEB; none: no scores."""
     data: str = "data"
     """Folder of the offline tasks' files."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Query-side instruction of a task, where it differs from the task's own."""
     batch_tokens: int = 16_384
+    """Tokens that the backbone reads at once, at most; a longer text is read alone."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_tokens >= 1, "evaluate.batch_tokens", "at least 1", self.batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +288,7 @@ class Recipe:
     """Folder of the run: checkpoints, model, logs, resolved recipe."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: list[DatasetConfig] = field(default_factory=list)
+    """The training sets; each step's batch is from one of them."""
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.config import LoraSettings
@@ -44,6 +45,13 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
     )
+
+
+def train_in_float32(model: nn.Module, adapter: str) -> None:
+    """Hold the weights of a LoRA adapter in float32: steps of a small rate are lost in half precision."""
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name:
+            parameter.data = parameter.data.float()
 
 
 def quiet() -> None:
@@ -100,7 +108,7 @@ def load_pretrained(
     except SafetensorError as error:
         for file in checkpoint_files(name, revision)[1:]:
             check_weights(file)
-        raise ValueError(f"{name}: weights that cannot be read ({error}); copy or download them again") from error
+        raise ValueError(f"{name}: the weights cannot be read ({error}); copy or download them again") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except ValueError as error:
@@ -123,7 +131,7 @@ def check_weights(file: Path) -> None:
         with safe_open(file, "pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged weights ({error}); copy or download the file again") from error
+        raise ValueError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
 
 
 def find_file(name: str, file: str, revision: str | None) -> Path | None:

@@ -37,7 +37,8 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
 
     Args:
         embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
-        batch: this process's rows; the documents of all processes are negatives of every query.
+        batch: this process's rows; the documents of all processes are negatives of every query, and with
+            `symmetric` the queries of all processes of every positive.
         config: temperature, masks, Matryoshka sizes.
         accelerator: knows the other processes.
 
@@ -50,17 +51,23 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
     count, device = len(batch.queries), embeddings.device
     query_ids, labels = (to_device(torch.from_numpy(x), device) for x in (batch.query_ids, batch.labels))
     ids, document_labels = (to_device(torch.from_numpy(x), device) for x in (batch.document_ids, batch.document_labels))
-    documents, first = embeddings[:, count:].transpose(0, 1), 0
+    labels = torch.where(labels < 0, query_ids, labels)  # another positive of a query is none of its negatives
+    document_labels = torch.cat([labels, document_labels[count:]])
+    queries, documents, first = embeddings[:, :count].transpose(0, 1), embeddings[:, count:].transpose(0, 1), 0
     if accelerator.num_processes > 1:
         documents, first = gather_rows(documents, accelerator)
         ids, _ = gather_rows(ids, accelerator)
         document_labels, _ = gather_rows(document_labels, accelerator)
     masked = config.mask_false_negatives
     positive = torch.arange(first, first + count, device=device)
+    if config.symmetric and accelerator.num_processes > 1:  # each positive is scored against the queries of all
+        queries, query_ids, labels, positive = (
+            gather_rows(rows, accelerator)[0] for rows in (queries, query_ids, labels, positive)
+        )
     losses = []
     for step in range(embeddings.shape[0]):
         for width in (size, *config.matryoshka):
-            q, d = (cut(x, width) for x in (embeddings[step, :count], documents[:, step]))
+            q, d = (cut(x[:, step], width) for x in (queries, documents))
             losses.append(
                 info_nce(
                     q,

@@ -5,7 +5,10 @@ A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (Tenso
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,10 @@ import torch
 
 from pe.config import Recipe, to_dict
 from pe.recipes import load_recipe, write_yaml
+from pe.records import HUB
+
+LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
+"""What a run that ended before its first checkpoint leaves."""
 
 
 class RunError(ValueError):
@@ -24,10 +31,12 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        conditions: what must be the same beside the recipe when the run is resumed; every checkpoint keeps it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.conditions: dict[str, Any] = {}
 
     @property
     def model(self) -> Path:
@@ -36,26 +45,54 @@ class RunFolder:
     @property
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.pt"))
+        found = {path.stem.removeprefix("step-"): path for path in (self.path / "checkpoints").glob("step-*.pt")}
+        return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
-    def start(self, recipe: Recipe, *, resume: bool, fresh: bool) -> None:
+    def start(
+        self, recipe: Recipe, *, resume: bool, fresh: bool, conditions: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """Prepare the folder and write the resolved recipe.
 
+        A folder that holds no more than a run leaves that ended before its first checkpoint is started anew.
+
+        Args:
+            recipe: what the run is made of.
+            resume: go on from the newest checkpoint.
+            fresh: move what is there aside.
+            conditions: see `conditions_of`.
+
+        Returns:
+            a sentence for each damaged checkpoint that was set aside for an older one.
+
         Raises:
-            RunError: it holds a run and neither `resume` nor `fresh` was asked for; nothing to resume; another recipe.
+            RunError: a file instead of a folder; a run is there and neither `resume` nor `fresh` was asked for, or both
+                were; nothing to resume; another recipe or other conditions than those of the run to resume.
         """
         recipe_file = self.path / "recipe.yaml"
+        if resume and fresh:
+            raise RunError(f"{self.path}: --resume continues the run, --fresh moves it aside; expected one of them")
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: expected a folder, got a file; --output=FOLDER writes elsewhere")
+        self.conditions = dict(conditions or {})
         if fresh and self.path.exists():
             self._move_aside()
+        notes = []
         if resume:
             self._check_same(recipe, recipe_file)
-        elif self.path.exists() and any(self.path.iterdir()):
+            notes = self._set_damaged_aside()
+        elif not self._may_start():
             raise RunError(
                 f"{self.path}: holds files already; --resume continues that run, --fresh moves it aside and starts"
                 " anew, --output=FOLDER writes elsewhere"
             )
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_yaml(recipe, recipe_file)
+        return notes
+
+    def _may_start(self) -> bool:
+        """Whether the folder is absent, empty, or what `start` and a log made and no checkpoint followed."""
+        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        return not names or ("checkpoints" in names and names <= LEFT_OVER and not self.checkpoints)
 
     def _move_aside(self) -> None:
         number = 1
@@ -66,23 +103,80 @@ class RunFolder:
     def _check_same(self, recipe: Recipe, file: Path) -> None:
         if not file.exists() or not self.checkpoints:
             raise RunError(f"{self.path}: nothing to resume (no recipe.yaml with a checkpoint); run without --resume")
-        before, now = flatten(to_dict(load_recipe(file))), flatten(to_dict(recipe))
-        changed = [f"{key} (was {before.get(key)}, now {now.get(key)})" for key in now if before.get(key) != now[key]]
-        if changed:
+        if changed := differences(flatten(to_dict(load_recipe(file))), flatten(to_dict(recipe))):
             raise RunError(f"{self.path}: --resume needs the same recipe; changed: {', '.join(changed)}")
+
+    def _set_damaged_aside(self) -> list[str]:
+        """Rename checkpoints that cannot be read and are newer than the newest that can; a sentence for each.
+
+        Raises:
+            RunError: none can be read, or the newest that can was made under other conditions.
+        """
+        damaged: list[tuple[Path, RunError]] = []
+        for path in reversed(self.checkpoints):
+            try:
+                state = read_checkpoint(path, torch.device("cpu"), mmap=True)
+                break
+            except RunError as error:
+                damaged.append((path, error))
+        else:
+            reasons = "\n".join(str(error) for _, error in damaged)
+            raise RunError(f"{reasons}\n{self.path}: no other checkpoint is left; --fresh starts anew")
+        if changed := differences(state.get("conditions", self.conditions), self.conditions):
+            raise RunError(f"{self.path}: --resume needs what the run had; changed: {', '.join(changed)}")
+        for bad, _ in damaged:
+            os.replace(bad, bad.with_suffix(".damaged"))
+        return [f"{error}; going on from {path.name}" for _, error in damaged]
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write the state after `step` steps, whole or not at all, and remove all but the newest `keep`."""
         path = self.path / "checkpoints" / f"step-{step:06d}.pt"
         temporary = path.with_suffix(".part")
-        torch.save(state, temporary)
+        torch.save({**state, "conditions": self.conditions}, temporary)
         os.replace(temporary, path)
         for old in self.checkpoints[:-keep]:
             old.unlink()
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
-        """The newest checkpoint."""
-        return torch.load(self.checkpoints[-1], map_location=device, weights_only=True)
+        """The newest checkpoint.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        return read_checkpoint(self.checkpoints[-1], device)
+
+
+def read_checkpoint(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's state; with `mmap` its tensors are read when they are used.
+
+    Raises:
+        RunError: the file is cut off, empty or no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise RunError(f"{path}: expected a checkpoint, got a file that cannot be read ({reason})") from error
+
+
+def conditions_of(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What must be the same beside the recipe when a run is resumed: processes, and the content of local data files."""
+    found: dict[str, Any] = {"processes": processes}
+    for path in dict.fromkeys(item.path for item in recipe.data if not item.path.startswith(HUB)):
+        with Path(path).open("rb") as file:
+            found[f"content of {path}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed between two flat mappings, keys on one side alone included."""
+    return [
+        f"{key} (was {before.get(key, 'absent')}, now {now.get(key, 'absent')})"
+        for key in dict.fromkeys([*before, *now])
+        if (key in before) != (key in now) or before.get(key) != now.get(key)
+    ]
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

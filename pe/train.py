@@ -27,15 +27,16 @@ from tqdm.auto import tqdm
 from pe.baselines.frozen import FrozenEncoder
 from pe.batches import BatchPlan
 from pe.card import model_card
-from pe.config import Recipe, RecipeError, TrainConfig, to_dict
+from pe.cli import user_errors
+from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
-from pe.evaluate import Scores, comparison, score
+from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.loading import quiet
 from pe.losses import backward, batch_requests
 from pe.model import PromptEmbedder, Requests, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
-from pe.records import DataError
-from pe.runs import RunError, RunFolder, flatten
+from pe.runs import RunFolder, conditions_of, flatten
+from pe.tasks import TASKS
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
     from pe.integrations.mteb import TextEncoder
@@ -255,12 +256,34 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """Device, precision and TensorBoard by accelerate; bfloat16 where the hardware multiplies it faster."""
     precision = recipe.train.precision
     if precision == "auto":
-        precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_bf16 else "float32"
     return Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         log_with="tensorboard",
         project_dir=str(Path(recipe.output) / "logs"),
     )
+
+
+def check_evaluation(options: EvaluateConfig) -> None:
+    """Find the tasks, so that a run does not end at its first score.
+
+    mteb seeds the random generators: seed them after this.
+
+    Raises:
+        EvaluationError: an unknown task, missing files, no mteb, or an instruction for an unknown task.
+    """
+    if options.tasks:
+        found = find_tasks(options.tasks, Path(options.data))
+        check_instructions(options.instructions, [*found, *TASKS])
+
+
+def check_widths(recipe: Recipe, model: PromptEmbedder) -> None:
+    """Raise RecipeError for a size to train that is larger than the embedding."""
+    if too_large := [size for size in recipe.loss.matryoshka if size > model.dimensions]:
+        raise RecipeError(
+            f"loss.matryoshka: expected sizes up to {model.dimensions}, the backbone's width, got {too_large}"
+        )
 
 
 def measurer(recipe: Recipe) -> Callable[[TextEncoder], Scores]:
@@ -281,9 +304,16 @@ def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
 
 
 def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
-    """Read the data sets, report what became of every row, and plan the batches."""
+    """Read the data sets, report what became of every row, and plan the batches.
+
+    Raises:
+        RecipeError: no data set, or no step.
+        DataError: see `load_dataset` and `BatchPlan`.
+    """
     if not recipe.data:
         raise RecipeError("data: expected at least one data set, got none")
+    if not recipe.train.steps:
+        raise RecipeError("train.steps: expected at least 1, got 0; only pe.transfer does without training")
     datasets = [load_dataset(item) for item in recipe.data]
     for dataset in datasets:
         console.print(str(dataset.report), highlight=False)
@@ -305,16 +335,24 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
 
     Returns:
         scores of the frozen mean-pooled backbone, the untrained prompt and the trained model; empty without tasks.
+
+    Raises:
+        RecipeError, EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
+        TrainingError: see `fit`.
     """
     accelerator = build_accelerator(recipe)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     run = RunFolder(recipe.output)
-    set_seed(recipe.train.seed)
+    check_evaluation(recipe.evaluate)
     plan = build_plan(recipe, console)
+    set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, accelerator.device)
     model.name = run.path.name
+    check_widths(recipe, model)
     if accelerator.is_main_process:
-        run.start(recipe, resume=resume, fresh=fresh)
+        conditions = conditions_of(recipe, accelerator.num_processes)
+        for note in run.start(recipe, resume=resume, fresh=fresh, conditions=conditions):
+            console.print(note, highlight=False)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
     console.print(describe(model), highlight=False)
@@ -358,11 +396,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_parser(Recipe).print_help()
         return
     recipe, overrides, resume, fresh = split_arguments(arguments)
-    try:
+    with user_errors("pe.train", TrainingError):
         scores = train(load_recipe(recipe, overrides), resume=resume, fresh=fresh)
-    except (RecipeError, DataError, RunError, TrainingError, FileNotFoundError, FileExistsError, ValueError) as error:
-        print(f"pe.train: {error}", file=sys.stderr)
-        sys.exit(2)
     if scores and PartialState().is_main_process:
         Console().print(comparison(scores))
 

@@ -1,7 +1,8 @@
 """`python -m pe.transfer CHECKPOINT --backbone NEW [--steps N] [--output FOLDER] [--section.option=value ...]`
 
 Moves a trained PromptEmbedder to another backbone: the prompting LLM stays as it is, the alignment matrix (and reader
-and skip, where there are any) is trained anew. `--steps 0` stops at the least-squares or vocabulary start.
+and skip, where there are any) is trained anew. `--steps 0` stops at the least-squares or vocabulary start. Of the
+options of the model, `backbone`, `alignment`, `reader`, `reader_lora`, `skip` and `max_length` may be given anew.
 """
 
 from __future__ import annotations
@@ -22,15 +23,28 @@ from rich.table import Table
 from pe.alignment import build_alignment
 from pe.backbone import Backbone
 from pe.card import model_card
-from pe.config import Recipe, RecipeError
+from pe.cli import user_errors
+from pe.config import ModelConfig, Recipe, RecipeError, to_dict
 from pe.evaluate import Scores, comparison
 from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe, write_yaml
-from pe.runs import RunFolder
-from pe.train import History, build_accelerator, build_plan, describe, fit, measurer
+from pe.runs import RunFolder, differences, flatten
+from pe.train import (
+    History,
+    TrainingError,
+    build_accelerator,
+    build_plan,
+    check_evaluation,
+    check_widths,
+    describe,
+    fit,
+    measurer,
+)
 
 SHARES = (0.95, 0.99)
+MOVABLE = ("backbone", "alignment", "reader", "reader_lora", "skip", "max_length")
+"""Options of the model that are free in a move; all others belong to the prompting LLM as it was trained."""
 REPORT = "transfer.json"
 
 
@@ -65,15 +79,23 @@ class Transfer:
         return table
 
 
-def move(source: PromptEmbedder, backbone: str, revision: str | None = None) -> PromptEmbedder:
-    """The embedder on another backbone, untrained: frozen prompting LLM, all else fresh.
+def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
+    """The embedder under other options, its backbone first of all, untrained: frozen prompting LLM, all else fresh.
 
     The source's prompting LLM is shared, so it is frozen in the source too.
+
+    Raises:
+        RecipeError: options that differ from the source's and are not in `MOVABLE`.
     """
-    config = dataclasses.replace(
-        source.config,
-        backbone=dataclasses.replace(source.config.backbone, model=backbone, revision=revision),
-    )
+    kept = [
+        flatten({name: value for name, value in to_dict(options).items() if name not in MOVABLE}, "model")
+        for options in (source.config, config)
+    ]
+    if changed := differences(*kept):
+        raise RecipeError(
+            f"a move changes nothing but model.{', '.join(MOVABLE)}; expected the other options as they were trained,"
+            f" got {', '.join(changed)}"
+        )
     prompter = source.prompter.requires_grad_(False)
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
@@ -95,24 +117,33 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
     """Move the embedder in `checkpoint` to `recipe.model.backbone` and train what the new backbone needs.
 
     Raises:
-        RecipeError: nothing to train, though steps were asked for.
+        RecipeError: nothing to train, though steps were asked for, or options that a move cannot change.
+        EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
+        TrainingError: see `fit`.
     """
+    check_evaluation(recipe.evaluate)
     console = Console(stderr=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = build_plan(recipe, console) if recipe.train.steps else None
     source = PromptEmbedder.from_pretrained(checkpoint, device=device)
     run = RunFolder(recipe.output)
     set_seed(recipe.train.seed)
-    target = move(source, recipe.model.backbone.model, recipe.model.backbone.revision)
+    target = move(source, recipe.model)
     target.name = run.path.name
     console.print(describe(target), highlight=False)
+    if plan and not target.trainable_parameters():
+        raise RecipeError(
+            f"train.steps: expected 0, got {recipe.train.steps}: a {target.config.alignment.kind} alignment without"
+            " reader and skip has nothing to train; --steps 0, or give the model a reader or a skip"
+        )
+    check_widths(recipe, target)
     measure = measurer(recipe)
     run.start(recipe, resume=False, fresh=fresh)
     scores = {"source": measure(source), "moved, untrained": measure(target)} if recipe.evaluate.tasks else {}
     curve = [(0, 0.0, scores["moved, untrained"].mean)] if scores else []
     history = History()
-    if recipe.train.steps and target.trainable_parameters():
+    if plan:
         accelerator = build_accelerator(recipe)
-        plan = build_plan(recipe, console)
         evaluate = (lambda: measure(target).mean) if scores else None
         history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
         if scores:
@@ -162,11 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Transfer as the command line says; bad input ends with one message and exit code 2."""
     quiet()
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
-    try:
+    with user_errors("pe.transfer", TrainingError):
         result = transfer(Path(arguments.checkpoint), transfer_recipe(arguments, overrides), fresh=arguments.fresh)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"pe.transfer: {error}", file=sys.stderr)
-        sys.exit(2)
     console = Console()
     if result.scores:
         console.print(comparison(result.scores))

@@ -15,6 +15,7 @@ from pe.attention import AttentionPlan
 from pe.backbone import Backbone, UnsupportedBackbone, position_limit
 from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import find_final_norm
+from pe.loading import rounded
 from pe.packing import Segments, pack
 from tests.tiny import SIZES, VOCABULARY, byte_tokenizer, decoder, randomise
 
@@ -316,6 +317,19 @@ def test_gemma_rows_are_scaled_once() -> None:
     model = backbone("gemma3")
     ids = torch.tensor([5, 9])
     assert torch.allclose(model.token_rows(ids), model.model.get_input_embeddings()(ids), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1152, 2560, 3584])
+def test_an_embedding_scale_is_what_the_rows_type_holds(width: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert rounded(width**0.5, dtype) == torch.tensor(width**0.5, dtype=dtype).item()
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "gpt2", "qwen3"])
+def test_stored_keys_and_values_keep_no_larger_buffer_alive(architecture: str) -> None:
+    backbone = Backbone(decoder(architecture), byte_tokenizer(), architecture)
+    for pair in backbone.read([[5, 6, 7, 8], [9, 4]]).layers:
+        assert [part.untyped_storage().nbytes() for part in pair] == [4 * part.numel() for part in pair]
 
 
 def test_reader_is_off_in_the_text_pass_only() -> None:

@@ -190,6 +190,9 @@ def test_every_gpu_test_belongs_to_one_stage() -> None:
     assert sum(map(len, parts)) == len(every)
     assert fewer < parts[0]
     assert not [test for test in fewer if "compiles" in test or "fp32" in test]
+    of_rows = collected(selection(quick[OPS.index("prompt_rows")]))[0]
+    assert any("fp32" in test for test in of_rows)
+    assert any("mixed" in test for test in of_rows)
     assert "-x" in quick[0].command
     (of_packed,) = collected(selection(packed))
     assert of_packed

@@ -234,7 +234,7 @@ def test_passes_are_what_they_say() -> None:
 
 
 def test_floors() -> None:
-    """DESIGN's own: a vocabulary of 151,936 x 1024 in bf16 once through 4.8 TB/s takes 65 us."""
+    """What the op is designed to: a vocabulary of 151,936 x 1024 in bf16 once through 4.8 TB/s takes 65 us."""
     problem = case("mixture").build(case("mixture").sizes, torch.bfloat16, torch.device("meta"))
     assert problem.forward.floor_ms("NVIDIA H200", torch.bfloat16) == pytest.approx(0.065, rel=0.01)
     assert problem.forward.floor_ms("NVIDIA H200", torch.float32) is None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pe import config
 from pe.config import (
     AlignmentConfig,
     DatasetConfig,
@@ -126,6 +130,18 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
         ("train:\n  batch_size: 0\n", 2, "train.batch_size: expected at least 1, got 0"),
         ("model:\n  prompter:\n    temperature: 0\n", 3, "prompter.temperature: expected a positive number, got 0.0"),
         ("loss:\n  matryoshka: [0, 8]\n", 2, "loss.matryoshka: expected sizes of 1 or more, got (0, 8)"),
+        ("train:\n  lr: .nan\n", 2, "train.lr: expected a positive number, got nan"),
+        ("train:\n  alignment_lr: -1.0\n", 2, "train.alignment_lr: expected a non-negative number, or null, got -1.0"),
+        ("train:\n  reader_lr: -1.0\n", 2, "train.reader_lr: expected a non-negative number, or null, got -1.0"),
+        ("train:\n  skip_lr: .inf\n", 2, "train.skip_lr: expected a non-negative number, or null, got inf"),
+        ("train:\n  weight_decay: -0.1\n", 2, "train.weight_decay: expected a non-negative number, got -0.1"),
+        ("train:\n  clip_norm: 0\n", 2, "train.clip_norm: expected a positive number, got 0.0"),
+        ("train:\n  clip_norm: -1\n", 2, "train.clip_norm: expected a positive number, got -1.0"),
+        ("train:\n  eval_every: -1\n", 2, "train.eval_every: expected 0 or more, got -1"),
+        ("train:\n  seed: -1\n", 2, "train.seed: expected 0 or more, got -1"),
+        ("train:\n  seed: 4294967296\n", 2, "train.seed: expected less than 2^32, got 4294967296"),
+        ("evaluate:\n  batch_tokens: 0\n", 2, "evaluate.batch_tokens: expected at least 1, got 0"),
+        ("model:\n  prompter:\n    lora:\n      alpha: 0\n", 1, "alpha: expected at least 1, got 0"),
         (
             "model:\n  layout: suffix\n  pooling: mean_text\n",
             3,
@@ -182,6 +198,17 @@ def test_nearest_is_silent_about_strangers() -> None:
     assert nearest("qqqq", ["steps", "lr"]) == ""
 
 
+def test_every_key_says_what_it_means() -> None:
+    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    silent = []
+    for kind in (node for node in classes if node.name != "RecipeError"):
+        for field, after in itertools.pairwise([*kind.body, ast.Pass()]):
+            is_leaf = isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config")
+            if is_leaf and not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+                silent.append(f"{kind.name}: {ast.unparse(field)}")
+    assert not [name for name in silent if "SideTemplates =" not in name]
+
+
 @pytest.mark.parametrize(
     ("layout", "pooling", "allowed"),
     [
@@ -223,6 +250,7 @@ def test_stepwise_loss_needs_the_suffix_layout() -> None:
         ({"text": "{instruction} {text}"}, "templates.text: expected no {instruction}"),
         ({"prefix": "{text}"}, "templates.prefix: expected no {text}"),
         ({"prompter": "{text}"}, "templates.prompter: expected a template with {instruction}"),
+        ({"prompter": "{text} {instruction}"}, "templates.prompter: expected {instruction} before {text}"),
     ],
 )
 def test_templates_name_their_fields(changes: dict[str, str], said: str) -> None:
@@ -236,6 +264,7 @@ def test_templates_name_their_fields(changes: dict[str, str], said: str) -> None
     [
         ({"instruction": " "}, "a.jsonl: instruction: expected a sentence"),
         ({"weight": 0.0}, "a.jsonl: weight: expected a positive number"),
+        ({"weight": float("inf")}, "a.jsonl: weight: expected a positive number"),
         ({"query_template": "q"}, "a.jsonl: query_template: expected {text} in it"),
     ],
 )

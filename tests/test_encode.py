@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from pe import encode, transfer
+from pe.config import BackboneConfig
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
 from pe.records import DataError
@@ -154,11 +156,11 @@ def without(section: str, key: str | None = None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("alignment.safetensors", cut, "damaged weights"),
-        ("skip.safetensors", cut, "damaged weights"),
-        ("prompter/model.safetensors", cut, "damaged weights"),
+        ("alignment.safetensors", cut, "the weights cannot be read"),
+        ("skip.safetensors", cut, "the weights cannot be read"),
+        ("prompter/model.safetensors", cut, "the weights cannot be read"),
         ("prompter/tokenizer.json", cut, "damaged tokenizer"),
-        ("reader/adapter_model.safetensors", cut, "damaged weights"),
+        ("reader/adapter_model.safetensors", cut, "the weights cannot be read"),
         ("reader/adapter_config.json", cut, "damaged"),
         ("alignment.safetensors", Path.unlink, "found none"),
         ("reader", shutil.rmtree, "found none"),
@@ -188,6 +190,11 @@ def test_a_damaged_model_is_one_message_that_names_the_file(
     assert message in error
 
 
+def moved_to(backbone: str, run: Path) -> PromptEmbedder:
+    source = PromptEmbedder.from_pretrained(run / "model")
+    return move(source, dataclasses.replace(source.config, backbone=BackboneConfig(model=backbone)))
+
+
 def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_path: Path) -> None:
     source = PromptEmbedder.from_pretrained(run / "model")
     before = {name: p.clone() for name, p in source.prompter.named_parameters()}
@@ -199,7 +206,7 @@ def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_p
     assert moved.encode(TEXTS, instruction=TASK).shape == (3, 40)
     after = dict(moved.prompter.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
-    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    start = moved_to(new, run)
     assert not torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert set(start.trainable_parameters()) == {"alignment", "reader", "skip"}
 
@@ -208,7 +215,7 @@ def test_transfer_without_steps_is_the_least_squares_start(run: Path, tiny_model
     out, new = tmp_path / "moved", str(tiny_models / "two")
     transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
     moved = PromptEmbedder.from_pretrained(out / "model")
-    start = move(PromptEmbedder.from_pretrained(run / "model"), new)
+    start = moved_to(new, run)
     assert torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert json.loads((out / "transfer.json").read_text(encoding="utf-8"))["curve"] == []
 

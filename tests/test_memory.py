@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pe import footprint, memory
+from bench import records
+from pe import footprint, memory, meters
 from pe.batches import Batch
 from pe.config import Recipe
 from pe.footprint import SYSTEMS, TrainingStep, estimate, heaviest_batch, load, longest_batch
@@ -70,6 +73,29 @@ def measured(recipe: Recipe, system: footprint.System, batch: Batch) -> tuple[Tr
 
 
 # What is counted.
+
+
+class NvmlFails(types.ModuleType):
+    """NVML that is installed and does not run, as where a container has no driver library."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        raise self.NVMLError
+
+
+@pytest.mark.parametrize("module", [None, NvmlFails("pynvml")])
+def test_without_nvml_cuda_says_what_is_used(module: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 100))
+    source, read = meters.device_used(torch.device("cuda"))
+    assert (source, read()) == ("cuda", 70)
+    assert meters.driver_reserved(torch.device("cuda")) is None
+    assert meters.process_used(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert records.hardware.__wrapped__()["driver"] is None
 
 
 def test_tensors_count_from_their_operation_to_their_last_reference() -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import AutoModel, DynamicCache
 
 from pe.alignment import LinearAlignment
+from pe.backbone import Backbone
+from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests import oracle
 from tests.test_exactness import build, gradients, relative_error
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, decoder
 
 TEXTS = ["the cat sat", "an old man walks along the other bank of the river", "a"]
 REQUESTS = Requests(TEXTS, [Instruction("find the answer"), Instruction("same topic?")], [0, 1, 0])
@@ -164,3 +166,20 @@ def test_saved_reader_is_a_stock_peft_adapter(tmp_path: Path) -> None:
 def test_it_needs_the_suffix_layout() -> None:
     with pytest.raises(ValueError, match="reader: expected 'none' in the prefix layout"):
         ModelConfig(layout="prefix", pooling="last", reader="activated_lora")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_train_in_float32_whatever_the_backbone_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    def half() -> Backbone:
+        return Backbone(decoder("qwen3").to(dtype), byte_tokenizer(), "qwen3")  # type: ignore[arg-type]
+
+    backbone = half()
+    backbone.add_reader(LoraSettings())
+    assert {parameter.dtype for parameter in backbone.reader_parameters()} == {torch.float32}
+    assert backbone.dtype == dtype
+    backbone.model.save_pretrained(tmp_path)
+    again = half()
+    again.load_reader(tmp_path)
+    assert {parameter.dtype for parameter in again.reader_parameters()} == {torch.float32}
+    peer = LoraEmbedder(LoraBaselineConfig(), half())
+    assert {weight.dtype for weights in peer.trainable_parameters().values() for weight in weights} == {torch.float32}

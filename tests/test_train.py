@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from pe import train as training
 from pe.batches import Batch, BatchPlan
+from pe.cli import user_errors
 from pe.config import LossConfig, Recipe, TrainConfig
 from pe.losses import backward, batch_requests, contrastive_loss, cut
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe
-from pe.runs import RunError, RunFolder, flatten
+from pe.runs import RunError, RunFolder, conditions_of, flatten
 from pe.train import TrainingError, embeddings_of, fit, main, rate, train
 from tests.tiny import write_training_data
 
@@ -89,7 +91,8 @@ def plain_loss(embeddings: Tensor, batch: Batch, temperature: float) -> float:
         for j in range(len(documents)):
             same_label = batch.labels[i] >= 0 and batch.document_labels[j] == batch.labels[i]
             same_text = batch.document_ids[j] in (batch.document_ids[i], batch.query_ids[i])
-            if j == i or not (same_label or same_text):
+            same_query = j < count and batch.query_ids[j] == batch.query_ids[i]
+            if j == i or not (same_label or same_text or same_query):
                 terms.append((queries[i] @ documents[j] / temperature).double())
         losses.append(torch.logsumexp(torch.stack(terms), 0) - (queries[i] @ documents[i] / temperature).double())
     return torch.stack(losses).mean().item()
@@ -105,6 +108,17 @@ def test_loss_equals_the_plain_one_and_masks_labels(recipe: Recipe) -> None:
     assert got == pytest.approx(plain_loss(embeddings[0], batch, 0.1), rel=1e-5)
     unmasked = dataclasses.replace(config, mask_false_negatives=False)
     assert contrastive_loss(embeddings, batch, unmasked, accelerator()).item() > got + 1e-3
+
+
+def test_other_positives_of_a_query_are_none_of_its_negatives(recipe: Recipe) -> None:
+    plan = plan_of(recipe)
+    batch = next(batch for batch in map(plan.batch, range(plan.steps)) if (batch.labels < 0).all())
+    twice = dataclasses.replace(batch, query_ids=batch.query_ids.copy())
+    twice.query_ids[1] = twice.query_ids[0]
+    embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
+    losses = [contrastive_loss(embeddings, one, LossConfig(), accelerator()).item() for one in (batch, twice)]
+    assert losses[1] == pytest.approx(plain_loss(embeddings[0], twice, 0.02), rel=1e-5)
+    assert losses[1] < losses[0]
 
 
 def test_stepwise_and_matryoshka_are_means(recipe: Recipe) -> None:
@@ -218,17 +232,101 @@ def test_checkpoints_are_pruned_and_atomic(recipe: Recipe, tmp_path: Path, monke
 def test_a_run_is_never_overwritten(recipe: Recipe, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
     run.start(recipe, resume=False, fresh=False)
-    with pytest.raises(RunError, match=r"--resume continues.*--fresh moves it aside"):
-        run.start(recipe, resume=False, fresh=False)
     with pytest.raises(RunError, match="nothing to resume"):
         run.start(recipe, resume=True, fresh=False)
     run.save_checkpoint(1, {"step": 1}, keep=1)
+    with pytest.raises(RunError, match=r"--resume continues.*--fresh moves it aside"):
+        run.start(recipe, resume=False, fresh=False)
     other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=0.5))
     with pytest.raises(RunError, match=r"train.lr \(was 0.003, now 0.5\)"):
         run.start(other, resume=True, fresh=False)
     run.start(other, resume=False, fresh=True)
     assert (tmp_path / "r.1" / "checkpoints" / "step-000001.pt").exists()
     assert load_recipe(run.path / "recipe.yaml") == other
+
+
+def test_checkpoints_are_ordered_by_step(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    for step in (999_999, 1_000_000):
+        run.save_checkpoint(step, {"step": step}, keep=1)
+    assert [path.name for path in run.checkpoints] == ["step-1000000.pt"]
+
+
+def test_resume_compares_keys_of_both_recipes(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(dataclasses.replace(recipe, loss=LossConfig(matryoshka=(16,))), resume=False, fresh=False)
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    with pytest.raises(RunError, match=r"changed: loss\.matryoshka\[0\] \(was 16, now absent\)"):
+        run.start(recipe, resume=True, fresh=False)
+    fewer = dataclasses.replace(recipe, data=recipe.data[:1], loss=LossConfig(matryoshka=(16,)))
+    with pytest.raises(RunError, match=r"data\[1\]\.path \(was .*labelled\.jsonl, now absent\)"):
+        run.start(fewer, resume=True, fresh=False)
+
+
+def test_resume_needs_the_same_data_and_processes(recipe: Recipe, tmp_path: Path) -> None:
+    run, data = RunFolder(tmp_path / "r"), Path(recipe.data[0].path)
+    run.start(recipe, resume=False, fresh=False, conditions=conditions_of(recipe, 1))
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 1))
+    with pytest.raises(RunError, match=r"changed: processes \(was 1, now 2\)"):
+        run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 2))
+    data.write_text(data.read_text(encoding="utf-8").replace("moon", "noon"), encoding="utf-8")
+    with pytest.raises(RunError, match=rf"changed: content of {data} \(was"):
+        run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 1))
+    torch.save({"step": 1}, run.checkpoints[-1])
+    run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 2))
+
+
+def test_resume_and_fresh_together_move_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    with pytest.raises(RunError, match="--resume continues the run, --fresh moves it aside; expected one of them"):
+        run.start(recipe, resume=True, fresh=True)
+    assert len(run.checkpoints) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_resume_goes_back_to_the_newest_whole_checkpoint(recipe: Recipe, tmp_path: Path, share: float) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    for step in (1, 2):
+        run.save_checkpoint(step, {"step": step, "model": {"w": torch.ones(1000)}}, keep=2)
+    older, newest = run.checkpoints
+    newest.write_bytes(newest.read_bytes()[: int(share * newest.stat().st_size)])
+    with pytest.raises(RunError, match=r"step-000002\.pt: expected a checkpoint, got a file that cannot be read"):
+        run.load_checkpoint(torch.device("cpu"))
+    (note,) = run.start(recipe, resume=True, fresh=False)
+    assert note.startswith(f"{newest}: expected a checkpoint")
+    assert note.endswith("going on from step-000001.pt")
+    assert run.load_checkpoint(torch.device("cpu"))["step"] == 1
+    older.write_bytes(b"")
+    with pytest.raises(RunError, match=r"step-000001\.pt.*\n.*no other checkpoint is left; --fresh starts anew"):
+        run.start(recipe, resume=True, fresh=False)
+
+
+def test_what_no_checkpoint_followed_blocks_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    (run.path / "logs").mkdir()
+    run.start(recipe, resume=False, fresh=False)
+    (run.path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds files already"):
+        run.start(recipe, resume=False, fresh=False)
+    hand_written = RunFolder(tmp_path / "own")
+    hand_written.path.mkdir()
+    (hand_written.path / "recipe.yaml").write_text("output: own")
+    with pytest.raises(RunError, match="holds files already"):
+        hand_written.start(recipe, resume=False, fresh=False)
+
+
+def test_a_file_is_no_run_folder(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(RunError, match="expected a folder, got a file"):
+            RunFolder(tmp_path / "r").start(recipe, resume=False, fresh=fresh)
+    assert (tmp_path / "r").read_text() == "precious"
 
 
 def test_stops_when_a_part_gets_no_gradient(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +388,9 @@ if accelerator.is_main_process:
 """
 
 
-def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path) -> None:
-    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1})
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, symmetric: bool) -> None:
+    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1, "symmetric": symmetric})
     script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
     root = str(Path(__file__).parent.parent)
     script.write_text(TWO_PROCESSES.format(root=root, recipe=str(path), out=str(out)), encoding="utf-8")
@@ -353,6 +452,62 @@ def test_command_line(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert "Traceback" not in error
     main(["--help"])
     assert "--train.steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--evaluate.tasks=[PE-Nothing]", "unknown task 'PE-Nothing'"),
+        ("--evaluate.instructions={PE-Nothing: do it}", "instructions: no task 'PE-Nothing'"),
+        ("--loss.matryoshka=[99]", "loss.matryoshka: expected sizes up to 32, the backbone's width, got [99]"),
+        ("--train.steps=0", "train.steps: expected at least 1, got 0; only pe.transfer"),
+    ],
+)
+def test_a_run_is_checked_before_its_folder_is_made(
+    tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    evaluate = {"tasks": ["PE-STSb-dev"]} if "instructions" in option else {}
+    path = str(write_recipe(tiny_models, tmp_path, evaluate=evaluate))
+    with pytest.raises(SystemExit) as stopped:
+        main([path, option])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["no weights", "half of the weights", "no folder"])
+def test_a_damaged_backbone_ends_with_one_message(
+    tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    backbone = tmp_path / "backbone"
+    if damage != "no folder":
+        shutil.copytree(tiny_models / "one", backbone)
+        weights = backbone / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()
+        if damage == "half of the weights":
+            weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(write_recipe(tiny_models, tmp_path)), f"--model.backbone.model={backbone}"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "pe.train: " in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_the_users_fault_keeps_its_traceback() -> None:
+    with pytest.raises(SystemExit), user_errors("pe.train", TrainingError):
+        raise TrainingError("no gradient")
+    with pytest.raises(RuntimeError, match="CUDA"), user_errors("pe.train", TrainingError):
+        raise RuntimeError("CUDA error")
+
+
+def test_bfloat16_is_chosen_where_the_hardware_has_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(training, "Accelerator", lambda mixed_precision, **_: mixed_precision)
+    assert training.build_accelerator(recipe) == "no"
 
 
 def test_default_recipe_and_flatten() -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
-from pe.loading import lora_config
+from pe.loading import lora_config, train_in_float32
 from pe.model import Instruction, Requests, Side, Truncation
 from pe.packing import by_length, fitting, inverse, pack, to_device
 from pe.trainable import TrainableModule
@@ -63,6 +63,7 @@ class LoraEmbedder(TrainableModule):
         self.name = f"lora-{short_name(backbone.name)}-{config.pooling}"
         self.truncation = Truncation()
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
+        train_in_float32(backbone.model, ADAPTER)
         if config.form == "checkpointed":
             checkpoint_activations(backbone.model)
         self.train(self.training)

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
 from problems import PROBLEMS, offsets
 from tolerance import assert_matches_reference, assert_no_worse, forward_backward
+from torch import Tensor
 
 from pe.kernels.context_attention import context_attention
 from pe.kernels.info_nce import info_nce
@@ -140,6 +142,22 @@ def test_prompt_rows_past_2_31_elements() -> None:
     out = prompt_rows(ids, embedding, prompts, None)
     assert torch.equal(out[[0, 2, 3]], embedding[ids[[0, 2, 3]]])
     assert torch.equal(out[1], prompts[0, 0])
+
+
+def test_prompt_rows_of_mixed_types() -> None:
+    """As in a training step under autocast: a frozen bfloat16 embedding, float32 prompts and alignment."""
+    embedding = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    ids = torch.tensor([5, -1, -2, 299, -3, -6, 0, -1], device="cuda")
+    prompts, weight = torch.randn(2, 3, 96, device="cuda"), torch.randn(96, 256, device="cuda") / 10
+
+    def run(leaves: Sequence[Tensor], impl: str) -> Tensor:
+        return prompt_rows(ids, embedding.to(leaves[0].dtype if impl == "torch" else embedding.dtype), *leaves)
+
+    leaves = [x.requires_grad_() for x in (prompts, weight)]
+    got = forward_backward(run, leaves, "auto", torch.float32)
+    wide = forward_backward(run, leaves, "torch", torch.float64)
+    for ours, reference in zip(got, wide, strict=True):
+        assert_no_worse(ours, reference, reference.to(torch.bfloat16).to(ours.dtype))
 
 
 def test_context_attention_past_2_31_elements() -> None:

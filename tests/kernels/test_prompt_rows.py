@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import assert_no_worse
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pe.kernels.prompt_rows import prompt_rows
+from pe.kernels.prompt_rows import prompt_rows, prompt_rows_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.tensor([3, -1, -2, 0, -6, -2, 6], device=DEVICE)
@@ -99,3 +100,23 @@ CPU_IDS, EMBEDDING, PROMPTS, WEIGHT = IDS.cpu(), torch.randn(7, 5), torch.randn(
 def test_bad_input_raises(arguments: tuple[Tensor, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompt_rows(*arguments)
+
+
+def test_types_may_differ() -> None:
+    """As in a training step under autocast: a frozen half-precision embedding, float32 prompts and alignment."""
+    embedding = torch.randn(30, 24, device=DEVICE).half()
+    ids = torch.tensor([5, -1, -2, 29, -3, -6, 0, -1], device=DEVICE)
+    soft = torch.randn(2, 3, 16, device=DEVICE, requires_grad=True), torch.randn(16, 24, device=DEVICE) / 4
+    soft[1].requires_grad_()
+    wide = [x.detach().double().requires_grad_() for x in soft]
+    out, expected = (
+        prompt_rows(ids, embedding, *soft, impl="triton"),
+        prompt_rows_ref(ids, embedding.double(), *wide, scale=1.0),
+    )
+    assert out.dtype == torch.float16
+    assert_no_worse(out, expected, expected.half())
+    upstream = torch.randn(8, 24, device=DEVICE).half()
+    got = torch.autograd.grad(out, soft, upstream)
+    for ours, reference in zip(got, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert ours.dtype == torch.float32
+        assert_no_worse(ours, reference, reference.half().float())

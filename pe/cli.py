@@ -1,0 +1,30 @@
+"""How every command ends when its input cannot be used: one message on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
+    """End the program with code 2 and the error's message where the input is at fault.
+
+    Every other error keeps its traceback, an error of CUDA or of torch among them: it is a fault of ours or of the
+    machine.
+
+    Args:
+        command: what the message starts with, such as `pe.train`.
+        others: errors that count as the user's beside ValueError (all errors of this library but `TrainingError`),
+            OSError and a damaged weights file.
+    """
+    users: tuple[type[Exception], ...] = (ValueError, OSError, SafetensorError, *others)
+    try:
+        yield
+    except users as error:
+        damaged = "a .safetensors file cannot be read; is it whole? " if isinstance(error, SafetensorError) else ""
+        print(f"{command}: {damaged}{error}", file=sys.stderr)
+        sys.exit(2)
