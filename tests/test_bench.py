@@ -343,8 +343,8 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], page=page, folder=results) == 1
     report.main([], page=page, folder=results)
     text = page.read_text()
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 |" in text
-    assert "| tiny, fixed | 3.00 | 4.00 | - | - | 0.31 | - |" in text
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 | - |" in text
+    assert "| tiny, fixed | 3.00 | 4.00 | - | - | - | - | 0.31 | - |" in text
     assert "| PE, suffix | 31 | 0.31 | - | 31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
 
