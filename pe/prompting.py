@@ -157,7 +157,7 @@ class PromptingLLM(nn.Module):
         own = self.output_embedding, self.embedding
         if own[0].dtype == dtype:
             return own
-        places = tuple((weight.data_ptr(), weight._version) for weight in own)
+        places = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in own)
         if self._cast is None or self._cast[0] != (dtype, places):
             output = own[0].detach().to(dtype)
             self._cast = (dtype, places), (output, output if own[1] is own[0] else own[1].detach().to(dtype))

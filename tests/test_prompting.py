@@ -87,6 +87,8 @@ def test_frozen_embeddings_are_cast_once() -> None:
     with torch.no_grad():
         model.output_embedding.mul_(2)
     assert torch.equal(model._embeddings(torch.bfloat16)[0], 2 * first[0])
+    with torch.inference_mode():
+        assert prompter()._embeddings(torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
