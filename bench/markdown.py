@@ -27,12 +27,18 @@ def hardware(record: Record) -> str:
     """What a record was taken on."""
     found = record["hardware"]
     on_gpu = record.get("device", "cpu") != "cpu"
-    return f"{found['gpu']}, driver {found['driver']}" if on_gpu else f"{found['cpu']}, {found['cores']} cores"
+    return (
+        f"{found['gpu']}, driver {found['driver']}" if on_gpu else f"{found['cpu']}, {several(found['cores'], 'core')}"
+    )
+
+
+def several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def where(record: Record) -> str:
     """Hardware, versions, commit and date of a record, in a sentence."""
-    threads = f", {record['hardware']['threads']} threads" if record.get("device", "cpu") == "cpu" else ""
+    threads = f", {several(record['hardware']['threads'], 'thread')}" if record.get("device", "cpu") == "cpu" else ""
     on = f"{hardware(record)}{threads}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
