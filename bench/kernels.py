@@ -13,7 +13,6 @@ process of its own, so that a kernel that faults takes no other op with it, and 
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import records
+from bench.device import free
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.ops import CASES, OPS, PEERS, Case, Problem, Tensors, Way
 from pe.kernels._checks import INTERPRETED
@@ -251,22 +251,12 @@ def measure(
             measured = dict.fromkeys(MODES, failure)
         impl = {"impl": our_impl(device)} if name == OURS else {}
         found += [{**common, "implementation": name, **impl, "mode": mode, **measured[mode]} for mode in MODES]
-        if not is_clean(device):
+        try:
+            free(device)
+        except RuntimeError:
             break
     torch.compiler.reset()
     return found
-
-
-def is_clean(device: torch.device) -> bool:
-    """Free what an implementation left on the device; False where a GPU no longer answers."""
-    gc.collect()
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            return False
-    return True
 
 
 def lines(found: Sequence[records.Record]) -> Iterator[list[str]]:

@@ -7,7 +7,6 @@ backbone, texts, batch, type and loss; they take turns round by round, so that a
 from __future__ import annotations
 
 import argparse
-import gc
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from triton.errors import TritonError
 
 from bench import records
 from bench.cases import BASELINE, CASES, VARIANTS, Case, Embedder, Setting, default_cases, trainable
+from bench.device import free, synchronise
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from bench.roofline import ROOFS
@@ -73,11 +73,6 @@ class TrainingStep:
             loss = loss_of(embed(batch.requests))
         loss.backward()
         return loss.detach()
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> TrainingStep:
@@ -159,7 +154,6 @@ def measure(
             yield measure_together(case, load, [name], rounds, setting)
         except FAILURES as error:
             yield [{**describe(case, load, setting), "rounds": rounds, "variant": name, "failed": reason(error)}]
-        gc.collect()
         free(setting.device)
 
 
@@ -191,13 +185,6 @@ def reason(error: Exception) -> str:
     """A failure in a line."""
     line = next(iter(str(error).splitlines()), "")
     return line if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {line}"
-
-
-def free(device: torch.device) -> None:
-    """Give back what a GPU's allocator keeps; an error here is that of a GPU which no longer answers."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def peak_rate(setting: Setting) -> float | None:

@@ -12,9 +12,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
-from bench.kernels import FAILURES, check, expected, is_clean, our_impl, passes, ways, why
+from bench.device import free, synchronise
+from bench.kernels import FAILURES, check, expected, our_impl, passes, ways, why
 from bench.ops import CASES, PEERS, Case
-from bench.step import synchronise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -63,4 +63,4 @@ def test_kernel(benchmark: BenchmarkFixture, name: str, implementation: str, mod
         benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated()
     torch.compiler.reset()
-    is_clean(DEVICE)
+    free(DEVICE)

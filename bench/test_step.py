@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
 from bench.cases import CASES, GPU_CASES, VARIANTS, Setting
+from bench.device import free
 from bench.lengths import Distribution, workload
 from bench.step import describe, prepare
 
@@ -22,9 +21,8 @@ SETTING = Setting.of("cuda" if torch.cuda.is_available() else "cpu")
 def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:
     """`real` takes one step on a batch of every data set; the others take a single step."""
     load = workload(distribution, CASES[case])
+    free(SETTING.device)
     if SETTING.device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step = prepare(CASES[case], variant, load, SETTING)
 
