@@ -101,14 +101,18 @@ def neighbours(texts: Sequence[Sequence[int]], budget: int) -> list[Sequence[Seq
     return [*parts, texts[first:]]
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices from short to long, cut where a batch would exceed `budget` tokens; a longer text stands alone."""
+def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = False) -> list[list[int]]:
+    """Indices from short to long, cut where a batch would exceed `budget` tokens; a longer text stands alone.
+
+    With `padded` each text of a batch counts as many tokens as the longest of them.
+    """
     batches: list[list[int]] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or used + lengths[index] > budget:
+        grown = (len(batches[-1]) + 1) * lengths[index] if batches and padded else used + lengths[index]
+        if not batches or grown > budget:
             batches.append([])
-            used = 0
+            grown = lengths[index]
         batches[-1].append(index)
-        used += lengths[index]
+        used = grown
     return batches

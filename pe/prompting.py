@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained, lora_config
-from pe.packing import to_device
+from pe.packing import fitting, inverse, to_device, token_batches
 
 ADAPTER = "prompter"
 TOLERANCE = 1e-4  # relative, of float32 probes
+TOKENS_AT_ONCE = 16_384
+"""Tokens of the requests that are read side by side, with their padding; a CPU takes fewer."""
 
 
 class UnsupportedPrompter(ValueError):
@@ -121,7 +123,15 @@ class PromptingLLM(nn.Module):
         return self.generate(requests, self.config.soft_tokens)
 
     def generate(self, requests: Sequence[Sequence[int]], count: int) -> SoftPrompts:
-        """Write prompts of `count` soft tokens."""
+        """Write prompts of `count` soft tokens; requests of similar length stand side by side, so little is padded."""
+        budget = fitting(TOKENS_AT_ONCE, self.device)
+        batches = token_batches([len(row) for row in requests], budget, padded=True)
+        parts = [self._generate([requests[i] for i in batch], count) for batch in batches]
+        back = inverse([i for batch in batches for i in batch], self.device)
+        return SoftPrompts(*(torch.cat(rows)[back] for rows in zip(*parts, strict=True)))
+
+    def _generate(self, requests: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+        """Soft tokens and hidden states of one padded batch."""
         decoder, scale = self.model.base_model, self.embedding_scale
         ids, pads, positions = left_padded(requests, self.device)
         mask = None if pads is None else self._mask(pads, ids.shape[1], count)
@@ -143,7 +153,7 @@ class PromptingLLM(nn.Module):
             inputs, positions = token[:, None], positions[:, -1:] + 1
             if mask is not None:
                 mask = torch.nn.functional.pad(mask[..., -1:, :] if mask.ndim == 4 else mask, (0, 1), value=1)
-        return SoftPrompts(torch.stack(tokens, 1), torch.stack(hidden, 1))
+        return torch.stack(tokens, 1), torch.stack(hidden, 1)
 
     def _mixture(self, hidden: Tensor) -> Tensor:
         """The soft token of each last hidden state `[N, D]`; under autocast of a GPU in its type, as a product runs."""

@@ -71,6 +71,18 @@ def test_a_batch_may_fill_its_budget_exactly() -> None:
     assert token_batches([4, 6], 10) == [[0, 1]]
 
 
+@pytest.mark.parametrize("budget", [1, 12, 40, 10_000])
+def test_padded_batches_keep_the_budget_with_their_padding(budget: int) -> None:
+    lengths = random.Random(3).choices(range(1, 13), k=20)
+    batches = token_batches(lengths, budget, padded=True)
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
+    for batch, following in itertools.pairwise([*batches, []]):
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) * longest <= budget or len(batch) == 1
+        assert not following or (len(batch) + 1) * lengths[following[0]] > budget
+    assert token_batches([1, 1, 6], 10, padded=True) == [[0, 1], [2]]
+
+
 def test_neighbours_keep_order_and_budget() -> None:
     texts = [[1], [2, 2], [3, 3, 3], [4] * 9, [5]]
     assert neighbours(texts, 3) == [[[1], [2, 2]], [[3, 3, 3]], [[4] * 9], [[5]]]

@@ -61,6 +61,20 @@ class ValuesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_requests_of_similar_length_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe.prompting.TOKENS_AT_ONCE", 12)
+    model, read = prompter(), []
+    generate = model._generate
+
+    def noting(requests: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
+        read.append(requests)
+        return generate(requests, count)
+
+    monkeypatch.setattr(model, "_generate", noting)
+    model(REQUESTS)
+    assert read == [[[12], [5, 6, 7], [40, 41, 42]], [REQUESTS[1]]]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_generation_waits_for_no_value(architecture: str) -> None:
     model = prompter(architecture)
@@ -102,8 +116,12 @@ def test_padded_generation_equals_each_request_alone(architecture: str) -> None:
         assert relative(together.hidden[place], alone.hidden[0]) < 1e-5
 
 
+@pytest.mark.parametrize("at_once", [8, 1000])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_cached_generation_equals_whole_forwards_with_gradients(architecture: str) -> None:
+def test_cached_generation_equals_whole_forwards_with_gradients(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, at_once: int
+) -> None:
+    monkeypatch.setattr("pe.prompting.TOKENS_AT_ONCE", at_once)
     model = prompter(architecture)
     weights = torch.randn(4, 3, 32)
     cached = model(REQUESTS)
