@@ -142,7 +142,7 @@ class PromptEmbedder(TrainableModule):
         self.skip = LinearSkip(backbone.hidden_size, backbone.device) if is_fresh else skip
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
-        self._bank_version: int | None = None
+        self._bank_version: tuple[torch.device, int] | None = None
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
@@ -454,12 +454,15 @@ class PromptEmbedder(TrainableModule):
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
 
-    def _weights_version(self) -> int | None:
-        """A number that grows with every change of a weight; None for tensors of inference mode, which count none."""
+    def _weights_version(self) -> tuple[torch.device, int] | None:
+        """Where the weights are, and a number that grows with every change of one.
+
+        None for tensors of inference mode, which count no changes.
+        """
         parameters = list(self.parameters())
         if any(p.is_inference() for p in parameters):
             return None
-        return _optimizer_steps + sum(p._version for p in parameters)
+        return self.device, _optimizer_steps + sum(p._version for p in parameters)
 
     # What trains, and what is saved.
 

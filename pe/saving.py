@@ -1,8 +1,8 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
-came from a hub. `prompter/`, `reader/`, `alignment.safetensors` and
-`skip.safetensors` hold what trains, `backbone/` the frozen weights where they are asked for.
+came from a hub. `prompter/`, `reader/`, `alignment.safetensors` and `skip.safetensors` hold what trains, `backbone/`
+the frozen weights where they are asked for. sentence-transformers loads the same folder, by two files of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from pe.skip import LinearSkip
 FORMAT = 1
 NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
 """Keys that `config.json` must have, by section."""
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "pe.integrations.sentence_transformers.PromptModule"}],
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
+"""Files by which sentence-transformers knows how to load the folder, and their contents."""
 OLD_CONTENT = (
     " (it was saved when a backbone of the hub had its commit for content: load it by the hub's name and save it again,"
     " and copies will be known)"
@@ -98,7 +103,8 @@ def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) 
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
     }
-    (folder / "config.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
+    for name, content in ({"config.json": saved} | SENTENCE_TRANSFORMERS).items():
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
 
 
