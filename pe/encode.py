@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse import auto_cli
 
+from pe.cli import user_errors
 from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.records import DataError, RecordError, check_unicode, read_jsonl, read_lines
@@ -153,11 +154,8 @@ def encode_file(
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says; bad input ends with one message and exit code 2."""
     quiet()
-    try:
+    with user_errors("pe.encode"):
         auto_cli(encode_file, args=None if argv is None else list(argv), prog="python -m pe.encode")
-    except (OSError, ValueError) as error:
-        print(f"pe.encode: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pe.batches import Batch
+from pe.cli import user_errors
 from pe.config import Recipe, RecipeError
 from pe.footprint import SYSTEMS, System, TrainingStep, estimate, heaviest_batch, load, longest_batch
 from pe.loading import quiet
@@ -441,10 +442,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Report as the command line says; ends with one message and exit code 2 for bad input, 1 if every system fails."""
     quiet()
     try:
-        run(*parse(argv))
-    except (OSError, ValueError) as error:
-        print(f"pe.memory: {error}", file=sys.stderr)
-        sys.exit(2)
+        with user_errors("pe.memory"):
+            run(*parse(argv))
     except NothingMeasured as error:
         print(f"pe.memory: {error}", file=sys.stderr)
         sys.exit(1)

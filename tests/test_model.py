@@ -19,6 +19,7 @@ from pe import loading, saving
 from pe.alignment import LinearAlignment
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
+from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import (
     AlignmentConfig,
     BackboneConfig,
@@ -210,7 +211,8 @@ def test_a_single_string_is_refused(make: Maker) -> None:
 
 def test_a_single_string_is_no_sequence_for_baselines_either(models: Path) -> None:
     config = BackboneConfig(model=str(models / "backbone"))
-    for baseline in (FrozenEncoder.from_config(config), LinearEmbedder.from_config(config)):
+    lora = LoraEmbedder.from_config(LoraBaselineConfig(backbone=config))
+    for baseline in (FrozenEncoder.from_config(config), LinearEmbedder.from_config(config), lora):
         with pytest.raises(ValueError, match="got a single string; wrap it in a list"):
             baseline.encode("the cat", instruction=FIND)
 

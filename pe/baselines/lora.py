@@ -25,7 +25,7 @@ from pe.backbone import Backbone
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
 from pe.loading import lora_config, train_in_float32
-from pe.model import Instruction, Requests, Side, Truncation
+from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack, to_device
 from pe.trainable import TrainableModule
 
@@ -150,18 +150,20 @@ class LoraEmbedder(TrainableModule):
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; packed, whatever the form."""
+        check_arguments(texts, [instruction], side)
+        readings = self.read(Requests(texts, [Instruction(instruction, side)], [0] * len(texts)))
         was_training = self.training
         self.eval()
-        readings = self.read(Requests(texts, [Instruction(instruction, side)], [0] * len(texts)))
-        found = encode(
-            self._packed,
-            readings,
-            self.dimensions,
-            batch_tokens=fitting(batch_tokens, self.backbone.device),
-            progress=progress,
-        )
-        self.train(was_training)
-        return found
+        try:
+            return encode(
+                self._packed,
+                readings,
+                self.dimensions,
+                batch_tokens=fitting(batch_tokens, self.backbone.device),
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
 
     # What trains, and what is saved.
 
