@@ -119,7 +119,7 @@ def encode_file(
     """Embed the texts of a file.
 
     Args:
-        model: folder of a saved PromptEmbedder.
+        model: folder of a saved PromptEmbedder, or its name on the hub.
         input: `.txt` or `.jsonl[.xz|.gz]`.
         output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
         instruction: a sentence, or a JSON list of sentences, which share the text pass.

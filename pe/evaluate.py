@@ -283,7 +283,7 @@ def load_encoder(path: Path, *, backbone: str | None = None, device: str | None 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder on tasks of mteb.")
-    parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder")
+    parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder, or its name on the hub")
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
     parser.add_argument("--output", type=Path | None, default=None, help="JSON file for the scores")

@@ -28,7 +28,7 @@ from pe.backbone import Backbone
 from pe.config import ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
-from pe.saving import Parts, read, write
+from pe.saving import Parts, find, read, write
 from pe.skip import LinearSkip, around
 from pe.trainable import TrainableModule
 
@@ -496,12 +496,18 @@ class PromptEmbedder(TrainableModule):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, backbone: str | None = None, device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        backbone: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> PromptEmbedder:
         """Load what `save_pretrained` wrote.
 
         Args:
-            path: the folder.
+            path: the folder, or a name of the hub.
+            revision: of the hub's: a branch, a tag or a commit.
             backbone: where the backbone is now, if not where it was.
             device: where everything goes.
 
@@ -509,7 +515,7 @@ class PromptEmbedder(TrainableModule):
             FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
             ValueError: another format, a damaged file, or a backbone whose content differs from the one trained on.
         """
-        path = Path(path)
-        model = cls(*read(path, backbone=backbone, device=torch.device(device))).eval()
-        model.name = path.name
+        folder = find(Path(path), revision)
+        model = cls(*read(folder, backbone=backbone, device=torch.device(device))).eval()
+        model.name = Path(path).name
         return model

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -35,6 +37,7 @@ SENTENCE_TRANSFORMERS = {
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
 """Files by which sentence-transformers knows how to load the folder, and their contents."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 OLD_CONTENT = (
     " (it was saved when a backbone of the hub had its commit for content: load it by the hub's name and save it again,"
     " and copies will be known)"
@@ -115,6 +118,22 @@ def _write_backbone(backbone: Backbone, config: ModelConfig, folder: Path) -> No
     model, tokenizer = load_pretrained(AutoModel, name, revision, "auto")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def find(path: Path, revision: str | None) -> Path:
+    """The folder of a saved PromptEmbedder: the one of this name, or else the hub's copy in its cache.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if path.exists() or not HUB_NAME.fullmatch(path.as_posix()):
+        return path
+    try:
+        return Path(snapshot_download(path.as_posix(), revision=revision))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path}: no saved PromptEmbedder there; tried the folder {path.resolve()} and the model hub ({error})"
+        ) from error
 
 
 def read(path: Path, *, backbone: str | None, device: torch.device) -> Parts:

@@ -622,6 +622,23 @@ def hub(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(models / "backbone", cached / "snapshots" / COMMIT))
 
 
+def test_an_embedder_of_the_hub(make: Maker, hub: Path, tmp_path: Path) -> None:
+    model = make()
+    cached = hub.parents[2] / "models--owner--embedder"
+    model.save_pretrained(cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    expected = model.encode(TEXTS, instruction=FIND)
+    for revision in (None, COMMIT):
+        loaded = PromptEmbedder.from_pretrained("owner/embedder", revision=revision)
+        assert np.allclose(loaded.encode(TEXTS, instruction=FIND), expected, atol=1e-6)
+    assert loaded.name == "embedder"
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/absent: no saved PromptEmbedder there; tried the folder .* hub"
+    ):
+        PromptEmbedder.from_pretrained("owner/absent")
+
+
 def as_saved_before(folder: Path, **changes: str | None) -> None:
     """Take from a saved embedder what earlier versions did not write."""
     file = folder / "config.json"
