@@ -6,8 +6,10 @@ Legend: T tokens of a packed row, B texts, D hidden size, K soft tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -64,6 +66,11 @@ def last_layer(model: PreTrainedModel, layers: int) -> nn.Module | None:
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
     stack = next(stacks, None)
     return None if stack is None else stack[-1]
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, hooks and all, that holds the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 class Backbone(nn.Module):
@@ -362,9 +369,10 @@ class Backbone(nn.Module):
         try:
             means = self.read([ids], means=True).means
             with self.reader_off():
-                self.model.set_attn_implementation(self.stock_attention)
+                stock = sharing_weights(self.model)  # transformers leaves hooks in what it has asked for states
+                stock.set_attn_implementation(self.stock_attention)
                 tokens = torch.tensor([ids], device=self.device)
-                states = self.model(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
+                states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
             expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=MEANS_EPS).mean(0, keepdim=True), dim=-1)
             agree = (
                 means is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_saved_again_and_moved(saved: Path, tiny_models: Path, tmp_path: Path) -
         load(saved, model_kwargs={"backbone": str(tiny_models / "two")})
     with pytest.raises(ValueError, match="expected no key but 'backbone', got 'dtype'"):
         load(saved, model_kwargs={"dtype": "bfloat16"})
+
+
+def test_other_processes_get_a_copy(saved: Path) -> None:
+    """A pool of sentence-transformers sends the model to its workers."""
+    model = load(saved)
+    expected = model.encode(TEXTS, prompt=TASK)
+    assert np.allclose(pickle.loads(pickle.dumps(model)).encode(TEXTS, prompt=TASK), expected, atol=1e-6)
 
 
 def test_an_evaluator_of_sentence_transformers(saved: Path) -> None:
