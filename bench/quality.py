@@ -136,6 +136,9 @@ SYSTEMS = {
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-last"))
+CLAIMED = ("pe-skip", "pe-skip-longer")
+ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
+"""Of the table's rows."""
 
 
 def instructions(recipe: Recipe) -> list[Instruction]:
@@ -209,9 +212,10 @@ def with_train(recipe: Recipe, **options: Any) -> Recipe:
 
 
 def is_current(record: records.Record) -> bool:
-    """Whether a system was trained as it would be now: what has no adapters is the same in every protocol."""
-    has_adapters = "reader" in record["variant"] or "LoRA" in record["variant"]
-    return not has_adapters or record.get("protocol", 1) == PROTOCOL
+    """Whether a system was trained as it would be now: what trains no adapters is the same in every protocol."""
+    variant = record["variant"]
+    trains_adapters = ("reader" in variant or "LoRA" in variant) and not variant.endswith("untrained")
+    return not trains_adapters or record.get("protocol", 1) == PROTOCOL
 
 
 def best_rate(name: str, recipe: Recipe, recipe_name: str) -> float:
@@ -280,15 +284,20 @@ def measure(
 
 
 def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
-    """The newest record of every seed, by recipe and variant; of an earlier protocol where none is current."""
+    """The newest record of every seed, by recipe and variant; of an earlier protocol where none is current.
+
+    Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
+    """
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in records.read("quality", folder)}
     found: dict[str, dict[str, list[records.Record]]] = {}
-    for row in latest.values():
+    for row in sorted(
+        (row for row in latest.values() if row["variant"] in ORDER), key=lambda r: ORDER.index(r["variant"])
+    ):
         found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row)
     for variants in found.values():
         for name, rows in variants.items():
             variants[name] = [row for row in rows if is_current(row)] or rows
-    return found
+    return {recipe: variants for recipe, variants in found.items() if series(variants)}
 
 
 def values(rows: Sequence[records.Record], field: str) -> list[float | None]:
@@ -335,11 +344,35 @@ def render(folder: Path) -> str:
             table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
         sides = ["seen instructions", "unseen instructions"]
         header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s", "rate", "seeds"]
-        tasks = ", ".join(name.removeprefix("PE-") for name in every[-1]["by_task"])
+        last = max(every, key=lambda row: row["date"])
+        tasks = ", ".join(name.removeprefix("PE-") for name in last["by_task"])
         image = f"![Score against training time](bench/plots/{plot_name(recipe)})\n\n" if series(variants) else ""
         note = "" if all(map(is_current, every)) else f"{EARLIER}\n\n"
-        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{where(every[-1])}.")
+        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{where(last)}.")
     return "\n\n".join(parts or [NOT_YET])
+
+
+def claims(folder: Path) -> list[str]:
+    """What the default scores and costs as a share of the best LoRA, a sentence for each recipe that has both."""
+    sentences = []
+    for recipe, variants in newest(folder).items():
+        figures = {
+            name: (middle(values(rows, "mean")), middle(values(rows, "cpu_seconds"))) for name, rows in variants.items()
+        }
+        known = {name: (mean, spent) for name, (mean, spent) in figures.items() if mean and spent}
+        peers = [known[name] for name in PEERS if name in known]
+        ours = [SYSTEMS[name].title for name in CLAIMED if SYSTEMS[name].title in known]
+        if not peers or not ours:
+            continue
+        score, spent = max(peers)
+        parts = [
+            f"{name} {own:.1f}, {own / score:.0%} of it, in {seconds / spent:.0%} of the time"
+            for name in ours
+            for own, seconds in [known[name]]
+        ]
+        tasks = len(next(iter(variants.values()))[-1]["by_task"])
+        sentences.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks: LoRA {score:.1f}; {'; '.join(parts)}.")
+    return sentences
 
 
 def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:

@@ -416,6 +416,31 @@ def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_
     assert records.read("transfer", results)[-1]["reached"]["0.99"][:2] == [0, 0.0]
 
 
+def test_claimed_scores_and_the_order_of_the_quality_table(results: Path) -> None:
+    def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fields: Any) -> None:
+        row = {"recipe": "tiny --x=1", "variant": variant, "seed": seed, "mean": mean, "cpu_seconds": seconds}
+        more = {"seen": mean, "unseen": mean, "by_type": {}, "by_task": {"PE-A": mean, "PE-B": mean}, "rate": 0.003}
+        records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
+
+    assert quality.claims(results) == []
+    scored("LoRA, mean", 50.0, 200.0)
+    assert quality.claims(results) == []
+    scored("PE, of long ago", 99.0, 1.0)
+    scored("LoRA, last token", 40.0, 100.0)
+    scored("PE, suffix, reader, skip", 44.0, 50.0)
+    scored("PE, suffix, reader, skip", 46.0, 50.0, seed=1)
+    scored("PE, suffix, reader, skip", 11.0, 9.0, seed=2, protocol=1)
+    scored("PE, suffix, reader, skip, untrained", 9.0, None)
+    scored("PE, suffix, reader", 43.0, 40.0, protocol=1)
+    (claim,) = quality.claims(results)
+    own = "PE, suffix, reader, skip 45.0, 90% of it, in 25% of the time"
+    assert claim == f"Scores of tiny, mean of 2 tasks: LoRA 50.0; {own}."
+    assert claim in report.render_headline(results)
+    rows = [line.split(" | ")[0] for line in quality.render(results).splitlines() if line.startswith("| ")][2:]
+    skip = "| PE, suffix, reader, skip"
+    assert rows == [f"{skip}, untrained", skip, "| PE, suffix, reader †", "| LoRA, mean", "| LoRA, last token"]
+
+
 def test_aot_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     aot.main(["--op", "pool_normalize"])
     found = records.read("kernels", results)
