@@ -132,6 +132,7 @@ SYSTEMS = {
     "static": Entry(title="static prompts, reader (control)", build=build_static("none")),
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
+    "lora-mean-longer": Entry(title="LoRA, mean, 4 times the steps", build=build_lora("mean"), times=4),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
