@@ -46,6 +46,12 @@ class PromptModule(InputModule):
         self.embedder.backbone.check_length(tokens + config.prompter.soft_tokens)
         self.embedder.config = config
 
+    def get_config_dict(self) -> dict[str, Any]:
+        """What a SentenceTransformer shows of the module."""
+        config = self.embedder.config
+        shown = {"layout": config.layout, "reader": config.reader, "skip": config.skip}
+        return {"embedder": self.embedder.name, "backbone": self.embedder.backbone.name, **shown}
+
     def get_embedding_dimension(self) -> int:
         return self.embedder.dimensions
 
