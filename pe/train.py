@@ -129,10 +129,7 @@ def fit(
         model.train()
         batch = plan.batch(step, accelerator.process_index, accelerator.num_processes)
         loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
-        if accelerator.num_processes > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        loss = average(loss, parameters, accelerator)
         check_gradients(parts, loss, step)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
         optimizer.step()
@@ -158,6 +155,17 @@ def fit(
             save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
     bar.close()
     return history
+
+
+def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
+    """The loss as the mean of all processes, and in place each gradient."""
+    if accelerator.num_processes == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    mean: Tensor = accelerator.reduce(loss.detach(), "mean")
+    return mean
 
 
 def embeddings_of(model: Trainable, stepwise: bool, requests: Requests) -> Tensor:

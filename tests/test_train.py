@@ -379,12 +379,9 @@ accelerator = Accelerator(cpu=True)
 model = new_model(recipe).eval()
 embed = training.functools.partial(training.embeddings_of, model, False)
 batch = plan_of(recipe).batch(0, accelerator.process_index, accelerator.num_processes)
-loss = backward(embed, batch, recipe.loss, accelerator)
-for p in model.parameters():
-    if p.grad is not None:
-        p.grad = accelerator.reduce(p.grad, "mean")
-if accelerator.is_main_process:
-    torch.save({{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
+loss = training.average(backward(embed, batch, recipe.loss, accelerator), list(model.parameters()), accelerator)
+if accelerator.process_index == {saving}:
+    torch.save({{"loss": loss}} | {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
 """
 
 
@@ -393,7 +390,8 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path:
     path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1, "symmetric": symmetric})
     script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
     root = str(Path(__file__).parent.parent)
-    script.write_text(TWO_PROCESSES.format(root=root, recipe=str(path), out=str(out)), encoding="utf-8")
+    words = {"root": root, "recipe": str(path), "out": str(out), "saving": int(symmetric)}
+    script.write_text(TWO_PROCESSES.format(**words), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -409,9 +407,10 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path:
     recipe = load_recipe(path, ["--train.batch_size=12"])
     model = new_model(recipe).eval()
     embed = training.functools.partial(embeddings_of, model, False)
-    backward(embed, plan_of(recipe).batch(0), recipe.loss, accelerator())
+    loss = backward(embed, plan_of(recipe).batch(0), recipe.loss, accelerator())
     together = torch.load(out, weights_only=True)
     expected = gradients(model)
+    assert together.pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)
     scale = max(g.norm().item() for g in expected.values())
     assert together.keys() == expected.keys()
     assert all((together[name] - expected[name]).norm().item() < 1e-4 * scale for name in expected)
