@@ -311,6 +311,11 @@ def middle(found: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if found and len(known) == len(found) else None
 
 
+def least_seconds(rows: Sequence[records.Record]) -> float | None:
+    """Processor seconds of the training that took least: what else the machine does only adds; None if untrained."""
+    return min((spent for spent in values(rows, "cpu_seconds") if spent is not None), default=None)
+
+
 def mean_and_spread(scores: Sequence[float | None]) -> str:
     """`46.1 (45.0 to 47.0)`: mean, lowest, highest; the value alone where all agree, a dash where one is undefined."""
     mean, known = middle(scores), [value for value in scores if value is not None]
@@ -336,7 +341,7 @@ def render(folder: Path) -> str:
         for name, rows in variants.items():
             mean = middle(values(rows, "mean"))
             own = f"{mean / best:.0%}" if mean and best else "-"
-            spent = middle(values(rows, "cpu_seconds"))
+            spent = least_seconds(rows)
             sides = [mean_and_spread(values(rows, side)) for side in ("seen", "unseen")]
             by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
             seconds = "-" if spent is None else f"{spent:,.0f}"
@@ -357,9 +362,7 @@ def claims(folder: Path) -> list[str]:
     """What the default scores and costs as a share of the best LoRA, a sentence for each recipe that has both."""
     sentences = []
     for recipe, variants in newest(folder).items():
-        figures = {
-            name: (middle(values(rows, "mean")), middle(values(rows, "cpu_seconds"))) for name, rows in variants.items()
-        }
+        figures = {name: (middle(values(rows, "mean")), least_seconds(rows)) for name, rows in variants.items()}
         known = {name: (mean, spent) for name, (mean, spent) in figures.items() if mean and spent}
         peers = [known[name] for name in PEERS if name in known]
         ours = [SYSTEMS[name].title for name in CLAIMED if SYSTEMS[name].title in known]
@@ -380,7 +383,7 @@ def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:
     """Each trained variant's score and processor seconds of training, with the spread over the seeds."""
     found = []
     for name, rows in variants.items():
-        spent, scores = middle(values(rows, "cpu_seconds")), [v for v in values(rows, "mean") if v is not None]
+        spent, scores = least_seconds(rows), [v for v in values(rows, "mean") if v is not None]
         if spent is not None and len(scores) == len(rows):
             ends = (min(scores), max(scores))
             found.append(Series(label=name, x=[spent], y=[sum(scores) / len(scores)], y_range=[ends]))
