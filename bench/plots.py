@@ -1,12 +1,11 @@
 """Plots of the page: SVG files that come out the same, byte for byte, from the same figures.
 
 A white background, so that they read on light and dark pages; colours that stay apart for the colour-blind (Okabe and
-Ito), each with a marker of its own.
+Ito), and markers besides.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 FOLDER = Path(__file__).parent / "plots"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dvpx"
+LABELS = 34
+"""Points below the axes that their numbers and title take; the legend stands under them."""
 STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -59,6 +60,11 @@ class Panel:
     log: str = ""
 
 
+def looks(place: int) -> tuple[str, str]:
+    """Colour and marker of a series; no two of the first 49 share both."""
+    return COLOURS[place % len(COLOURS)], MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+
+
 def lines(path: Path, *panels: Panel) -> None:
     """Curves, the panels side by side, each with its legend."""
     _figure(path, panels, marker_only=False)
@@ -75,7 +81,9 @@ def _figure(path: Path, panels: Sequence[Panel], marker_only: bool) -> None:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+        legend = max(len(panel.series) for panel in panels)
+        width = 4.6 * len(panels) if len(panels) > 1 else 6.4
+        figure = Figure(figsize=(width, 3.6 + 0.2 * legend), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw(axes, panel, marker_only)
@@ -85,8 +93,10 @@ def _figure(path: Path, panels: Sequence[Panel], marker_only: bool) -> None:
 
 def _draw(axes: Any, panel: Panel, marker_only: bool) -> None:
     from matplotlib.ticker import LogFormatter
+    from matplotlib.transforms import ScaledTranslation
 
-    for series, colour, marker in zip(panel.series, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False):
+    for place, series in enumerate(panel.series):
+        colour, marker = looks(place)
         axes.errorbar(
             series.x,
             series.y,
@@ -108,7 +118,8 @@ def _draw(axes: Any, panel: Panel, marker_only: bool) -> None:
         axes.set_xticks([], minor=True)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    below = axes.transAxes + ScaledTranslation(0, -LABELS / 72, axes.figure.dpi_scale_trans)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below)
 
 
 def _bars(values: Sequence[float], ranges: Sequence[tuple[float, float]] | None) -> list[list[float]] | None:
