@@ -289,15 +289,17 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
 
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
     """
-    latest = {(row["recipe"], row["variant"], row["seed"]): row for row in records.read("quality", folder)}
+    rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
+    latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
     found: dict[str, dict[str, list[records.Record]]] = {}
-    for row in sorted(
-        (row for row in latest.values() if row["variant"] in ORDER), key=lambda r: ORDER.index(r["variant"])
-    ):
-        found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row)
+    for row in sorted(latest.values(), key=lambda row: ORDER.index(row["variant"])):
+        same = [other for other in rows if (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])]
+        spent = [seconds for other in same if (seconds := other.get("cpu_seconds")) is not None]
+        least = {"least_seconds": min(spent, default=None)}
+        found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | least)
     for variants in found.values():
-        for name, rows in variants.items():
-            variants[name] = [row for row in rows if is_current(row)] or rows
+        for name, own in variants.items():
+            variants[name] = [row for row in own if is_current(row)] or own
     return {recipe: variants for recipe, variants in found.items() if series(variants)}
 
 
@@ -312,8 +314,9 @@ def middle(found: Sequence[float | None]) -> float | None:
 
 
 def least_seconds(rows: Sequence[records.Record]) -> float | None:
-    """Processor seconds of the training that took least: what else the machine does only adds; None if untrained."""
-    return min((spent for spent in values(rows, "cpu_seconds") if spent is not None), default=None)
+    """Processor seconds of a variant's fastest training, of every protocol: what else the machine does only adds."""
+    least: float | None = rows[0]["least_seconds"]
+    return least
 
 
 def mean_and_spread(scores: Sequence[float | None]) -> str:
