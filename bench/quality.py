@@ -137,7 +137,8 @@ SYSTEMS = {
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-last"))
-CLAIMED = ("pe-skip", "pe-skip-longer")
+CLAIMED = ("pe-skip", "pe-skip-longer", "lora-mean-longer")
+"""What the page's first lines set against LoRA; LoRA's own long run belongs beside ours."""
 ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
 """Of the table's rows."""
 
@@ -288,6 +289,8 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     """The newest record of every seed, by recipe and variant; of an earlier protocol where none is current.
 
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
+    Each row's `least_seconds` are the processor seconds of its variant's fastest training, of every protocol: what else
+    the machine does only adds to them.
     """
     rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
@@ -311,12 +314,6 @@ def middle(found: Sequence[float | None]) -> float | None:
     """The mean, or None where one is undefined."""
     known = [value for value in found if value is not None]
     return sum(known) / len(known) if found and len(known) == len(found) else None
-
-
-def least_seconds(rows: Sequence[records.Record]) -> float | None:
-    """Processor seconds of a variant's fastest training, of every protocol: what else the machine does only adds."""
-    least: float | None = rows[0]["least_seconds"]
-    return least
 
 
 def mean_and_spread(scores: Sequence[float | None]) -> str:
@@ -344,7 +341,7 @@ def render(folder: Path) -> str:
         for name, rows in variants.items():
             mean = middle(values(rows, "mean"))
             own = f"{mean / best:.0%}" if mean and best else "-"
-            spent = least_seconds(rows)
+            spent = rows[0]["least_seconds"]
             sides = [mean_and_spread(values(rows, side)) for side in ("seen", "unseen")]
             by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
             seconds = "-" if spent is None else f"{spent:,.0f}"
@@ -362,19 +359,19 @@ def render(folder: Path) -> str:
 
 
 def claims(folder: Path) -> list[str]:
-    """What the default scores and costs as a share of the best LoRA, a sentence for each recipe that has both."""
+    """What `CLAIMED` score and cost as a share of the best LoRA, a sentence for each recipe that has both."""
     sentences = []
     for recipe, variants in newest(folder).items():
-        figures = {name: (middle(values(rows, "mean")), least_seconds(rows)) for name, rows in variants.items()}
+        figures = {name: (middle(values(rows, "mean")), rows[0]["least_seconds"]) for name, rows in variants.items()}
         known = {name: (mean, spent) for name, (mean, spent) in figures.items() if mean and spent}
         peers = [known[name] for name in PEERS if name in known]
-        ours = [SYSTEMS[name].title for name in CLAIMED if SYSTEMS[name].title in known]
-        if not peers or not ours:
+        claimed = [SYSTEMS[name].title for name in CLAIMED if SYSTEMS[name].title in known]
+        if not peers or not claimed:
             continue
         score, spent = max(peers)
         parts = [
             f"{name} {own:.1f}, {own / score:.0%} of it, in {seconds / spent:.0%} of the time"
-            for name in ours
+            for name in claimed
             for own, seconds in [known[name]]
         ]
         tasks = len(next(iter(variants.values()))[-1]["by_task"])
@@ -386,7 +383,7 @@ def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:
     """Each trained variant's score and processor seconds of training, with the spread over the seeds."""
     found = []
     for name, rows in variants.items():
-        spent, scores = least_seconds(rows), [v for v in values(rows, "mean") if v is not None]
+        spent, scores = rows[0]["least_seconds"], [v for v in values(rows, "mean") if v is not None]
         if spent is not None and len(scores) == len(rows):
             ends = (min(scores), max(scores))
             found.append(Series(label=name, x=[spent], y=[sum(scores) / len(scores)], y_range=[ends]))

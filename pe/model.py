@@ -507,7 +507,7 @@ class PromptEmbedder(TrainableModule):
 
         Args:
             path: the folder, or a name of the hub.
-            revision: of the hub's: a branch, a tag or a commit.
+            revision: branch, tag or commit on the hub; a folder has none.
             backbone: where the backbone is now, if not where it was.
             device: where everything goes.
 
