@@ -38,8 +38,10 @@ def several(count: int, what: str) -> str:
 
 def where(record: Record) -> str:
     """Hardware, versions, commit and date of a record, in a sentence."""
-    threads = f", {several(record['hardware']['threads'], 'thread')}" if record.get("device", "cpu") == "cpu" else ""
-    on = f"{hardware(record)}{threads}"
+    on = hardware(record)
+    if record.get("device", "cpu") == "cpu":
+        on += f", {several(record['hardware']['threads'], 'thread')}"
+        on += ", huge pages" if record["hardware"].get("huge_pages") else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
     if record["dirty"]:

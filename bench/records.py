@@ -27,11 +27,12 @@ Record = dict[str, Any]
 
 @functools.cache
 def hardware() -> Record:
-    """Processor, cores and memory, and the GPU with its driver where there is one."""
+    """Processor, cores, memory and its pages, and the GPU with its driver where there is one."""
     found: Record = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "gpu": None,
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
