@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -89,8 +88,7 @@ def in_fresh_process(case: str, distribution: str, variant: str, passes: int, se
     command = [sys.executable, "-m", "bench.memory", "--worker", "--cases", case, "--distributions", distribution]
     command += ["--variants", variant, "--passes", str(passes), "--device", str(setting.device)]
     command += ["--dtype", str(setting.dtype).removeprefix("torch.")]
-    small_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}  # a process holds what it touched, not 2 MiB around it
-    run = subprocess.run(command, cwd=ROOT, env=small_pages, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in run.stdout.splitlines():
         if line.startswith(MARK):
             return cast(records.Record, json.loads(line.removeprefix(MARK)))

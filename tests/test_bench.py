@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +372,23 @@ def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: 
     assert shown() == [[3.0, 3.0], [4.0], [4.0]]
     assert "NVIDIA H100 80GB HBM3, driver 1" in report.render_headline(results)
     assert "NVIDIA H200, driver 1" in report.render_headline(results)
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="a kernel without huge pages")
+def test_large_tensors_stand_on_huge_pages() -> None:
+    code = """
+import re, bench, torch
+kept = torch.zeros(2**24)
+print(re.search(r"AnonHugePages: *([0-9]+)", open("/proc/self/smaps_rollup").read())[1])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=records.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) > 32 * 1024
 
 
 def test_a_copy_without_history_says_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
