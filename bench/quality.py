@@ -273,9 +273,9 @@ def measure(
         spent = "" if record["seconds"] is None else f", {record['seconds']:.0f} s"
         print(f"{title}, seed {own.train.seed}: mean {record['mean']:.1f} ({types}){spent}", flush=True)
 
-    first = with_train(recipe, seed=seeds[0])
     for title in FROZEN:
-        keep(frozen, title, title, first)
+        keep(frozen, title, title, with_train(recipe, seed=0))  # which no seed changes
+    first = with_train(recipe, seed=seeds[0])
     for system in before:
         keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
     for seed in seeds:

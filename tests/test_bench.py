@@ -303,6 +303,7 @@ def test_quality_tunes_trains_and_scores(
     assert [path.suffix for path in (tmp_path / "plots").iterdir()] == [".svg"]
 
     quality.main([*run, "--resume"])
+    quality.main([*run, "--resume", "--seeds", "1", "--untrained"])
     assert len(records.read("quality", results)) == len(found)
 
 
