@@ -382,6 +382,7 @@ batch = plan_of(recipe).batch(0, accelerator.process_index, accelerator.num_proc
 loss = training.average(backward(embed, batch, recipe.loss, accelerator), list(model.parameters()), accelerator)
 if accelerator.process_index == {saving}:
     torch.save({{"loss": loss}} | {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
+accelerator.end_training()
 """
 
 
