@@ -17,6 +17,7 @@ G = H / Hkv, D key width, Dv value width, Lq longest sequence, Lc longest contex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from pe.kernels._checks import (
 from pe.kernels._triton import LOG2E, distinct, generation, tile, triton_op, unit_stride, wrap_triton
 
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
+SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together: larger tensors leave its caches
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
 MAX_WIDTH = 256
 CONFIGS = ({"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 1})
@@ -101,10 +103,10 @@ def _attend_ref(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """q [..., Hkv, G, Lq, D] on key and value parts [..., Hkv, L, D]: the parts' scores are joined, they are not.
+    """q [..., U, Hkv, G, Lq, D] on key and value parts [..., U, Hkv, L, D]: the parts' scores are joined, they are not.
 
-    A part [Hkv, L, D] is shared by all of q's leading dimension. visible is broadcast to [..., Hkv, G, Lq, sum of L];
-    -> [..., Hkv, G, Lq, Dv], at least float32.
+    A part [..., Hkv, L, D] is shared by all U, not copied. visible is broadcast to [..., U, Hkv, G, Lq, sum of L];
+    -> [..., U, Hkv, G, Lq, Dv], at least float32.
     """
     dtype, group = torch.promote_types(q.dtype, torch.float32), q.shape[-3:-1]
     rows = (q.to(dtype) * scale).flatten(-3, -2)  # [..., Hkv, G·Lq, D]
@@ -124,10 +126,10 @@ def _attend_ref(
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows [U, Hkv, R, X] times a matrix [U, Hkv, X, Y], or times one [Hkv, X, Y] that is never copied for each U."""
+    """rows [..., U, Hkv, R, X] times a matrix [..., U, Hkv, X, Y], or times one [..., Hkv, X, Y] that all U share."""
     if rows.dim() == matrix.dim():
         return rows @ matrix
-    return (rows.transpose(0, 1).flatten(1, 2) @ matrix).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
+    return (rows.transpose(-4, -3).flatten(-3, -2) @ matrix).unflatten(-2, (rows.shape[-4], -1)).transpose(-4, -3)
 
 
 def _by_sequence(
@@ -142,43 +144,48 @@ def _by_sequence(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The reference one sequence after another on views: nothing is gathered, padded or saved twice.
+    """The reference without padding: S segments of one length, each with U sequences of one length, at a time.
 
-    Sequences with fewer tokens than the segment they share go together, so the segment is read once for all. Reads the
-    lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the padded
+    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone. Reads
+    the lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the padded
     contexts no longer fit the cache.
     """
-    Hkv, lengths = k.shape[1], cu_seqlens.diff().tolist()
-    segments = range(len(lengths)) if context_index is None else context_index.tolist()
+    H, Hkv, lengths = q.shape[1], k.shape[1], cu_seqlens.diff().tolist()
+    index = range(len(lengths)) if context_index is None else context_index.tolist()
     context_lengths, context_parts = [0] * len(lengths), None
     if context is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
         context_lengths = context[2].diff().tolist()
         context_parts = [part.to(dtype).split(context_lengths) for part in context[:2]]
-    together: dict[tuple[int, int, int], list[int]] = {}
-    for b, (n, segment) in enumerate(zip(lengths, segments, strict=True)):
-        alone = b if context_parts is None or n >= context_lengths[segment] else -1
-        together.setdefault((n, segment, alone), []).append(b)
+    users: dict[tuple[int, int, int], list[int]] = {}
+    for b, (n, segment) in enumerate(zip(lengths, index, strict=True)):
+        alone = b if n >= context_lengths[segment] else -1
+        users.setdefault((n, segment, alone), []).append(b)
+    alike: dict[tuple[int, int, int, int], list[tuple[int, list[int]]]] = {}
+    for (n, segment, alone), members in users.items():
+        alike.setdefault((n, context_lengths[segment], len(members), alone), []).append((segment, members))
     own, out = [part.split(lengths) for part in (q, k, v)], dict[int, Tensor]()
-    for (n, segment, _), members in together.items():
-        if n == 0:
-            continue
-        q_own, k_own, v_own = (_stacked([part[b] for b in members]) for part in own)  # [U, n, heads, D]
-        keys, values, n_context = [k_own.transpose(1, 2)], [v_own.transpose(1, 2)], 0
-        if context_parts is not None:
-            keys.insert(0, context_parts[0][segment].transpose(0, 1))
-            values.insert(0, context_parts[1][segment].transpose(0, 1))
-            n_context = keys[0].shape[1]
-        distance = torch.arange(n_context, n_context + n)[:, None] - torch.arange(n_context + n)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        rows = q_own.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)  # [U, Hkv, G, n, D]
-        attended = _attend_ref(rows, keys, values, visible, scale, softcap, sinks).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out.update(zip(members, attended.to(q.dtype), strict=True))
+    for (n, n_context, count, _), groups in alike.items():
+        at_once = max(1, SCORES_AT_ONCE // max(1, count * H * n * (n_context + n)))
+        for first in range(0, len(groups) if n else 0, at_once):
+            segments, sharing = zip(*groups[first : first + at_once], strict=True)
+            members = [b for several in sharing for b in several]
+            rows, *own_kv = (_stacked(part, members).unflatten(0, (-1, count)) for part in own)  # [S, U, n, heads, D]
+            keys, values = ([part.transpose(2, 3)] for part in own_kv)
+            if context_parts is not None:
+                keys.insert(0, _stacked(context_parts[0], segments).transpose(1, 2))  # [S, Hkv, L, D]
+                values.insert(0, _stacked(context_parts[1], segments).transpose(1, 2))
+            distance = torch.arange(n_context, n_context + n)[:, None] - torch.arange(n_context + n)
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            rows = rows.unflatten(3, (Hkv, -1)).permute(0, 1, 3, 4, 2, 5)  # [S, U, Hkv, G, n, D]
+            attended = _attend_ref(rows, keys, values, visible, scale, softcap, sinks)
+            attended = attended.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(0, 1)  # [S·U, n, H, Dv]
+            out.update(zip(members, attended.to(q.dtype), strict=True))
     return torch.cat([out[b] for b in sorted(out)])
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts) if len(parts) > 1 else parts[0][None]
+def _stacked(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    return torch.stack([parts[i] for i in places]) if len(places) > 1 else parts[places[0]][None]
 
 
 @triton.jit

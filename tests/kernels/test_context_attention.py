@@ -71,10 +71,13 @@ def test_reference_is_attention_key_by_key(
     assert gradcheck(lambda *_: context_attention(q, k, v, offsets(LENGTHS), **kwargs), leaves, fast_mode=True)
 
 
-def test_sequences_that_share_a_segment_go_together() -> None:
-    """Five of two tokens behind the long segment, three behind the short one, one of another length, one empty."""
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_sequences_that_share_a_segment_go_together(at_once: int, monkeypatch: Any) -> None:
+    """Behind two of three segments of equal length five of two tokens; behind the short one three; two others."""
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
     double: Any = {"dtype": torch.float64, "requires_grad": True}
-    lengths, index, parts = [2, 2, 3, 2, 0, 2, 2, 2, 2, 2], [0, 1, 0, 0, 1, 1, 0, 1, 0, 0], [6, 2]
+    lengths = [2, 2, 3, 2, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    index, parts = [0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 2, 2, 3, 2, 2, 2], [6, 2, 6, 6]
     q, k, v = (torch.randn(sum(lengths), heads, d, **double) for heads, d in ((4, 3), (2, 3), (2, 5)))
     context_k, context_v = (torch.randn(sum(parts), 2, d, **double) for d in (3, 5))
     kwargs: Any = {
