@@ -27,9 +27,10 @@ def hardware(record: Record) -> str:
     """What a record was taken on."""
     found = record["hardware"]
     on_gpu = record.get("device", "cpu") != "cpu"
-    return (
-        f"{found['gpu']}, driver {found['driver']}" if on_gpu else f"{found['cpu']}, {several(found['cores'], 'core')}"
-    )
+    if on_gpu:
+        return f"{found['gpu']}, driver {found['driver']}"
+    instructions = f" ({found['instructions']})" if "instructions" in found else ""
+    return f"{found['cpu']}{instructions}, {several(found['cores'], 'core')}"
 
 
 def several(count: int, what: str) -> str:

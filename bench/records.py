@@ -27,9 +27,10 @@ Record = dict[str, Any]
 
 @functools.cache
 def hardware() -> Record:
-    """Processor, cores, memory and its pages, and the GPU with its driver where there is one."""
+    """Processor, its instructions, cores, memory and its pages, and the GPU with its driver where there is one."""
     found: Record = {
         "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 from triton.errors import TritonError
 
-from bench import aot, cases, largest, lengths, memory, quality, records, report, step, transfer
+from bench import aot, cases, largest, lengths, markdown, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
 from bench.flops import step_flops
@@ -188,6 +188,7 @@ def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFi
     assert first["ms"]["p20"] <= first["ms"]["median"] <= first["ms"]["p80"]
     assert {"hardware", "versions", "commit", "dirty", "date", "run", "dtype", "sizes"} <= first.keys()
     assert first["hardware"]["cores"] >= 1
+    assert f"({first['hardware']['instructions']})" in markdown.where(first)
     assert first["versions"]["torch"].startswith("2.")
     step.main(["--cases", "toy", "--distributions", "fixed", "--variants", "pe-prefix", "--rounds", "1", "--dry"])
     assert len(records.read("step", results)) == len(found)
