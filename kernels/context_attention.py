@@ -40,7 +40,7 @@ from pe.kernels._checks import (
 from pe.kernels._triton import LOG2E, distinct, generation, tile, triton_op, unit_stride, wrap_triton
 
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
-SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together: larger tensors leave its caches
+SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together; from 2^17 to 2^23 all measured alike
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
 MAX_WIDTH = 256
 CONFIGS = ({"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 1})
@@ -146,9 +146,9 @@ def _by_sequence(
 ) -> Tensor:
     """The reference without padding: S segments of one length, each with U sequences of one length, at a time.
 
-    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone. Reads
-    the lengths on the host, so it is for CPUs, where it is several times faster than the padded form once the padded
-    contexts no longer fit the cache.
+    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone. With
+    gradient S is 1, a view: backward would keep a copy of several. Reads the lengths on the host, so it is for CPUs,
+    where it is several times faster than the padded form once the padded contexts no longer fit the cache.
     """
     H, Hkv, lengths = q.shape[1], k.shape[1], cu_seqlens.diff().tolist()
     index = range(len(lengths)) if context_index is None else context_index.tolist()
@@ -160,14 +160,17 @@ def _by_sequence(
     users: dict[tuple[int, int, int], list[int]] = {}
     for b, (n, segment) in enumerate(zip(lengths, index, strict=True)):
         alone = b if n >= context_lengths[segment] else -1
-        users.setdefault((n, segment, alone), []).append(b)
+        if n > 0:
+            users.setdefault((n, segment, alone), []).append(b)
     alike: dict[tuple[int, int, int, int], list[tuple[int, list[int]]]] = {}
     for (n, segment, alone), members in users.items():
         alike.setdefault((n, context_lengths[segment], len(members), alone), []).append((segment, members))
     own, out = [part.split(lengths) for part in (q, k, v)], dict[int, Tensor]()
+    tensors = (q, k, v, sinks, *(context or ()))
+    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     for (n, n_context, count, _), groups in alike.items():
-        at_once = max(1, SCORES_AT_ONCE // max(1, count * H * n * (n_context + n)))
-        for first in range(0, len(groups) if n else 0, at_once):
+        at_once = 1 if keeps else max(1, SCORES_AT_ONCE // (count * H * n * (n_context + n)))
+        for first in range(0, len(groups), at_once):
             segments, sharing = zip(*groups[first : first + at_once], strict=True)
             members = [b for several in sharing for b in several]
             rows, *own_kv = (_stacked(part, members).unflatten(0, (-1, count)) for part in own)  # [S, U, n, heads, D]

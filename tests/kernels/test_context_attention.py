@@ -73,7 +73,7 @@ def test_reference_is_attention_key_by_key(
 
 @pytest.mark.parametrize("at_once", [1, 1 << 20])
 def test_sequences_that_share_a_segment_go_together(at_once: int, monkeypatch: Any) -> None:
-    """Behind two of three segments of equal length five of two tokens; behind the short one three; two others."""
+    """Of two tokens five each behind two segments of six, one behind a third, three behind one of two; and two more."""
     monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
     double: Any = {"dtype": torch.float64, "requires_grad": True}
     lengths = [2, 2, 3, 2, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
@@ -84,11 +84,34 @@ def test_sequences_that_share_a_segment_go_together(at_once: int, monkeypatch: A
         "max_seqlen": 3, "context_k": context_k, "context_v": context_v, "cu_context": offsets(parts),
         "max_context": 6, "context_index": torch.tensor(index),
     }  # fmt: skip
-    got = context_attention(q, k, v, offsets(lengths), **kwargs)
     split = list(zip(context_k.split(parts), context_v.split(parts), strict=True))
-    torch.testing.assert_close(got, plain_loop(q, k, v, [split[i] for i in index], None, None, None, lengths))
+    expected = plain_loop(q, k, v, [split[i] for i in index], None, None, None, lengths)
+    torch.testing.assert_close(context_attention(q, k, v, offsets(lengths), **kwargs), expected)
+    with torch.no_grad():  # several segments at a time
+        torch.testing.assert_close(context_attention(q, k, v, offsets(lengths), **kwargs), expected)
     leaves = [q, k, v, context_k, context_v]
     assert gradcheck(lambda *_: context_attention(q, k, v, offsets(lengths), **kwargs), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("parts", [[512] * 8, list(range(508, 516))], ids=["equal", "different"])
+def test_backward_keeps_no_copy_of_the_context(parts: list[int]) -> None:
+    """On a CPU what is saved beside the inputs is smaller than the keys and values before the sequences."""
+    q, k, v = (torch.randn(8 * 2, heads, 64, requires_grad=True) for heads in (4, 4, 4))
+    context_k, context_v = (torch.randn(sum(parts), 4, 64) for _ in range(2))
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v, context_k, context_v)}
+    saved: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        context_attention(
+            q, k, v, offsets([2] * 8), max_seqlen=2, context_k=context_k, context_v=context_v,
+            cu_context=offsets(parts), max_context=max(parts), impl="torch",
+        )  # fmt: skip
+    kept = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in given)
+    assert 0 < kept < (context_k.nbytes + context_v.nbytes) / 8
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
