@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from bench import plots, records
+from bench import bfloat16, plots, records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, where
 from bench.plots import Panel, Series
@@ -196,6 +196,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "seed": recipe.train.seed,
         "device": device.type,
         "dtype": recipe.model.backbone.dtype,
+        "native_bfloat16": bfloat16.is_native(device),
         "backbone": recipe.model.backbone.model,
         "steps": recipe.train.steps,
         "rate": recipe.train.lr,
@@ -416,14 +417,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.rates)}
     recipe, device = load_recipe(arguments.recipe, overrides), torch.device(arguments.device)
     name = " ".join([arguments.recipe.stem, *overrides])
-    if arguments.tune:
-        tune(recipe, name, arguments.systems, arguments.tune, device)
-        return
-    if arguments.data:
+    if arguments.data and not arguments.tune:
         whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
         recipe = dataclasses.replace(recipe, evaluate=whole)
     before, resume = arguments.untrained, arguments.resume
-    measure(recipe, name, arguments.systems, arguments.seeds, rates, device, before=before, resume=resume)
+    with bfloat16.products(device):
+        if arguments.tune:
+            tune(recipe, name, arguments.systems, arguments.tune, device)
+        else:
+            measure(recipe, name, arguments.systems, arguments.seeds, rates, device, before=before, resume=resume)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 from triton.errors import TritonError
 
-from bench import aot, cases, largest, lengths, markdown, memory, quality, records, report, step, transfer
+from bench import aot, bfloat16, cases, largest, lengths, markdown, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
 from bench.flops import step_flops
@@ -306,6 +307,31 @@ def test_quality_tunes_trains_and_scores(
     quality.main([*run, "--resume"])
     quality.main([*run, "--resume", "--seeds", "1", "--untrained"])
     assert len(records.read("quality", results)) == len(found)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear, bias", "matmul"])
+def test_products_of_bfloat16_through_float32_are_rounded_once(op: str) -> None:
+    """Outputs and gradients are the exact ones, rounded; float32 keeps its own."""
+    x, w = torch.randn(2, 33, 48), torch.randn(2, 24, 48)
+    ops: dict[str, Any] = {
+        "linear": lambda x, w: torch.nn.functional.linear(x, w[0]),
+        "linear, bias": lambda x, w: torch.nn.functional.linear(x[0], w[0], w[1, :, 0]),
+        "matmul": lambda x, w: x @ w.mT,
+    }
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [part.bfloat16().to(dtype).requires_grad_() for part in (x, w)]
+        with bfloat16.WideProducts():
+            out = ops[op](*leaves)
+            out.backward(torch.ones_like(out))
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    for got, exact in zip(*found, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
+    expected = x[0] @ w[0].T
+    with bfloat16.WideProducts():
+        assert torch.equal(x[0] @ w[0].T, expected)
+    assert isinstance(bfloat16.products(torch.device("cuda")), nullcontext)
 
 
 @pytest.mark.parametrize("name", quality.SYSTEMS)
