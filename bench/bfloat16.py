@@ -5,13 +5,16 @@ torch's own take 7 to 75 times as long as float32's there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pe.loading import has_instructions
 
 PRODUCTS = frozenset(
     (
@@ -23,16 +26,15 @@ PRODUCTS = frozenset(
 )
 
 
-def is_native(device: torch.device) -> bool:
-    """Whether products of bfloat16 run on instructions of their own; true of every GPU."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def products(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside it products of bfloat16 on `device` go through float32 where they are not native."""
-    return nullcontext() if is_native(device) else WideProducts()
+@contextmanager
+def products(device: torch.device) -> Iterator[None]:
+    """Inside it products of bfloat16 on `device` go through float32 where it has no instructions for them."""
+    if has_instructions(torch.bfloat16, device):
+        yield
+        return
+    with WideProducts(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*has no instructions for bfloat16")
+        yield
 
 
 class WideProducts(TorchDispatchMode):

@@ -36,7 +36,7 @@ from pe.baselines.static import StaticPromptEmbedder
 from pe.config import AlignmentConfig, LoraSettings, Recipe
 from pe.evaluate import Scores, score
 from pe.integrations.mteb import TextEncoder
-from pe.loading import quiet
+from pe.loading import has_instructions, quiet
 from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
 from pe.train import Trainable, build_accelerator, build_plan, fit
@@ -196,7 +196,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "seed": recipe.train.seed,
         "device": device.type,
         "dtype": recipe.model.backbone.dtype,
-        "native_bfloat16": bfloat16.is_native(device),
+        "native_bfloat16": has_instructions(torch.bfloat16, device),
         "backbone": recipe.model.backbone.model,
         "steps": recipe.train.steps,
         "rate": recipe.train.lr,

@@ -31,6 +31,7 @@ from pe.loading import (
     load_pretrained,
     lora_config,
     train_in_float32,
+    warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 
@@ -113,6 +114,8 @@ class Backbone(nn.Module):
         """
         automatic = torch.float32 if device.type == "cpu" else "auto"
         dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
+        if isinstance(dtype, torch.dtype):
+            warn_of_slow_products("backbone.dtype", dtype, device)
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
         revision = content_of(model, config.model, config.revision)
         return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]

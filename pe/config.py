@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 class RecipeError(ValueError):
@@ -21,6 +21,9 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 
 def _require_positive(name: str, value: float) -> None:
     _require(0 < value < math.inf, name, "a positive number", value)
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,11 @@ class BackboneConfig:
     """Folder or hub name of a causal decoder."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the frozen weights; auto: the checkpoint's on a GPU, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in get_args(Dtype), "backbone.dtype", f"one of {', '.join(get_args(Dtype))}", self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ import torch
 from jsonargparse import auto_cli
 
 from pe.cli import user_errors
+from pe.config import Dtype
 from pe.loading import quiet
 from pe.model import PromptEmbedder
 from pe.records import DataError, RecordError, check_unicode, read_jsonl, read_lines
@@ -114,6 +115,7 @@ def encode_file(
     field: str = "text",
     batch_tokens: int = 16_384,
     backbone: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """Embed the texts of a file.
@@ -127,6 +129,7 @@ def encode_file(
         field: the text's key in a `.jsonl` input.
         batch_tokens: tokens of a packed batch.
         backbone: where the backbone is now, if not where it was.
+        dtype: type of the backbone's weights; as in training where it is not given.
         overwrite: replace an existing output.
     """
     target = Path(output)
@@ -140,7 +143,7 @@ def encode_file(
     texts = read_texts(Path(input), field)
     target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, device=device)
+    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, dtype=dtype, device=device)
     embeddings = embedder.encode_many(
         texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
     )

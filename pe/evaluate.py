@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pe.config import nearest
+from pe.config import Dtype, nearest
 from pe.records import DataError
 from pe.tasks import TASKS, EvaluationError, available, offline_task
 
@@ -268,7 +268,9 @@ def _quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def load_encoder(path: Path, *, backbone: str | None = None, device: str | None = None) -> TextEncoder:
+def load_encoder(
+    path: Path, *, backbone: str | None = None, dtype: Dtype | None = None, device: str | None = None
+) -> TextEncoder:
     """A saved PromptEmbedder, on `device` or on the GPU where there is one.
 
     Raises:
@@ -278,7 +280,7 @@ def load_encoder(path: Path, *, backbone: str | None = None, device: str | None 
     from pe.model import PromptEmbedder
 
     found = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return PromptEmbedder.from_pretrained(path, backbone=backbone, device=found)
+    return PromptEmbedder.from_pretrained(path, backbone=backbone, dtype=dtype, device=found)
 
 
 def _parser() -> ArgumentParser:
@@ -296,6 +298,7 @@ def _parser() -> ArgumentParser:
         help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
     )
     parser.add_argument("--backbone", type=str | None, default=None, help="where the backbone is, if it has moved")
+    parser.add_argument("--dtype", type=Dtype | None, default=None, help="of the backbone (default: as trained)")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     return parser
 
@@ -323,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise EvaluationError(f"--output: expected a file, got the folder {options.output}")
             if options.output.exists() and not options.overwrite:
                 raise EvaluationError(f"--output: {options.output} exists already; give --overwrite, or another name")
-        encoder = load_encoder(options.model, backbone=options.backbone, device=options.device)
+        encoder = load_encoder(options.model, backbone=options.backbone, dtype=options.dtype, device=options.device)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.config import LoraSettings
+
+HALVES: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+"""Whether a processor has instructions for products of these types, as torch's library for them says."""
 
 
 class TextTokenizer:
@@ -70,6 +77,24 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     """A positive number as `dtype` holds it."""
     unit = math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 1)
     return round(value / unit) * unit
+
+
+def has_instructions(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device multiplies matrices of this type by instructions of its own; of a GPU this is not asked."""
+    if device.type != "cpu" or dtype not in HALVES:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(HALVES[dtype]())
+
+
+def warn_of_slow_products(option: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Warn of an option that asks a processor for products it has no instructions for."""
+    if not has_instructions(dtype, device):
+        name, processor = str(dtype).removeprefix("torch."), torch.backends.cpu.get_cpu_capability()
+        warnings.warn(
+            f"{option}: this processor ({processor}) has no instructions for {name}, whose products take many times as"
+            " long as float32's; choose float32, in the recipe or when loading",
+            stacklevel=3,
+        )
 
 
 def usable_device(name: str) -> torch.device:

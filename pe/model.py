@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone
-from pe.config import ModelConfig
+from pe.config import Dtype, ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.saving import Parts, find, read, write
@@ -501,6 +501,7 @@ class PromptEmbedder(TrainableModule):
         *,
         revision: str | None = None,
         backbone: str | None = None,
+        dtype: Dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> PromptEmbedder:
         """Load what `save_pretrained` wrote.
@@ -509,13 +510,14 @@ class PromptEmbedder(TrainableModule):
             path: the folder, or a name of the hub.
             revision: branch, tag or commit on the hub; a folder has none.
             backbone: where the backbone is now, if not where it was.
+            dtype: type of its weights, as in `BackboneConfig`; None: as in training.
             device: where everything goes.
 
         Raises:
             FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
-            ValueError: another format, a damaged file, or a backbone whose content differs from the one trained on.
+            ValueError: another format, a damaged file, an unknown dtype, or a backbone whose content has changed.
         """
         folder = find(Path(path), revision)
-        model = cls(*read(folder, backbone=backbone, device=torch.device(device))).eval()
+        model = cls(*read(folder, backbone=backbone, dtype=dtype, device=torch.device(device))).eval()
         model.name = Path(path).name
         return model

@@ -24,7 +24,7 @@ from transformers import AutoModel
 
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import Backbone
-from pe.config import ModelConfig, to_dict
+from pe.config import Dtype, ModelConfig, to_dict
 from pe.loading import check_weights, commit_of, has_content, load_pretrained
 from pe.prompting import PromptingLLM
 from pe.skip import LinearSkip
@@ -136,7 +136,7 @@ def find(path: Path, revision: str | None) -> Path:
         ) from error
 
 
-def read(path: Path, *, backbone: str | None, device: torch.device) -> Parts:
+def read(path: Path, *, backbone: str | None, dtype: Dtype | None, device: torch.device) -> Parts:
     """The parts that `write` wrote; see `PromptEmbedder.from_pretrained`.
 
     Raises:
@@ -147,6 +147,8 @@ def read(path: Path, *, backbone: str | None, device: torch.device) -> Parts:
 
     saved = read_config(path)
     config = model_config_from_dict(saved["model"], str(path / "config.json"))
+    if dtype is not None:
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, dtype=dtype))
     prompter = _read_prompter(path, config, device, saved.get("prompter", {}))
     frozen = _read_backbone(path, config, device, saved["backbone"], backbone)
     if config.reader == "activated_lora":

@@ -31,7 +31,7 @@ from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
-from pe.loading import quiet
+from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests
 from pe.model import PromptEmbedder, Requests, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
@@ -266,11 +266,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if has_bf16 else "float32"
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         log_with="tensorboard",
         project_dir=str(Path(recipe.output) / "logs"),
     )
+    if precision == "bfloat16":
+        warn_of_slow_products("train.precision", torch.bfloat16, accelerator.device)
+    return accelerator
 
 
 def check_evaluation(options: EvaluateConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from pe import attention
+from pe import attention, loading
 from pe.attention import AttentionPlan
 from pe.backbone import Backbone, UnsupportedBackbone, position_limit
 from pe.config import BackboneConfig, LoraSettings
@@ -352,6 +354,19 @@ def test_reader_is_off_in_the_text_pass_only() -> None:
 def test_a_name_that_leads_nowhere(tmp_path: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no model there; tried the folder .*nowhere and the model h"):
         Backbone.from_pretrained(BackboneConfig(model=str(tmp_path / "nowhere")), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_a_type_without_instructions(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning where the processor is slow at it."""
+    monkeypatch.setattr(loading, "HALVES", dict.fromkeys(loading.HALVES, lambda: has))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype in (torch.bfloat16, torch.float32):
+            loading.warn_of_slow_products("backbone.dtype", dtype, torch.device("cpu"))
+    slow = [str(one.message) for one in caught]
+    assert len(slow) == (0 if has else 1)
+    assert has or re.match(r"backbone\.dtype: .* no instructions for bfloat16, .* choose float32", slow[0])
 
 
 NORMS = {

@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM
 from triton.errors import TritonError
@@ -331,7 +331,13 @@ def test_products_of_bfloat16_through_float32_are_rounded_once(op: str) -> None:
     expected = x[0] @ w[0].T
     with bfloat16.WideProducts():
         assert torch.equal(x[0] @ w[0].T, expected)
-    assert isinstance(bfloat16.products(torch.device("cuda")), nullcontext)
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_products_go_through_float32_where_there_is_nothing_better(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "has_instructions", lambda dtype, device: has)
+    with bfloat16.products(CPU.device):
+        assert isinstance(_get_current_dispatch_mode(), bfloat16.WideProducts) is not has
 
 
 @pytest.mark.parametrize("name", quality.SYSTEMS)

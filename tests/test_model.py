@@ -23,6 +23,7 @@ from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import (
     AlignmentConfig,
     BackboneConfig,
+    Dtype,
     LoraSettings,
     ModelConfig,
     PrompterConfig,
@@ -67,13 +68,14 @@ def make(models: Path) -> Maker:
         prompter: dict[str, Any] | None = None,
         alignment: dict[str, Any] | None = None,
         backbone: Path | str | None = None,
+        dtype: Dtype = "auto",
         **options: Any,
     ) -> PromptEmbedder:
         torch.manual_seed(0)
         chosen = {"model": str(models / "prompter"), "soft_tokens": 3, "temperature": 0.7} | (prompter or {})
         config = ModelConfig(
             prompter=PrompterConfig(**chosen),
-            backbone=BackboneConfig(model=str(backbone or models / "backbone")),
+            backbone=BackboneConfig(model=str(backbone or models / "backbone"), dtype=dtype),
             alignment=AlignmentConfig(**(alignment or {})),
             **options,
         )
@@ -461,6 +463,20 @@ def test_a_moved_backbone_is_named_or_missed(make: Maker, moving: Path, tmp_path
         PromptEmbedder.from_pretrained(tmp_path / "saved")
     again = PromptEmbedder.from_pretrained(tmp_path / "saved", backbone=str(tmp_path / "elsewhere"))
     np.testing.assert_array_equal(again.encode(["a"], instruction=FIND), model.encode(["a"], instruction=FIND))
+
+
+def test_a_saved_embedder_loads_in_another_type(make: Maker, tmp_path: Path) -> None:
+    """One trained in bfloat16 runs in float32 on a processor that has no instructions for it."""
+    model = make(dtype="bfloat16", **SAVED["reader"])
+    model.save_pretrained(tmp_path / "saved")
+    again = PromptEmbedder.from_pretrained(tmp_path / "saved", dtype="float32")
+    assert (model.backbone.dtype, again.backbone.dtype) == (torch.bfloat16, torch.float32)
+    exact, rounded = (part.encode(TEXTS, instruction=FIND) for part in (again, model))
+    assert 0 < np.abs(exact - rounded).max() < 0.05
+    again.save_pretrained(tmp_path / "wide")
+    assert PromptEmbedder.from_pretrained(tmp_path / "wide").backbone.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"backbone\.dtype: expected one of auto, float32, .*, got 'int8'"):
+        PromptEmbedder.from_pretrained(tmp_path / "saved", dtype="int8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("included", [False, True])

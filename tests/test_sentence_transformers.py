@@ -105,8 +105,11 @@ def test_saved_again_and_moved(saved: Path, tiny_models: Path, tmp_path: Path) -
     assert np.allclose(copied.encode(TEXTS, prompt=TASK), expected, atol=1e-6)
     with pytest.raises(ValueError, match="content"):
         load(saved, model_kwargs={"backbone": str(tiny_models / "two")})
-    with pytest.raises(ValueError, match="expected no key but 'backbone', got 'dtype'"):
-        load(saved, model_kwargs={"dtype": "bfloat16"})
+    half = load(saved, model_kwargs={"dtype": "bfloat16"})
+    assert half[0].embedder.backbone.dtype == torch.bfloat16
+    assert np.allclose(half.encode(TEXTS, prompt=TASK), expected, atol=0.05)
+    with pytest.raises(ValueError, match="expected no key but 'backbone' and 'dtype', got 'torch_type'"):
+        load(saved, model_kwargs={"torch_type": "bfloat16"})
 
 
 def test_other_processes_get_a_copy(saved: Path) -> None:

@@ -103,15 +103,17 @@ class PromptModule(InputModule):
         model_kwargs: dict[str, Any] | None = None,
         **_: object,
     ) -> Self:
-        """Load a saved PromptEmbedder; `model_kwargs={"backbone": FOLDER}` says where its backbone is now.
+        """Load a saved PromptEmbedder; `model_kwargs` may have its `backbone` and `dtype`.
 
         Raises:
             FileNotFoundError, ValueError: see `PromptEmbedder.from_pretrained`; or another key in `model_kwargs`.
         """
         options = dict(model_kwargs or {})
-        backbone = options.pop("backbone", None)
+        backbone, dtype = options.pop("backbone", None), options.pop("dtype", None)
         if options:
-            raise ValueError(f"model_kwargs: expected no key but 'backbone', got {', '.join(map(repr, options))}")
+            raise ValueError(
+                f"model_kwargs: expected no key but 'backbone' and 'dtype', got {', '.join(map(repr, options))}"
+            )
         folder = cls.load_dir_path(
             model_name_or_path,
             subfolder=subfolder,
@@ -122,4 +124,4 @@ class PromptModule(InputModule):
         )
         if folder is None:
             raise FileNotFoundError(f"{model_name_or_path}: no folder {subfolder!r} there; save the model again")
-        return cls(PromptEmbedder.from_pretrained(folder, backbone=backbone))
+        return cls(PromptEmbedder.from_pretrained(folder, backbone=backbone, dtype=dtype))
