@@ -33,8 +33,9 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
+from pe.cli import user_errors
 from pe.config import AlignmentConfig, LoraSettings, Recipe
-from pe.evaluate import Scores, score
+from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
 from pe.loading import has_instructions, quiet
 from pe.model import Instruction, PromptEmbedder
@@ -420,6 +421,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.data and not arguments.tune:
         whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
         recipe = dataclasses.replace(recipe, evaluate=whole)
+    with user_errors("bench.quality"):
+        find_tasks(recipe.evaluate.tasks, Path(recipe.evaluate.data))  # a training takes minutes, scores come last
     before, resume = arguments.untrained, arguments.resume
     with bfloat16.products(device):
         if arguments.tune:

@@ -309,6 +309,17 @@ def test_quality_tunes_trains_and_scores(
     assert len(records.read("quality", results)) == len(found)
 
 
+def test_quality_looks_for_the_tasks_before_it_trains(
+    tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(quality, "measure")
+    with pytest.raises(SystemExit) as stopped:
+        quality.main(["--data", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "expected the files of at least one task, such as eval/stsb_dev.jsonl" in capsys.readouterr().err
+    assert not records.read("quality", results)
+
+
 @pytest.mark.parametrize("op", ["linear", "linear, bias", "matmul"])
 def test_products_of_bfloat16_through_float32_are_rounded_once(op: str) -> None:
     """Outputs and gradients are the exact ones, rounded; float32 keeps its own."""
