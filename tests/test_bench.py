@@ -480,6 +480,17 @@ def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_
     assert records.read("transfer", results)[-1]["reached"]["0.99"][:2] == [0, 0.0]
 
 
+def test_the_quality_table_names_every_machine_of_its_rows(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"recipe": "tiny", "protocol": quality.PROTOCOL, "mean": 1.0, "seen": 1.0, "unseen": 1.0, "cpu_seconds": 1.0}
+    more: dict[str, Any] = {"by_type": {}, "by_task": {}, "rate": 0.1}
+    for seed, instructions in enumerate(("AVX512", "AVX2", "AVX512")):
+        machine = records.hardware() | {"cpu": "Chip", "instructions": instructions}
+        monkeypatch.setattr(records, "hardware", lambda machine=machine: machine)
+        records.append("quality", [row | more | {"variant": "LoRA, mean", "seed": seed}])
+    page = quality.render(results)
+    assert page.count("Chip (AVX512)") == page.count("Chip (AVX2)") == 1
+
+
 def test_claimed_scores_and_the_order_of_the_quality_table(results: Path) -> None:
     def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fields: Any) -> None:
         row = {"recipe": "tiny --x=1", "variant": variant, "seed": seed, "mean": mean, "cpu_seconds": seconds}
