@@ -157,6 +157,8 @@ CASES = {
         rank=2,
     ),
 }
+GRAPHS = 64
+"""Of one function, at most: a norm has one for each rank and size of its input, with and without gradient."""
 CPU_CASES = ("tiny", "small")
 GPU_CASES = ("1b", "4b", "8b")
 """Shapes of Llama-3.2-1B, Qwen3-4B and Qwen3-8B, with that of Qwen3-0.6B as prompting LLM; random weights.
@@ -205,6 +207,8 @@ class Variant:
     build: Build
     parts: int = 1
     """More than 1: representations are cached, and the batch goes through the model in so many parts."""
+    compiled: bool = False
+    """Whether torch.compile fuses the backbone's norms and MLPs; attention and linear layers outside them stay."""
 
 
 def load_backbone(case: Case, setting: Setting) -> Backbone:
@@ -261,17 +265,36 @@ VARIANTS = {
         title="(b) LoRA, padded, activation checkpointing", build=lora("checkpointed", PUBLISHED_DROPOUT)
     ),
     "lora-packed": Variant(title="(c) LoRA, packed, no padding", build=lora("packed")),
+    "lora-packed-compiled": Variant(title="(c) LoRA, packed, compiled", build=lora("packed"), compiled=True),
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
     "pe-suffix-skip": Variant(
         title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
     ),
+    "pe-suffix-skip-compiled": Variant(
+        title="PE, suffix, reader, skip, compiled",
+        build=prompt_embedder(reader="activated_lora", skip="linear"),
+        compiled=True,
+    ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),
     "pe-prefix-text": Variant(title="PE, prefix, text read", build=prompt_embedder(**PREFIX, conditioning=BOTH)),
 }
 BASELINE = "lora-padded"
+
+
+def default_variants(device: str) -> tuple[str, ...]:
+    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`)."""
+    return tuple(name for name, variant in VARIANTS.items() if device != "cpu" or not variant.compiled)
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile a decoder's norms and MLPs in place; they are the same code in every layer, so a few graphs serve all."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for name, module in model.named_modules():
+        if name.endswith(("mlp", "norm")):
+            module.compile()
 
 
 def trainable(model: Embedder) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from bench import records
-from bench.cases import CASES, VARIANTS, Case, Setting, default_cases
+from bench.cases import CASES, VARIANTS, Case, Setting, default_cases, default_variants
 from bench.lengths import FIXED, Distribution, workload
 from bench.markdown import NOT_YET, grid, where
 from bench.step import TrainingStep, describe, parser, prepare
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = [size for size in arguments.gib if size <= total + 1]
     for name in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
-            for variant in arguments.variants:
+            for variant in arguments.variants or default_variants(setting.device.type):
                 found = measure(CASES[name], cast(Distribution, distribution), variant, sizes, setting)
                 if not arguments.dry:
                     records.append("largest", found)

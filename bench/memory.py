@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases
+from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases, default_variants
 from bench.lengths import Batch, Distribution, Workload, workload
 from bench.scaling import step_bytes
 from bench.step import describe, parser, prepare
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
             found = []
-            for variant in arguments.variants:
+            for variant in arguments.variants or default_variants(setting.device.type):
                 found.append(in_fresh_process(case, distribution, variant, arguments.passes, setting))
                 if not arguments.dry:
                     records.append("memory", found[-1:])

@@ -20,7 +20,18 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench import records
-from bench.cases import BASELINE, CASES, VARIANTS, Case, Embedder, Setting, default_cases, trainable
+from bench.cases import (
+    BASELINE,
+    CASES,
+    VARIANTS,
+    Case,
+    Embedder,
+    Setting,
+    compile_parts,
+    default_cases,
+    default_variants,
+    trainable,
+)
 from bench.device import free, synchronise
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
@@ -79,7 +90,10 @@ def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> Train
     """A variant with its optimiser; the same seed for all."""
     torch.manual_seed(0)
     chosen = VARIANTS[variant]
-    return TrainingStep(chosen.build(case, load.instructed, setting), setting, chosen.parts)
+    model = chosen.build(case, load.instructed, setting)
+    if chosen.compiled:
+        compile_parts(model.backbone.model)
+    return TrainingStep(model, setting, chosen.parts)
 
 
 def time_rounds(steps: Mapping[str, Callable[[Batch], object]], load: Workload, rounds: int) -> dict[str, list[float]]:
@@ -240,7 +254,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cases", nargs="+", choices=CASES, help="default: those of the device")
     options.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS))
-    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: those of the device")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     options.add_argument("--dry", action="store_true", help="print only, add no records")
@@ -253,12 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--rounds", type=int, default=7)
     arguments = options.parse_args(argv)
     setting, failed = Setting.of(arguments.device, arguments.dtype), False
+    variants = arguments.variants or default_variants(setting.device.type)
     for name in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
             load = workload(cast(Distribution, distribution), CASES[name])
             found = []
             in_turns = setting.device.type == "cpu"
-            for group in measure(CASES[name], load, arguments.variants, arguments.rounds, setting, in_turns=in_turns):
+            for group in measure(CASES[name], load, variants, arguments.rounds, setting, in_turns=in_turns):
                 found += group
                 if not arguments.dry:
                     records.append("step", group)

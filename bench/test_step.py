@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import records
-from bench.cases import CASES, GPU_CASES, VARIANTS, Setting
+from bench.cases import CASES, GPU_CASES, Setting, default_variants
 from bench.device import free
 from bench.lengths import Distribution, workload
 from bench.step import describe, prepare
@@ -15,7 +15,7 @@ from bench.step import describe, prepare
 SETTING = Setting.of("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", default_variants(SETTING.device.type))
 @pytest.mark.parametrize("distribution", ["fixed", "real"])
 @pytest.mark.parametrize("case", ["tiny"] if SETTING.device.type == "cpu" else GPU_CASES)
 def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution, variant: str) -> None:

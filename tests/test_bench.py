@@ -19,7 +19,7 @@ from triton.errors import TritonError
 
 from bench import aot, bfloat16, cases, largest, lengths, markdown, memory, quality, records, report, step, transfer
 from bench import test_step as benchmarked
-from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, trainable
+from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, default_variants, trainable
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Distribution, SetLengths, workload
 from pe.baselines.lora import LoraEmbedder
@@ -89,7 +89,7 @@ def test_lora_and_prompt_embedder_read_the_same_texts() -> None:
     assert [a - len(b) for a, b in zip(longer, ours.tokenize(batch.requests), strict=True)] == [4] * 3 + [0] * 3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", default_variants("cpu"))
 def test_a_step_trains_the_same_loss(variant: str) -> None:
     load = workload("real", TOY)
     taken = step.prepare(TOY, variant, load, CPU)
@@ -112,6 +112,28 @@ def test_the_forms_of_lora_take_the_same_step() -> None:
         losses.append(taken(load.batches[1]))
     assert losses[::2] == pytest.approx([losses[0]] * 4, rel=1e-4)
     assert losses[1::2] == pytest.approx([losses[1]] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora-packed-compiled", "pe-suffix-skip-compiled"])
+def test_compiled_parts_take_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the last stage of the compiler, which is torch's and slow; what is captured is the same."""
+    compile_module = torch.nn.Module.compile
+    compiled: list[torch.nn.Module] = []
+
+    def capture(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    torch.compiler.reset()
+    load = workload("real", TOY)
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        expected, taken = (step.prepare(TOY, way, load, CPU) for way in (name.removesuffix("-compiled"), name))
+        losses = [[way(batch) for batch in load.batches * 2] for way in (expected, taken)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(compiled) == 2 * (1 + 4) + 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_turns_rotate() -> None:
@@ -148,7 +170,7 @@ def test_a_variant_that_fails_is_a_row(results: Path, monkeypatch: pytest.Monkey
     assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in report.render_step(results)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", default_variants("cpu"))
 def test_flops_are_those_that_run(variant: str) -> None:
     """Nothing is padded here, so only recomputation and what the formulas leave out stand between the two."""
     case = dataclasses.replace(CASES["tiny"], queries=4)
@@ -184,7 +206,7 @@ def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFi
     assert "(b) LoRA" in shown
     assert "toy, mixed" in shown
     found = records.read("step", results)
-    assert len(found) == 4 * len(VARIANTS)
+    assert len(found) == 4 * len(default_variants("cpu"))
     first = found[0]
     assert first["ms"]["p20"] <= first["ms"]["median"] <= first["ms"]["p80"]
     assert {"hardware", "versions", "commit", "dirty", "date", "run", "dtype", "sizes"} <= first.keys()
