@@ -50,6 +50,12 @@ def where(record: Record) -> str:
     return f"{on}; {dtype_of(record)}; {versions}; {commit}; {record['date'][:10]}"
 
 
+def origins(rows: Sequence[Record]) -> str:
+    """Where rows were taken: the newest record of every machine, a paragraph each."""
+    last = {hardware(row): row for row in sorted(rows, key=lambda row: str(row["date"]))}
+    return "\n\n".join(f"{where(row)}." for row in last.values())
+
+
 def gpu_line(kind: str, folder: Path) -> list[str]:
     on_gpu = any(record.get("device", "cpu") != "cpu" for record in records.read(kind, folder))
     return [] if on_gpu else ["GPU: not yet measured."]

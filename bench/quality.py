@@ -26,7 +26,7 @@ from rich.console import Console
 
 from bench import bfloat16, plots, records
 from bench.cases import ROOT
-from bench.markdown import NOT_YET, grid, hardware, where
+from bench.markdown import NOT_YET, grid, origins
 from bench.plots import Panel, Series
 from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
@@ -352,12 +352,10 @@ def render(folder: Path) -> str:
             table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
         sides = ["seen instructions", "unseen instructions"]
         header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s", "rate", "seeds"]
-        last = {hardware(row): row for row in sorted(every, key=lambda row: row["date"])}
-        tasks = ", ".join(name.removeprefix("PE-") for name in next(iter(last.values()))["by_task"])
-        origins = "\n\n".join(f"{where(row)}." for row in last.values())
+        tasks = ", ".join(name.removeprefix("PE-") for name in every[-1]["by_task"])
         image = f"![Score against training time](bench/plots/{plot_name(recipe)})\n\n" if series(variants) else ""
         note = "" if all(map(is_current, every)) else f"{EARLIER}\n\n"
-        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{origins}")
+        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{origins(every)}")
     return "\n\n".join(parts or [NOT_YET])
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import plots, records
-from bench.markdown import NOT_YET, dtype_of, grid, where
+from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.plots import Panel, Series
 from bench.quality import SYSTEMS, with_train
 from bench.records import Record
@@ -96,7 +96,7 @@ def render(folder: Path) -> str:
             rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
         header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
         image = f"![Score against seconds of training](bench/plots/{plot_name(name)})"
-        parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}\n\n{where(group[-1])}.")
+        parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}\n\n{origins(group)}")
     return "\n\n".join(parts or [NOT_YET])
 
 
