@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe import attention
+from pe.adapters import lora_config, prepare_adapters
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import NormOptions, find_final_norm
@@ -29,8 +30,6 @@ from pe.loading import (
     content_of,
     embedding_scale,
     load_pretrained,
-    lora_config,
-    train_in_float32,
     warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
@@ -282,13 +281,13 @@ class Backbone(nn.Module):
     def add_reader(self, settings: LoraSettings) -> None:
         """Put LoRA adapters, float32, on every linear layer; they start as the identity and alone are trainable."""
         self.model.add_adapter(lora_config(settings), READER)
-        train_in_float32(self.model, READER)
+        prepare_adapters(self.model, READER)
         self.train(self.training)
 
     def load_reader(self, folder: Path) -> None:
         """Load adapters that `save_pretrained` of the model wrote; they go on training."""
         self.model.load_adapter(str(folder), adapter_name=READER, is_trainable=True)
-        train_in_float32(self.model, READER)
+        prepare_adapters(self.model, READER)
         self.train(self.training)
 
     @property

@@ -13,12 +13,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from pe.config import LoraSettings
 
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -45,20 +41,6 @@ class TextTokenizer:
             return []
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [(self.lead + row if lead else row) or [self.filler] for row in ids]
-
-
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration for adapters on every linear layer."""
-    return LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
-    )
-
-
-def train_in_float32(model: nn.Module, adapter: str) -> None:
-    """Hold the weights of a LoRA adapter in float32: steps of a small rate are lost in half precision."""
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name:
-            parameter.data = parameter.data.float()
 
 
 def quiet() -> None:

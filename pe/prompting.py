@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from pe.adapters import lora_config
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
-from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained, lora_config
+from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained
 from pe.packing import fitting, inverse, to_device, token_batches
 
 ADAPTER = "prompter"

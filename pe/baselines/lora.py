@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pe.adapters import lora_config, prepare_adapters
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
-from pe.loading import lora_config, train_in_float32
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack, to_device
 from pe.trainable import TrainableModule
@@ -63,7 +63,7 @@ class LoraEmbedder(TrainableModule):
         self.name = f"lora-{short_name(backbone.name)}-{config.pooling}"
         self.truncation = Truncation()
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
-        train_in_float32(backbone.model, ADAPTER)
+        prepare_adapters(backbone.model, ADAPTER)
         if config.form == "checkpointed":
             checkpoint_activations(backbone.model)
         self.train(self.training)
