@@ -157,8 +157,6 @@ CASES = {
         rank=2,
     ),
 }
-GRAPHS = 64
-"""Of one function, at most: a norm has one for each rank and size of its input, with and without gradient."""
 CPU_CASES = ("tiny", "small")
 GPU_CASES = ("1b", "4b", "8b")
 """Shapes of Llama-3.2-1B, Qwen3-4B and Qwen3-8B, with that of Qwen3-0.6B as prompting LLM; random weights.
@@ -259,6 +257,7 @@ PUBLISHED_DROPOUT = 0.1
 """Of (a) and (b), the published recipe; the best LoRA we can build, and our reader, do without."""
 BOTH = "instruction_and_text"
 PREFIX = {"layout": "prefix", "pooling": "mean_text"}
+READER_AND_SKIP = prompt_embedder(reader="activated_lora", skip="linear")
 VARIANTS = {
     "lora-padded": Variant(title="(a) LoRA, padded, SDPA", build=lora("padded", PUBLISHED_DROPOUT)),
     "lora-checkpointed": Variant(
@@ -269,19 +268,17 @@ VARIANTS = {
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
-    "pe-suffix-skip": Variant(
-        title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
-    ),
+    "pe-suffix-skip": Variant(title="PE, suffix, reader, skip", build=READER_AND_SKIP),
     "pe-suffix-skip-compiled": Variant(
-        title="PE, suffix, reader, skip, compiled",
-        build=prompt_embedder(reader="activated_lora", skip="linear"),
-        compiled=True,
+        title="PE, suffix, reader, skip, compiled", build=READER_AND_SKIP, compiled=True
     ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),
     "pe-prefix-text": Variant(title="PE, prefix, text read", build=prompt_embedder(**PREFIX, conditioning=BOTH)),
 }
 BASELINE = "lora-padded"
+GRAPHS = 64
+"""Compiled forms of one function, at most: a norm has one for each rank and size of its input, with gradient or not."""
 
 
 def default_variants(device: str) -> tuple[str, ...]:
