@@ -3,9 +3,10 @@
 Forward: x̂_t = rstd_t (h_t - mean_t), n_t = x̂_t w + b ("none": n_t = h_t, "rms": no mean), u_b = sum_t share_t n_t,
 y_b = u_b / |u_b|, where share_t is 1 / length, 1 at the last row, or w_t / sum(w).
 Backward: du = (g - y (y·g)) / |u|, dn_t = share_t du, dx̂ = dn w,
-dh_t = rstd_t (dx̂ - x̂_t mean(dx̂ x̂_t)), for "layer" also less mean(dx̂). Saved: h, y and 1 / |u|.
-Bytes: T·D forward; backward T·D read (none without a norm) and T·D written. Long segments are split over programs
-and merged through a partial buffer, so runs repeat bitwise.
+dh_t = rstd_t (dx̂ - x̂_t mean(dx̂ x̂_t)), for "layer" also less mean(dx̂); dw_t = du·(n_t - u_b) / sum(w).
+Saved: h, y and 1 / |u|.
+Bytes: T·D forward; backward T·D read (none without a norm) and T·D written, of row weights T·D read. Long segments
+are split over programs and merged through a partial buffer, so runs repeat bitwise.
 
 Shape legend: T packed rows, D width, B segments, S splits of a segment.
 """
@@ -63,9 +64,10 @@ def pool_normalize_ref(
         x = x * weight.to(dtype)
     if bias is not None:
         x = x + bias.to(dtype)
+    w = torch.where(w == 0, 0.0, w)  # without a gradient where a row is left out
     total = w.new_zeros(n_segments).index_add(0, segment, w)
-    share = torch.where(total == 0, 0.0, 1 / total)[segment] * w  # [T]
-    pooled = x.new_zeros(n_segments, x.shape[1]).index_add(0, segment, torch.where(w == 0, 0.0, share)[:, None] * x)
+    share = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))[segment] * w  # [T]
+    pooled = x.new_zeros(n_segments, x.shape[1]).index_add(0, segment, share[:, None] * x)
     return torch.nn.functional.normalize(pooled, dim=-1, eps=L2_EPS) if normalize else pooled
 
 
@@ -197,6 +199,18 @@ def _pool_normalize_merge_kernel(
 
 
 @triton.jit
+def _pooled_gradient(g_ptr, y_ptr, inv_ptr, b, offs_d, mask_d, D, NORMALIZE: tl.constexpr):
+    """du [BD] of a segment's pooled row u, and du·u."""
+    du = tl.load(g_ptr + b * D + offs_d, mask=mask_d, other=0.0)
+    y = tl.load(y_ptr + b * D + offs_d, mask=mask_d, other=0.0)
+    along = tl.sum(y * du, axis=0)
+    if NORMALIZE:
+        du = (du - y * along) * tl.load(inv_ptr + b)
+        along = 0.0
+    return du, along
+
+
+@triton.jit
 def _pool_normalize_bwd_kernel(
     h_ptr,
     cu_ptr,
@@ -224,10 +238,7 @@ def _pool_normalize_bwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     factor = _share_factor(w_ptr, begin, end, MODE, BLOCK_W)
-    du = tl.load(g_ptr + b * D + offs_d, mask=mask_d, other=0.0)
-    if NORMALIZE:
-        y = tl.load(y_ptr + b * D + offs_d, mask=mask_d, other=0.0)
-        du = (du - y * tl.sum(y * du, axis=0)) * tl.load(inv_ptr + b)
+    du, _ = _pooled_gradient(g_ptr, y_ptr, inv_ptr, b, offs_d, mask_d, D, NORMALIZE)
     du = du * factor
     if HAS_WEIGHT:
         du = du * tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -244,6 +255,50 @@ def _pool_normalize_bwd_kernel(
             dx = rstd[:, None] * (dx - x * (tl.sum(dx * x, axis=1) / D)[:, None])
         dh_ptrs = dh_ptr + offs_t[:, None] * D + offs_d[None, :]
         tl.store(dh_ptrs, dx.to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pool_normalize_bwd_weights_kernel(
+    h_ptr,
+    cu_ptr,
+    weight_ptr,
+    bias_ptr,
+    w_ptr,
+    y_ptr,
+    inv_ptr,
+    g_ptr,
+    dw_ptr,
+    eps,
+    D,
+    stride_ht,
+    NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program writes dw for every SPLITS-th block of rows of one segment."""
+    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin, end = tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    factor = _share_factor(w_ptr, begin, end, "weighted", BLOCK_W)
+    du, along = _pooled_gradient(g_ptr, y_ptr, inv_ptr, b, offs_d, mask_d, D, NORMALIZE)
+    constant = -along
+    if HAS_BIAS:
+        constant += tl.sum(du * tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32), axis=0)
+    if HAS_WEIGHT:
+        du = du * tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    for t in range(begin + split * BLOCK_T, end, SPLITS * BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < end
+        is_read = _row_weight(w_ptr, offs_t, mask_t, end, "weighted") != 0.0
+        x, _ = _standardize(h_ptr, offs_t, offs_d, is_read[:, None] & mask_d[None, :], stride_ht, D, eps, NORM)
+        dw = tl.where(is_read, factor * (tl.sum(x * du[None, :], axis=1) + constant), 0.0)
+        tl.store(dw_ptr + offs_t, dw, mask=mask_t)
 
 
 def _block_d(width: int) -> int:
@@ -363,6 +418,54 @@ def _pool_normalize_bwd(
     return dh
 
 
+@triton_op("pe::pool_normalize_bwd_weights")
+def _pool_normalize_bwd_weights(
+    g: Tensor,
+    h: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    token_weights: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+    norm: str,
+    eps: float,
+    normalize: bool,
+) -> Tensor:
+    """dw [T] float32."""
+    (T, D), B = h.shape, cu_seqlens.shape[0] - 1
+    dw = h.new_empty(T, dtype=torch.float32)
+    if T == 0 or B == 0:
+        return dw
+    block_d = _block_d(D)
+    block_t = max(1, min(16, TILE_ELEMENTS // block_d))
+    splits = _splits(T, B, block_t, "weighted")
+    wrap_triton(_pool_normalize_bwd_weights_kernel, CONFIGS)[(B, splits)](
+        h_ptr=h,
+        cu_ptr=cu_seqlens,
+        weight_ptr=h if weight is None else weight,
+        bias_ptr=h if bias is None else bias,
+        w_ptr=token_weights,
+        y_ptr=y,
+        inv_ptr=inverse,
+        g_ptr=g,
+        dw_ptr=dw,
+        eps=eps,
+        D=D,
+        stride_ht=h.stride(0),
+        NORM=norm,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        NORMALIZE=normalize,
+        SPLITS=splits,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        BLOCK_W=128,
+        num_warps=8 if block_d * block_t >= 4096 else 4,
+    )
+    return dw
+
+
 class _PoolNormalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -378,14 +481,24 @@ class _PoolNormalize(torch.autograd.Function):
         normalize: bool,
     ) -> Tensor:
         y, inverse = _pool_normalize_fwd(h, cu_seqlens, weight, bias, token_weights, mode, norm, eps, normalize)
-        ctx.save_for_backward(h, cu_seqlens, weight, token_weights, y, inverse)
+        ctx.save_for_backward(h, cu_seqlens, weight, bias, token_weights, y, inverse)
         ctx.options = mode, norm, eps, normalize
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        dh = _pool_normalize_bwd(g.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return dh, None, None, None, None, None, None, None, None
+        h, cu_seqlens, weight, bias, token_weights, y, inverse = ctx.saved_tensors
+        mode, norm, eps, normalize = ctx.options
+        g, dh, dw = g.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            dh = _pool_normalize_bwd(
+                g, h, cu_seqlens, weight, token_weights, y, inverse, mode, norm, eps, normalize
+            )  # fmt: skip
+        if ctx.needs_input_grad[4]:
+            dw = _pool_normalize_bwd_weights(
+                g, h, cu_seqlens, weight, bias, token_weights, y, inverse, norm, eps, normalize
+            ).to(token_weights.dtype)
+        return dh, None, None, None, dw, None, None, None, None
 
 
 def pool_normalize(
@@ -406,7 +519,8 @@ def pool_normalize(
     h [T, D], cu_seqlens [B + 1] int32 -> [B, D] float32 (float64 stays float64).
     norm: "none", "rms" or "layer", with `weight` and `bias` [D]. mode: "mean", "last" (the last row) or "weighted",
     sum(w h) / sum(w) with `token_weights` [T]. normalize: divide by the L2 norm. A segment that is empty, or whose
-    weights sum to zero, gives a zero row and no gradient. Differentiable in `h` only: the other tensors are constants.
+    weights sum to zero, gives a zero row and no gradient; a row of weight zero is left out and gives its weight none.
+    Differentiable in `h` and `token_weights`: the other tensors are constants.
     Raises ValueError on shapes, dtypes or devices that do not fit, on a constant that requires grad, and (CPU) on
     offsets that fall or do not end at T.
     """
@@ -431,7 +545,7 @@ def pool_normalize(
             require_float(name, tensor, 1)
             require(tensor.shape[0] == size, name, f"shape [{size}]", tensor.shape)
             require_same_device(name, tensor, h.device)
-            constant = not (tensor.requires_grad and torch.is_grad_enabled())
+            constant = name == "token_weights" or not (tensor.requires_grad and torch.is_grad_enabled())
             require(constant, name, "a tensor that requires no grad (it is a constant here)", "one that does")
     if use_triton(impl, h):
         require(h.shape[1] <= MAX_WIDTH, "h", f"a width of at most {MAX_WIDTH} for the Triton path", h.shape)

@@ -122,6 +122,8 @@ def pool_normalize(module: Any, dtype: torch.dtype, t: int, d: int, b: int, mode
     token_weights = empty(t, dtype=torch.float32) if mode == "weighted" else None
     y, inverse = module._pool_normalize_fwd(h, cu, weight, bias, token_weights, mode, norm, 1e-6, True)
     module._pool_normalize_bwd(y, h, cu, weight, token_weights, y, inverse, mode, norm, 1e-6, True)
+    if token_weights is not None:
+        module._pool_normalize_bwd_weights(y, h, cu, weight, bias, token_weights, y, inverse, norm, 1e-6, True)
 
 
 def info_nce(module: Any, dtype: torch.dtype, b: int, n: int, d: int, masked: bool) -> None:
@@ -148,7 +150,8 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("context_attention", "width 256", ("sm_100",), context_attention, (16, 256, 64, (8, 4), 256, 16, True)),
     ("pool_normalize", "default", tuple(TARGETS), pool_normalize, (65536, 4096, 256, "mean", "rms")),
     ("pool_normalize", "one a program", ("sm_80",), pool_normalize, (1280, 1024, 1024, "last", "layer")),
-    ("pool_normalize", "weighted", ("sm_100",), pool_normalize, (8192, 896, 16, "weighted", "layer")),
+    ("pool_normalize", "weighted", tuple(TARGETS), pool_normalize, (65536, 4096, 256, "weighted", "none")),
+    ("pool_normalize", "weighted, layer", ("sm_100",), pool_normalize, (8192, 896, 16, "weighted", "layer")),
     ("info_nce", "default", tuple(TARGETS), info_nce, (4096, 8192, 1024, True)),
     ("info_nce", "small", ("gfx942",), info_nce, (16, 48, 384, False)),
 ]

@@ -108,19 +108,19 @@ def attention(
     return build
 
 
-def pooling(mode: str, norm: str, normalize: bool = True) -> Build:
+def pooling(mode: str, norm: str, normalize: bool = True, weights_alone: bool = False) -> Build:
     def build(dtype: torch.dtype, device: str, large: bool) -> Problem:
         lengths, d = ([300, 0, 1, 2900, 17] * 9, 1100) if large else ([3, 0, 1, 29], 40)
         h, cu = leaf(sum(lengths), d, dtype=dtype, device=device), offsets(lengths, device)
         weight = torch.randn(d, device=device) if norm != "none" else None
         bias = torch.randn(d, device=device) if norm == "layer" else None
-        tokens = torch.rand(sum(lengths), device=device) if mode == "weighted" else None
-        options: Any = {"mode": mode, "norm": norm, "weight": weight, "bias": bias, "token_weights": tokens}
-
-        def run(x: Sequence[Tensor], impl: Any) -> Tensor:
-            return pool_normalize(x[0], cu, **options, normalize=normalize, impl=impl)
-
-        return Problem((h,), run)
+        options: Any = {"mode": mode, "norm": norm, "weight": weight, "bias": bias, "normalize": normalize}
+        if mode != "weighted":
+            return Problem((h,), lambda x, impl: pool_normalize(x[0], cu, **options, impl=impl))
+        tokens = torch.rand(sum(lengths), device=device)
+        tokens[::4] = 0  # rows that are left out
+        inputs = (h.detach() if weights_alone else h, tokens.to(dtype).requires_grad_())
+        return Problem(inputs, lambda x, impl: pool_normalize(x[0], cu, token_weights=x[1], **options, impl=impl))
 
     return build
 
@@ -160,6 +160,7 @@ PROBLEMS: dict[str, Build] = {
     "pool last layer": pooling("last", "layer"),
     "pool weighted layer": pooling("weighted", "layer"),
     "pool weighted rms": pooling("weighted", "rms", normalize=False),
+    "pool weighted": pooling("weighted", "none", weights_alone=True),
     "contrast": contrast(masked=False, symmetric=False),
     "contrast masked": contrast(masked=True, symmetric=False),
     "contrast symmetric": contrast(masked=True, symmetric=True),

@@ -31,6 +31,7 @@ KERNELS = {
     "_pool_normalize_fwd_kernel",
     "_pool_normalize_merge_kernel",
     "_pool_normalize_bwd_kernel",
+    "_pool_normalize_bwd_weights_kernel",
     "_info_nce_fwd_kernel",
     "_info_nce_bwd_kernel",
 }

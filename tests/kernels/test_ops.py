@@ -60,6 +60,10 @@ def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "pool_normalize_bwd": (
             pool_normalize._pool_normalize_bwd, (y, rows, cu, gain, None, y, inverse, "mean", "rms", 1e-6, True)
         ),
+        "pool_normalize_bwd_weights": (
+            pool_normalize._pool_normalize_bwd_weights,
+            (y, rows, cu, gain, None, rows[:, 0].contiguous(), y, inverse, "rms", 1e-6, True),
+        ),
         "info_nce_fwd": (info_nce._info_nce_fwd, (h, docs, positive, *ids_of, 0.1)),
         "info_nce_bwd": (
             info_nce._info_nce_bwd, (losses, h, docs, positive, *ids_of, loss_lse, 0.1, True, True)
@@ -69,7 +73,7 @@ def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize(
     "name", [f"{op}_{way}" for op in ("vocab_mixture", "prompt_rows", "context_attention", "pool_normalize", "info_nce")
-             for way in ("fwd", "bwd")]
+             for way in ("fwd", "bwd")] + ["pool_normalize_bwd_weights"]
 )  # fmt: skip
 def test_opcheck(name: str) -> None:
     op, arguments = registered()[name]
@@ -77,7 +81,8 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixture tied", "rows aligned", "attention options", "pool mean rms", "contrast symmetric"]
+    "name",
+    ["mixture tied", "rows aligned", "attention options", "pool mean rms", "pool weighted layer", "contrast symmetric"],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_without_a_graph_break(name: str, impl: str) -> None:

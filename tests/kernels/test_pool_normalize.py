@@ -46,14 +46,22 @@ def test_reference_is_the_modules_segment_by_segment(mode: str, norm: str, norma
             )
             expected = expected / expected.norm() if normalize else expected
         torch.testing.assert_close(row, expected)
-    assert gradcheck(lambda x: pool_normalize(x, offsets(LENGTHS), **kwargs, normalize=normalize)[[0, 2, 3]], (h,))
+    weights = (kwargs.pop("token_weights").requires_grad_(),) if mode == "weighted" else ()
+
+    def run(x: Tensor, *token_weights: Tensor) -> Tensor:
+        given = {"token_weights": token_weights[0]} if token_weights else {}
+        return pool_normalize(x, offsets(LENGTHS), **kwargs | given, normalize=normalize)[[0, 2, 3]]
+
+    assert gradcheck(run, (h, *weights))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_and_weightless_segments_are_zero(impl: str, mode: str) -> None:
     h = torch.randn(8, 20, device=DEVICE, requires_grad=True)
-    weights = torch.tensor([0.0, 0, 0, 1, 1, 2, 0, 3], device=DEVICE) if mode == "weighted" else None
+    weights = None
+    if mode == "weighted":
+        weights = torch.tensor([0.0, 0, 0, 1, 1, 2, 0, 3], device=DEVICE, requires_grad=True)
     out = pool_normalize(h, offsets(LENGTHS, DEVICE), mode=mode, norm="rms", token_weights=weights, impl=impl)
     out.square().sum().backward()
     zero = torch.tensor([mode == "weighted", True, False, False], device=DEVICE)
@@ -61,8 +69,11 @@ def test_empty_and_weightless_segments_are_zero(impl: str, mode: str) -> None:
     torch.testing.assert_close(out[~zero].norm(dim=1), torch.ones(int((~zero).sum()), device=DEVICE))
     assert h.grad is not None
     assert torch.isfinite(h.grad).all()
-    if mode == "weighted":
+    if weights is not None:
         assert not h.grad[:3].any()
+        assert weights.grad is not None
+        assert torch.isfinite(weights.grad).all()
+        assert not weights.grad[weights == 0].any()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
