@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import set_seed
@@ -40,6 +40,7 @@ from pe.integrations.mteb import TextEncoder
 from pe.loading import has_instructions, quiet
 from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
+from pe.skip import Skip
 from pe.train import Trainable, build_accelerator, build_plan, fit
 
 
@@ -74,7 +75,7 @@ def build_pe(**changes: Any) -> Callable[[Recipe, torch.device], System]:
     return build
 
 
-def build_static(skip: Literal["none", "linear"]) -> Callable[[Recipe, torch.device], System]:
+def build_static(skip: Skip) -> Callable[[Recipe, torch.device], System]:
     def build(recipe: Recipe, device: torch.device) -> System:
         config = dataclasses.replace(recipe.model, skip=skip)
         return StaticPromptEmbedder.from_config(config, device, instructions=instructions(recipe))
@@ -113,6 +114,7 @@ BOTH = "instruction_and_text"
 ALONE = {"reader": "none", "skip": "none"}
 PREFIX = {"layout": "prefix", "pooling": "mean_text", **ALONE}
 SYSTEMS = {
+    "pe-weighted": Entry(title="PE, suffix, reader, weighted skip", build=build_pe(skip="weighted")),
     "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
     "pe-skip-longer": Entry(
         title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
@@ -134,10 +136,11 @@ SYSTEMS = {
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
     "lora-mean-longer": Entry(title="LoRA, mean, 4 times the steps", build=build_lora("mean"), times=4),
+    "lora-weighted": Entry(title="LoRA, weighted mean", build=build_lora("weighted")),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
-PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-last"))
+PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-last"))
 CLAIMED = ("pe-skip", "pe-skip-longer", "lora-mean-longer")
 """What the page's first lines set against LoRA; LoRA's own long run belongs beside ours."""
 ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]

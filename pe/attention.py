@@ -33,15 +33,15 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and where asked for the texts' means.
+    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and, if asked for, their pooled states.
 
     Attributes:
-        means: unit vectors `[B, width]` float32: the mean of a text's standardised states before the last layer.
+        pooled: `[B, width]`: the texts' states before the last layer, pooled as the text pass was asked to.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     segments: Segments
-    means: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class LastLayerReached(Exception):
@@ -202,8 +202,8 @@ def joined(parts: Sequence[KeyValues]) -> KeyValues:
         for pairs in zip(*(part.layers for part in parts), strict=True)
     ]
     lengths = tuple(length for part in parts for length in part.segments.lengths)
-    means = [part.means for part in parts if part.means is not None]
-    return KeyValues(layers, Segments(lengths, parts[0].segments.device), torch.cat(means) if means else None)
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return KeyValues(layers, Segments(lengths, parts[0].segments.device), torch.cat(pooled) if pooled else None)
 
 
 def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:

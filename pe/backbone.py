@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from pe.loading import (
     warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
+from pe.skip import STATES_EPS, mean_states
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 READER = "reader"
-MEANS_EPS = 1e-6
-"""Added to a state's mean square before it is divided by its root, for the texts' means."""
+Pool = Callable[[Tensor, Segments], Tensor]
+"""States `[T, D]` of texts -> a row for each text `[B, D]`."""
 
 attention.register()
 
@@ -196,29 +197,25 @@ class Backbone(nn.Module):
             **norm._asdict(),
         )
 
-    @torch.no_grad()
-    def read(self, texts: Sequence[Sequence[int]], *, means: bool = False) -> KeyValues:
+    def read(self, texts: Sequence[Sequence[int]], pool: Pool | None = None) -> KeyValues:
         """The frozen text pass: keys and values of every text, without gradient, without the reader.
 
-        The last layer stops at its keys and values: nothing behind them can reach a later token. With `means` the
-        states that enter it are pooled too; `check_means` says whether that can be had.
+        The last layer stops at its keys and values: nothing behind them can reach a later token. The states that enter
+        it go through `pool`, which may have weights that train; `check_states` says whether they can be had.
         """
         if self.device.type == "cpu":
-            return attention.joined([self._read(part, means) for part in neighbours(texts, CPU_TOKENS)])
-        return self._read(texts, means)
+            return attention.joined([self._read(part, pool) for part in neighbours(texts, CPU_TOKENS)])
+        return self._read(texts, pool)
 
-    def _read(self, texts: Sequence[Sequence[int]], means: bool) -> KeyValues:
+    def _read(self, texts: Sequence[Sequence[int]], pool: Pool | None) -> KeyValues:
         ids, segments = pack(texts, self.device)
         plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
-        with self.reader_off(), self._entering_last_layer(means) as states, contextlib.suppress(LastLayerReached):
-            self._run(self.token_rows(ids), plan, (0,) * len(segments))
-        kept = self._kept(plan)
+        with torch.no_grad(), self.reader_off(), self._entering_last_layer(pool is not None) as states:
+            with contextlib.suppress(LastLayerReached):
+                self._run(self.token_rows(ids), plan, (0,) * len(segments))
+            kept = self._kept(plan)
         assert kept is not None
-        if not means:
-            return kept
-        return dataclasses.replace(
-            kept, means=pool_normalize(states[0][0], segments.cu_seqlens, norm="rms", eps=MEANS_EPS)
-        )
+        return kept if pool is None else dataclasses.replace(kept, pooled=pool(states[0][0], segments))
 
     @contextlib.contextmanager
     def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
@@ -361,21 +358,21 @@ class Backbone(nn.Module):
                 )
 
     @torch.no_grad()
-    def check_means(self) -> None:
-        """Compare a text's mean with that of the stock model's states before its last layer.
+    def check_states(self) -> None:
+        """Compare the mean of a text's states with that of the stock model's states before its last layer.
 
         Raises:
             UnsupportedBackbone: the two differ, or the states cannot be read.
         """
         ids, reason = list(range(5)), "they differ from the stock model's"
         try:
-            means = self.read([ids], means=True).means
+            means = self.read([ids], mean_states).pooled
             with self.reader_off():
                 stock = sharing_weights(self.model)  # transformers leaves hooks in what it has asked for states
                 stock.set_attn_implementation(self.stock_attention)
                 tokens = torch.tensor([ids], device=self.device)
                 states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
-            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=MEANS_EPS).mean(0, keepdim=True), dim=-1)
+            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=STATES_EPS).mean(0, keepdim=True), dim=-1)
             agree = (
                 means is not None
                 and means.shape == expected.shape

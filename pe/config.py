@@ -141,9 +141,9 @@ class ModelConfig:
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters of `reader: activated_lora`."""
-    skip: Literal["none", "linear"] = "none"
+    skip: Literal["none", "linear", "weighted"] = "none"
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
-    embedding (suffix)."""
+    embedding (suffix); weighted: a mean in which each token has a learned weight."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""

@@ -190,7 +190,7 @@ class _UnprobedBackbone(Backbone):
     def check_parity(self) -> None:
         pass
 
-    def check_means(self) -> None:
+    def check_states(self) -> None:
         pass
 
 

@@ -29,7 +29,7 @@ from pe.config import Dtype, ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.saving import Parts, find, read, write
-from pe.skip import LinearSkip, around
+from pe.skip import LinearSkip, around, build_skip
 from pe.trainable import TrainableModule
 
 Side = Literal["query", "document"]
@@ -113,7 +113,7 @@ class PromptEmbedder(TrainableModule):
         config: the options.
         name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
-        skip: the matrix around the soft prompt, where there is one; it trains too.
+        skip: what goes around the soft prompt, where anything does; it trains too.
         truncation: counts since the model was made.
     """
 
@@ -125,7 +125,7 @@ class PromptEmbedder(TrainableModule):
         backbone: Backbone,
         skip: LinearSkip | None = None,
     ) -> None:
-        """Put the parts together; where the options ask for a skip and none is given, it is the identity.
+        """Put the parts together; where the options ask for a skip and none is given, a fresh one goes in.
 
         Raises:
             ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
@@ -136,10 +136,9 @@ class PromptEmbedder(TrainableModule):
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
-        if config.skip == "linear":
-            backbone.check_means()
-        is_fresh = config.skip == "linear" and skip is None
-        self.skip = LinearSkip(backbone.hidden_size, backbone.device) if is_fresh else skip
+        if config.skip != "none":
+            backbone.check_states()
+        self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
         self.truncation = Truncation()
         self._bank: dict[Instruction, Tensor] = {}
         self._bank_version: tuple[torch.device, int] | None = None
@@ -266,8 +265,10 @@ class PromptEmbedder(TrainableModule):
 
     def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:
         """The frozen text pass, and what goes around the soft prompt: unit vectors `[B, D]`, or None."""
-        texts = self.backbone.read(ids, means=self.skip is not None)
-        return texts, self.skip(texts.means) if self.skip is not None else None
+        if self.skip is None:
+            return self.backbone.read(ids), None
+        texts = self.backbone.read(ids, self.skip.pool)
+        return texts, self.skip(texts.pooled)
 
     def _read_and_prompt(self, ids: Sequence[Sequence[int]], requests: Requests) -> tuple[Tensor, Tensor | None]:
         """States `[B, K, D]` of the soft tokens behind each text, and what goes around them.

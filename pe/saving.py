@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pe.backbone import Backbone
 from pe.config import Dtype, ModelConfig, to_dict
 from pe.loading import check_weights, commit_of, has_content, load_pretrained
 from pe.prompting import PromptingLLM
-from pe.skip import LinearSkip
+from pe.skip import LinearSkip, build_skip
 
 FORMAT = 1
 NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
@@ -82,10 +83,11 @@ def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) 
     folder.mkdir()
     prompter.model.save_pretrained(folder / "prompter")
     prompter.text_tokenizer.tokenizer.save_pretrained(folder / "prompter")
-    matrices = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip}
-    for name, part in matrices.items():
+    small = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip}
+    for name, part in small.items():
         if part is not None:
-            save_file({"weight": part.weight.detach().cpu().contiguous()}, folder / f"{name}.safetensors")
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.named_parameters()}
+            save_file(tensors, folder / f"{name}.safetensors")
     if backbone.has_reader:
         backbone.model.save_pretrained(folder / "reader")
     if include_backbone:
@@ -157,33 +159,34 @@ def read(path: Path, *, backbone: str | None, dtype: Dtype | None, device: torch
     alignment: Alignment
     if config.alignment.kind == "linear":
         size = (prompter.hidden_size, frozen.hidden_size)
-        weight = _read_matrix(path / "alignment.safetensors", size).to(device)
+        weight = _read_tensors(path / "alignment.safetensors", {"weight": torch.Size(size)})["weight"].to(device)
         found = saved["alignment"]
         alignment = LinearAlignment(weight, AlignmentReport(found["shared_tokens"], found["residual"]))
     else:
         alignment = VocabularyAlignment(prompter, frozen)
-    skip = None
-    if config.skip == "linear":
-        skip = LinearSkip(frozen.hidden_size, device)
-        size = (frozen.hidden_size, frozen.hidden_size)
-        skip.load_state_dict({"weight": _read_matrix(path / "skip.safetensors", size)})
+    skip = build_skip(config.skip, frozen.hidden_size, device)
+    if skip is not None:
+        sizes = {name: tensor.shape for name, tensor in skip.state_dict().items()}
+        skip.load_state_dict(_read_tensors(path / "skip.safetensors", sizes))
     return Parts(config, prompter, alignment, frozen, skip)
 
 
-def _read_matrix(file: Path, size: tuple[int, int]) -> torch.Tensor:
-    """The one matrix of a file that `write` wrote.
+def _read_tensors(file: Path, sizes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The tensors of a file that `write` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged one, or another shape.
+        FileNotFoundError, ValueError: no such file, a damaged one, or other names or shapes.
     """
     check_weights(file)
     try:
-        weight = load_file(file)["weight"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{file}: expected one tensor, 'weight' ({error}); copy the file again") from error
-    if weight.shape != size:
-        raise ValueError(f"{file}: expected a matrix of {list(size)}, got {list(weight.shape)}; copy the file again")
-    return weight
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected the tensors {list(sizes)} ({error}); copy the file again") from error
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: list(size) for name, size in sizes.items()}
+    if found != expected:
+        raise ValueError(f"{file}: expected tensors of shapes {expected}, got {found}; copy the file again")
+    return tensors
 
 
 def _check_adapter(folder: Path) -> None:

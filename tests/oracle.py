@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pe.alignment import LinearAlignment
 from pe.model import PromptEmbedder, Requests
+from pe.skip import WeightedSkip
 
 
 def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
@@ -35,18 +36,26 @@ def embed(model: PromptEmbedder, requests: Requests) -> Tensor:
         return embeddings
     assert model.skip is not None
     means = torch.stack([text_mean(model, requests, place) for place in range(len(requests.texts))])
-    return F.normalize(embeddings + F.normalize(means @ model.skip.weight, dim=-1), dim=-1)
+    return F.normalize(embeddings + F.normalize(F.normalize(means, dim=-1) @ model.skip.weight, dim=-1), dim=-1)
+
+
+def text_mean(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
+    """Mean `[D]` of a text's standardised states, by attention of one query where the skip is weighted."""
+    states = text_states(model, requests, place)
+    if not isinstance(model.skip, WeightedSkip):
+        return states.mean(0)
+    return torch.softmax(states @ model.skip.tokens.query, dim=0) @ states
 
 
 @torch.no_grad()
-def text_mean(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
-    """Mean `[D]` of the stock backbone's states of a text before its last layer, each divided by its RMS."""
+def text_states(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
+    """The stock backbone's states `[L, D]` of a text before its last layer, each divided by its RMS."""
     templates = getattr(model.config.templates, requests.instruction(place).side)
     body = templates.text.replace("{text}", requests.texts[place])
     ids, stock = model.backbone.text_tokenizer.tokenizer(body)["input_ids"], model.backbone.model
     stock.set_attn_implementation(model.backbone.stock_attention)
     states = stock(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[-2][0]
-    return (states / states.square().mean(-1, keepdim=True).sqrt()).mean(0)
+    return states / states.square().mean(-1, keepdim=True).sqrt()
 
 
 def pooled(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:

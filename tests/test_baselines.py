@@ -89,6 +89,36 @@ def test_every_form_of_lora_is_the_stock_forward(architecture: str, pooling: str
         assert_close(gradient(model, got), wanted)
 
 
+def test_a_weighted_mean_is_attention_of_one_query() -> None:
+    """Over the stock forward's final states, whose norm, divided by its weight, gives the standardised states."""
+    model = lora("packed", pooling="weighted").eval()
+    assert model.token_weights is not None
+    assert model.backbone.final_norm is not None
+    gain = model.backbone.final_norm.options.weight
+    assert gain is not None
+    decoder_model = model.backbone.model
+    decoder_model.set_attn_implementation("eager")
+    rows = []
+    for place in range(len(TEXTS)):
+        ids, start = expected_ids(place)
+        states = decoder_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, start:]
+        rows.append(torch.softmax(states / gain @ model.token_weights.query, dim=0) @ states)
+    expected = F.normalize(torch.stack(rows), dim=-1)
+    wanted = gradient(model, expected)
+    got = model(REQUESTS)
+    assert_close(got, expected)
+    assert_close(gradient(model, got), wanted)
+    with pytest.raises(ValueError, match="'weighted' needs form 'packed', got 'padded'"):
+        LoraBaselineConfig(pooling="weighted")
+
+
+def test_tokens_weigh_the_same_at_the_start() -> None:
+    settings = LoraSettings(rank=2, alpha=4)
+    fresh = LoraEmbedder(LoraBaselineConfig(lora=settings, form="packed", pooling="weighted"), backbone())
+    mean = LoraEmbedder(LoraBaselineConfig(lora=settings, form="packed"), backbone())
+    torch.testing.assert_close(fresh.eval()(REQUESTS), mean.eval()(REQUESTS))
+
+
 def saved_bytes(model: LoraEmbedder) -> tuple[int, Tensor]:
     """Bytes that a training forward keeps for backward, and its gradient."""
     kept = 0

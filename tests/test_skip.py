@@ -10,30 +10,36 @@ from pe import backbone as backbone_module
 from pe.backbone import Backbone, UnsupportedBackbone
 from pe.baselines.linear import LinearEmbedder
 from pe.model import Instruction, PromptEmbedder, Requests
+from pe.skip import Skip, WeightedSkip
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
 
+KINDS: tuple[Skip, ...] = ("linear", "weighted")
 
-def embedder(architecture: str = "qwen3", **options: object) -> PromptEmbedder:
-    """An embedder whose matrix is not the identity any more."""
-    model = build(architecture, skip="linear", **options)
+
+def embedder(architecture: str = "qwen3", skip: Skip = "linear", **options: object) -> PromptEmbedder:
+    """An embedder whose skip is not what it was at the start."""
+    model = build(architecture, skip=skip, **options)
     assert model.skip is not None
-    noise = torch.randn(model.skip.weight.shape, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        model.skip.weight += 0.2 * noise
+        for parameter in model.skip.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
+@pytest.mark.parametrize("skip", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equals_the_stock_states(architecture: str) -> None:
-    assert_equal(embedder(architecture))
+def test_equals_the_stock_states(architecture: str, skip: Skip) -> None:
+    assert_equal(embedder(architecture, skip))
 
 
-def test_other_poolings_readings_and_tokenizers() -> None:
-    assert_equal(embedder(pooling="last"))
-    assert_equal(embedder(conditioning="instruction_and_text"))
-    assert_equal(embedder("llama", bos=True))
+@pytest.mark.parametrize("skip", KINDS)
+def test_other_poolings_readings_and_tokenizers(skip: Skip) -> None:
+    assert_equal(embedder(skip=skip, pooling="last"))
+    assert_equal(embedder(skip=skip, conditioning="instruction_and_text"))
+    assert_equal(embedder("llama", skip, bos=True))
 
 
 def test_it_changes_the_embedding_and_starts_as_the_identity() -> None:
@@ -41,10 +47,12 @@ def test_it_changes_the_embedding_and_starts_as_the_identity() -> None:
     fresh = build("qwen3", skip="linear")
     assert fresh.skip is not None
     assert torch.equal(fresh.skip.weight, torch.eye(32))
+    torch.testing.assert_close(build("qwen3", skip="weighted")(REQUESTS), fresh(REQUESTS))
 
 
-def test_encoding_under_several_instructions_adds_it_to_each() -> None:
-    model = embedder()
+@pytest.mark.parametrize("skip", KINDS)
+def test_encoding_under_several_instructions_adds_it_to_each(skip: Skip) -> None:
+    model = embedder(skip=skip)
     wanted = [item.text for item in REQUESTS.instructions]
     encoded = model.encode_many(TEXTS, instructions=wanted, side="document")
     for text, row in zip(wanted, encoded, strict=True):
@@ -52,25 +60,39 @@ def test_encoding_under_several_instructions_adds_it_to_each() -> None:
         np.testing.assert_allclose(row, oracle.embed(model, requests).numpy(force=True), atol=1e-5)
 
 
-def test_every_step_has_it() -> None:
-    model = embedder()
+@pytest.mark.parametrize("skip", KINDS)
+def test_every_step_has_it(skip: Skip) -> None:
+    model = embedder(skip=skip)
     means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
     assert model.skip is not None
     expected = torch.nn.functional.normalize(build("qwen3").stepwise(REQUESTS) + model.skip(means), dim=-1)
     torch.testing.assert_close(model.stepwise(REQUESTS), expected)
 
 
-def test_the_text_pass_in_parts_gives_the_same_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = embedder()
+@pytest.mark.parametrize("skip", KINDS)
+def test_the_text_pass_in_parts_pools_the_same_states(skip: Skip, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(skip=skip)
+    assert model.skip is not None
     ids = sorted(model.tokenize(REQUESTS), key=len)
-    whole = model.backbone.read(ids, means=True)
+    whole = model.backbone.read(ids, model.skip.pool)
     monkeypatch.setattr(backbone_module, "CPU_TOKENS", 4)
-    parts = model.backbone.read(ids, means=True)
-    assert whole.means is not None
-    assert parts.means is not None
-    torch.testing.assert_close(parts.means, whole.means)
-    torch.testing.assert_close(whole.means.norm(dim=-1), torch.ones(len(ids)))
-    assert model.backbone.read(ids).means is None
+    parts = model.backbone.read(ids, model.skip.pool)
+    assert whole.pooled is not None
+    assert parts.pooled is not None
+    assert whole.pooled.requires_grad == parts.pooled.requires_grad == (skip == "weighted")
+    torch.testing.assert_close(parts.pooled, whole.pooled)
+    torch.testing.assert_close(whole.pooled.norm(dim=-1), torch.ones(len(ids)))
+    assert not any(x.requires_grad for pair in whole.layers for x in pair)
+    assert model.backbone.read(ids).pooled is None
+
+
+def test_weights_of_tokens_stay_finite() -> None:
+    model = embedder(skip="weighted")
+    assert isinstance(model.skip, WeightedSkip)
+    with torch.no_grad():
+        model.skip.tokens.query *= 1e6
+    model(REQUESTS).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.skip.parameters())
 
 
 def test_a_backbone_whose_states_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +110,7 @@ def test_states_near_zero_are_read_too() -> None:
         for layer in model.layers:
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 linear.weight *= 1e-2
-    Backbone(model, byte_tokenizer(), "small").check_means()
+    Backbone(model, byte_tokenizer(), "small").check_states()
 
 
 def test_only_a_skip_needs_the_states(monkeypatch: pytest.MonkeyPatch) -> None:

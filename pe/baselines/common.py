@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,9 +21,11 @@ from pe.backbone import Backbone
 from pe.loading import TextTokenizer
 from pe.model import Requests, Truncation
 from pe.packing import Segments, to_device, token_batches
+from pe.skip import STATES_EPS
+from pe.token_weights import TokenWeights
 
 Floats = npt.NDArray[np.float32]
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "weighted"]
 
 INSTRUCT = "Instruct: {instruction}\nQuery:{text}"
 BARE = "{text}"
@@ -77,17 +80,28 @@ class Templates:
         return [reading for reading in readings if reading is not None]
 
 
-def pool(backbone: Backbone, hidden: Tensor, readings: Sequence[Reading], pooling: Pooling) -> Tensor:
-    """L2-normalised embeddings `[N, D]` of packed states `[T, D]`: mean over the text alone, or the last token."""
+def pool(
+    backbone: Backbone,
+    hidden: Tensor,
+    readings: Sequence[Reading],
+    pooling: Pooling,
+    token_weights: TokenWeights | None = None,
+) -> Tensor:
+    """L2-normalised embeddings `[N, D]` of packed states `[T, D]`: mean over the text alone, or the last token.
+
+    In a weighted mean `token_weights` reads each state, standardised.
+    """
     segments = Segments(tuple(map(len, readings)), hidden.device)
     if pooling == "last":
         return backbone.pool(hidden, segments, "last")
-    if not any(reading.start for reading in readings):
+    own = None if token_weights is None else token_weights(F.rms_norm(hidden, hidden.shape[-1:], eps=STATES_EPS))
+    if own is None and not any(reading.start for reading in readings):
         return backbone.pool(hidden, segments, "mean")
     starts = to_device([reading.start for reading in readings], hidden.device)
     lengths = to_device(segments.lengths, hidden.device)
     first = starts.repeat_interleave(lengths, output_size=segments.total)
     weights = (segments.positions >= first).float()
+    weights = weights if own is None else weights * own
     return backbone.pool(hidden, segments, "weighted", token_weights=weights)
 
 

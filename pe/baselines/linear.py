@@ -26,7 +26,7 @@ class LinearEmbedder(TrainableModule):
 
     def __init__(self, backbone: Backbone, *, max_length: int = 256) -> None:
         super().__init__()
-        backbone.check_means()
+        backbone.check_states()
         self.backbone, self.max_length = backbone, max_length
         self.map = LinearSkip(backbone.hidden_size, backbone.device)
         self.name = f"linear-{short_name(backbone.name)}"
@@ -60,7 +60,7 @@ class LinearEmbedder(TrainableModule):
         return [row[: self.max_length] for row in ids]
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        embeddings: Tensor = self.map(self.backbone.read(ids, means=True).means)
+        embeddings: Tensor = self.map(self.backbone.read(ids, self.map.pool).pooled)
         return embeddings
 
     @torch.no_grad()

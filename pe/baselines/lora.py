@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ from pe.baselines.common import Floats, Pooling, Reading, Templates, content_has
 from pe.config import BackboneConfig, LoraSettings
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack, to_device
+from pe.token_weights import TokenWeights
 from pe.trainable import TrainableModule
 
 ADAPTER = "lora"
@@ -41,10 +43,15 @@ class LoraBaselineConfig:
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=64, dropout=0.1))
     form: Form = "padded"
     pooling: Pooling = "mean"
-    """mean: over the text's tokens, the instruction left out; last: the last token."""
+    """mean: over the text's tokens, the instruction left out; last: the last token; weighted: the mean with a learned
+    weight for each token, as in PromptEmbedder's `skip: weighted` (packed alone)."""
     max_length: int = 256
     """Tokens of a text, its instruction not counted."""
     templates: Templates = field(default_factory=Templates)
+
+    def __post_init__(self) -> None:
+        if self.pooling == "weighted" and self.form != "packed":
+            raise ValueError(f"pooling: 'weighted' needs form 'packed', got {self.form!r}")
 
 
 class LoraEmbedder(TrainableModule):
@@ -53,7 +60,8 @@ class LoraEmbedder(TrainableModule):
     Attributes:
         config: the options.
         name: what tables call it.
-        backbone: the decoder; its adapters alone train.
+        backbone: the decoder; of it the adapters alone train.
+        token_weights: those of a weighted mean, or None.
         truncation: counts since the model was made.
     """
 
@@ -62,6 +70,8 @@ class LoraEmbedder(TrainableModule):
         self.config, self.backbone = config, backbone
         self.name = f"lora-{short_name(backbone.name)}-{config.pooling}"
         self.truncation = Truncation()
+        is_weighted = config.pooling == "weighted"
+        self.token_weights = TokenWeights(backbone.hidden_size, backbone.device) if is_weighted else None
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
         prepare_adapters(backbone.model, ADAPTER)
         if config.form == "checkpointed":
@@ -120,7 +130,7 @@ class LoraEmbedder(TrainableModule):
         """`[B, D]` of readings that stand sorted by length, without padding."""
         ids, segments = pack([reading.ids for reading in readings], self.device)
         hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
-        return pool(self.backbone, hidden, readings, self.config.pooling)
+        return pool(self.backbone, hidden, readings, self.config.pooling, self.token_weights)
 
     def _padded(self, readings: Sequence[Reading]) -> Tensor:
         """`[B, D]` of readings padded on the right to the longest."""
@@ -168,13 +178,15 @@ class LoraEmbedder(TrainableModule):
     # What trains, and what is saved.
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that train: the adapters."""
+        """Parameters that train: the adapters, and the weights of the tokens where the mean has some."""
         return {"lora": [p for p in self.parameters() if p.requires_grad]}
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
-        """Write the adapters as a PEFT adapter, and the options beside them."""
+        """Write the adapters as a PEFT adapter, the options and the tokens' weights beside them."""
         path = Path(path)
         self.backbone.model.save_pretrained(path)
+        if self.token_weights is not None:
+            save_file({"query": self.token_weights.query.detach().cpu()}, path / "token_weights.safetensors")
         options = {"baseline": "lora", "config": dataclasses.asdict(self.config)}
         (path / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
         if card:
