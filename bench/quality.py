@@ -295,14 +295,15 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
 
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
     Each row's `least_seconds` are the processor seconds of its variant's fastest training, of every protocol: what else
-    the machine does only adds to them.
+    the machine does only adds to them. Bfloat16 that a processor has no instructions for is no measure of time.
     """
     rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
     found: dict[str, dict[str, list[records.Record]]] = {}
     for row in sorted(latest.values(), key=lambda row: ORDER.index(row["variant"])):
         same = [other for other in rows if (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])]
-        spent = [seconds for other in same if (seconds := other.get("cpu_seconds")) is not None]
+        timed = [other for other in same if other.get("native_bfloat16", True) or other["dtype"] != "bfloat16"]
+        spent = [seconds for other in timed if (seconds := other.get("cpu_seconds")) is not None]
         least = {"least_seconds": min(spent, default=None)}
         found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | least)
     for variants in found.values():

@@ -155,7 +155,7 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("info_nce", "default", tuple(TARGETS), info_nce, (4096, 8192, 1024, True)),
     ("info_nce", "small", ("gfx942",), info_nce, (16, 48, 384, False)),
 ]
-FIRST = ("default", "few rows")
+FIRST = ("default", "few rows", "weighted")
 
 
 def record(target: str, candidates: bool = False) -> Iterator[Launch]:
