@@ -34,13 +34,12 @@ from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
 from pe.cli import user_errors
-from pe.config import AlignmentConfig, LoraSettings, Recipe
+from pe.config import AlignmentConfig, LoraSettings, Recipe, Skip
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
 from pe.loading import has_instructions, quiet
 from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
-from pe.skip import Skip
 from pe.train import Trainable, build_accelerator, build_plan, fit
 
 

@@ -301,14 +301,17 @@ def _pool_normalize_bwd_weights_kernel(
         tl.store(dw_ptr + offs_t, dw, mask=mask_t)
 
 
-def _block_d(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _tiles(n_rows: int, width: int, n_segments: int, mode: str) -> dict[str, int]:
+    """How a kernel that walks the segments is divided and compiled.
 
-
-def _splits(n_rows: int, n_segments: int, block_t: int, mode: str) -> int:
-    """Programs a segment: one is enough for a single row, or where there are many segments or few blocks in each."""
+    One program a segment is enough for a single row, or where there are many segments or few blocks in each.
+    """
+    block_d = max(16, triton.next_power_of_2(width))
+    block_t = max(1, min(16, TILE_ELEMENTS // block_d)) if mode != "last" else 1
     blocks_each = triton.cdiv(n_rows, n_segments * block_t)
-    return 1 if mode == "last" else max(1, min(PROGRAMS // n_segments, blocks_each))
+    splits = 1 if mode == "last" else max(1, min(PROGRAMS // n_segments, blocks_each))
+    num_warps = 8 if block_d * block_t >= 4096 else 4
+    return {"SPLITS": splits, "BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_W": 128, "num_warps": num_warps}
 
 
 @triton_op("pe::pool_normalize_fwd")
@@ -328,11 +331,9 @@ def _pool_normalize_fwd(
     y, inverse = h.new_empty(B, D, dtype=torch.float32), h.new_empty(B, dtype=torch.float32)
     if B == 0:
         return y, inverse
-    block_d = _block_d(D)
-    block_t = max(1, min(16, TILE_ELEMENTS // block_d)) if mode != "last" else 1
-    splits = _splits(T, B, block_t, mode)
+    tiles = _tiles(T, D, B, mode)
+    splits = tiles["SPLITS"]
     partial = h.new_empty(B, splits, D, dtype=torch.float32) if splits > 1 else h
-    num_warps = 8 if block_d * block_t >= 4096 else 4
     wrap_triton(_pool_normalize_fwd_kernel, CONFIGS)[(B, splits)](
         h_ptr=h,
         cu_ptr=cu_seqlens,
@@ -351,11 +352,7 @@ def _pool_normalize_fwd(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
-        SPLITS=splits,
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-        BLOCK_W=128,
-        num_warps=num_warps,
+        **tiles,
     )
     if splits > 1:
         wrap_triton(_pool_normalize_merge_kernel)[(B,)](
@@ -366,8 +363,8 @@ def _pool_normalize_fwd(
             D=D,
             NORMALIZE=normalize,
             SPLITS=splits,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
+            BLOCK_D=tiles["BLOCK_D"],
+            num_warps=tiles["num_warps"],
         )
     return y, inverse
 
@@ -391,9 +388,8 @@ def _pool_normalize_bwd(
     dh = h.new_empty(T, D)
     if T == 0 or B == 0:
         return dh
-    block_d = _block_d(D)
-    block_t = max(1, min(16, TILE_ELEMENTS // block_d))
-    wrap_triton(_pool_normalize_bwd_kernel, CONFIGS)[(B, _splits(T, B, block_t, "mean"))](
+    tiles = _tiles(T, D, B, "mean")  # every row has a gradient
+    wrap_triton(_pool_normalize_bwd_kernel, CONFIGS)[(B, tiles["SPLITS"])](
         h_ptr=h,
         cu_ptr=cu_seqlens,
         weight_ptr=h if weight is None else weight,
@@ -409,11 +405,7 @@ def _pool_normalize_bwd(
         NORM=norm,
         HAS_WEIGHT=weight is not None,
         NORMALIZE=normalize,
-        SPLITS=_splits(T, B, block_t, "mean"),
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-        BLOCK_W=128,
-        num_warps=8 if block_d * block_t >= 4096 else 4,
+        **tiles,
     )
     return dh
 
@@ -437,10 +429,8 @@ def _pool_normalize_bwd_weights(
     dw = h.new_empty(T, dtype=torch.float32)
     if T == 0 or B == 0:
         return dw
-    block_d = _block_d(D)
-    block_t = max(1, min(16, TILE_ELEMENTS // block_d))
-    splits = _splits(T, B, block_t, "weighted")
-    wrap_triton(_pool_normalize_bwd_weights_kernel, CONFIGS)[(B, splits)](
+    tiles = _tiles(T, D, B, "weighted")
+    wrap_triton(_pool_normalize_bwd_weights_kernel, CONFIGS)[(B, tiles["SPLITS"])](
         h_ptr=h,
         cu_ptr=cu_seqlens,
         weight_ptr=h if weight is None else weight,
@@ -457,11 +447,7 @@ def _pool_normalize_bwd_weights(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
-        SPLITS=splits,
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-        BLOCK_W=128,
-        num_warps=8 if block_d * block_t >= 4096 else 4,
+        **tiles,
     )
     return dw
 

@@ -33,7 +33,8 @@ from pe.loading import (
     warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
-from pe.skip import STATES_EPS, mean_states
+from pe.skip import mean_states
+from pe.token_weights import standardize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -372,7 +373,7 @@ class Backbone(nn.Module):
                 stock.set_attn_implementation(self.stock_attention)
                 tokens = torch.tensor([ids], device=self.device)
                 states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
-            expected = F.normalize(F.rms_norm(states, states.shape[-1:], eps=STATES_EPS).mean(0, keepdim=True), dim=-1)
+            expected = F.normalize(standardize(states).mean(0, keepdim=True), dim=-1)
             agree = (
                 means is not None
                 and means.shape == expected.shape

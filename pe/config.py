@@ -24,6 +24,7 @@ def _require_positive(name: str, value: float) -> None:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Skip = Literal["none", "linear", "weighted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class ModelConfig:
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters of `reader: activated_lora`."""
-    skip: Literal["none", "linear", "weighted"] = "none"
+    skip: Skip = "none"
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
     embedding (suffix); weighted: a mean in which each token has a learned weight."""
     max_length: int = 256

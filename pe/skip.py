@@ -9,20 +9,14 @@ Legend: B texts, T tokens of a packed row, D the backbone's width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pe.config import Skip
 from pe.kernels.pool_normalize import pool_normalize
 from pe.packing import Segments
-from pe.token_weights import TokenWeights
-
-STATES_EPS = 1e-6
-"""Added to a state's mean square before it is divided by its root."""
-
-Skip = Literal["none", "linear", "weighted"]
+from pe.token_weights import STATES_EPS, TokenWeights, standardize
 
 
 def mean_states(states: Tensor, segments: Segments) -> Tensor:
@@ -55,7 +49,7 @@ class WeightedSkip(LinearSkip):
 
     def pool(self, states: Tensor, segments: Segments) -> Tensor:
         """As in `LinearSkip`, with gradient to the weights; the states are kept for it."""
-        states = F.rms_norm(states, states.shape[-1:], eps=STATES_EPS)
+        states = standardize(states)
         return pool_normalize(states, segments.cu_seqlens, mode="weighted", token_weights=self.tokens(states))
 
 

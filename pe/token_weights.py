@@ -6,10 +6,18 @@ Legend: T tokens of a packed row, D width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+STATES_EPS = 1e-6
+"""Added to a state's mean square before it is divided by its root."""
 LIMIT = 30.0
 """Largest exponent: sums of weights and their ratios stay finite in float32."""
+
+
+def standardize(states: Tensor) -> Tensor:
+    """x̂: states `[T, D]`, each divided by its root mean square."""
+    return F.rms_norm(states, states.shape[-1:], eps=STATES_EPS)
 
 
 class TokenWeights(nn.Module):

@@ -9,8 +9,9 @@ import torch
 from pe import backbone as backbone_module
 from pe.backbone import Backbone, UnsupportedBackbone
 from pe.baselines.linear import LinearEmbedder
+from pe.config import Skip
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.skip import Skip, WeightedSkip
+from pe.skip import WeightedSkip
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder

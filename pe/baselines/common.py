@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,8 +20,7 @@ from pe.backbone import Backbone
 from pe.loading import TextTokenizer
 from pe.model import Requests, Truncation
 from pe.packing import Segments, to_device, token_batches
-from pe.skip import STATES_EPS
-from pe.token_weights import TokenWeights
+from pe.token_weights import TokenWeights, standardize
 
 Floats = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "weighted"]
@@ -94,7 +92,7 @@ def pool(
     segments = Segments(tuple(map(len, readings)), hidden.device)
     if pooling == "last":
         return backbone.pool(hidden, segments, "last")
-    own = None if token_weights is None else token_weights(F.rms_norm(hidden, hidden.shape[-1:], eps=STATES_EPS))
+    own = None if token_weights is None else token_weights(standardize(hidden))
     if own is None and not any(reading.start for reading in readings):
         return backbone.pool(hidden, segments, "mean")
     starts = to_device([reading.start for reading in readings], hidden.device)
