@@ -114,6 +114,9 @@ ALONE = {"reader": "none", "skip": "none"}
 PREFIX = {"layout": "prefix", "pooling": "mean_text", **ALONE}
 SYSTEMS = {
     "pe-weighted": Entry(title="PE, suffix, reader, weighted skip", build=build_pe(skip="weighted")),
+    "pe-weighted-longer": Entry(
+        title="PE, suffix, reader, weighted skip, 4 times the steps", build=build_pe(skip="weighted"), times=4
+    ),
     "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
     "pe-skip-longer": Entry(
         title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
@@ -130,12 +133,16 @@ SYSTEMS = {
     ),
     "pe-prefix": Entry(title="PE, prefix", build=build_pe(**PREFIX)),
     "pe-prefix-text": Entry(title="PE, prefix, text read", build=build_pe(**PREFIX, conditioning=BOTH)),
+    "static-weighted": Entry(title="static prompts, reader, weighted skip (control)", build=build_static("weighted")),
     "static-skip": Entry(title="static prompts, reader, skip (control)", build=build_static("linear")),
     "static": Entry(title="static prompts, reader (control)", build=build_static("none")),
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
     "lora-mean-longer": Entry(title="LoRA, mean, 4 times the steps", build=build_lora("mean"), times=4),
     "lora-weighted": Entry(title="LoRA, weighted mean", build=build_lora("weighted")),
+    "lora-weighted-longer": Entry(
+        title="LoRA, weighted mean, 4 times the steps", build=build_lora("weighted"), times=4
+    ),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
