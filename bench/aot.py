@@ -6,6 +6,7 @@ gfx942 and appends registers, shared memory, spills and matrix instruction to th
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from bench import records
+from bench.ops import OPS
 from bench.records import ROOT
 
 SCRIPT = ROOT / "tests" / "kernels" / "aot.py"
@@ -20,9 +22,12 @@ SCRIPT = ROOT / "tests" / "kernels" / "aot.py"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile in a process of its own, where Triton's interpreter is off, and append one record a kernel and target."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--op", choices=OPS, help="default: all")
+    op = options.parse_args(argv).op
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *(sys.argv[1:] if argv is None else argv)],
+        [sys.executable, str(SCRIPT), *(["--op", op] if op else [])],
         check=True,
         capture_output=True,
         text=True,

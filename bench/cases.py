@@ -257,7 +257,8 @@ PUBLISHED_DROPOUT = 0.1
 """Of (a) and (b), the published recipe; the best LoRA we can build, and our reader, do without."""
 BOTH = "instruction_and_text"
 PREFIX = {"layout": "prefix", "pooling": "mean_text"}
-READER_AND_SKIP = prompt_embedder(reader="activated_lora", skip="linear")
+WEIGHTED = prompt_embedder(reader="activated_lora", skip="weighted")
+"""The recipes' default."""
 VARIANTS = {
     "lora-padded": Variant(title="(a) LoRA, padded, SDPA", build=lora("padded", PUBLISHED_DROPOUT)),
     "lora-checkpointed": Variant(
@@ -268,9 +269,12 @@ VARIANTS = {
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
-    "pe-suffix-skip": Variant(title="PE, suffix, reader, skip", build=READER_AND_SKIP),
-    "pe-suffix-skip-compiled": Variant(
-        title="PE, suffix, reader, skip, compiled", build=READER_AND_SKIP, compiled=True
+    "pe-suffix-skip": Variant(
+        title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
+    ),
+    "pe-suffix-weighted": Variant(title="PE, suffix, reader, weighted skip", build=WEIGHTED),
+    "pe-suffix-weighted-compiled": Variant(
+        title="PE, suffix, reader, weighted skip, compiled", build=WEIGHTED, compiled=True
     ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),

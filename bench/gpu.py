@@ -32,7 +32,7 @@ GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.05  # seconds
 KERNEL_SECONDS = 180.0  # of --quick, shared out among the ops: steps and memory come behind them
 QUICK_CASES, FULL_CASES = ("1b", "8b"), ("1b", "4b", "8b")
-QUICK_VARIANTS = ("lora-padded", "pe-suffix-skip", "lora-checkpointed", "lora-packed")
+QUICK_VARIANTS = ("lora-padded", "pe-suffix-weighted", "lora-checkpointed", "lora-packed")
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
 KEYWORDS = {
     "vocab_mixture": "mixture",

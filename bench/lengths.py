@@ -10,8 +10,8 @@ drawn from all data sets together.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,8 +176,9 @@ def interleaved(sets: Sequence[SetLengths], count: int) -> list[tuple[int, int]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    recipe = Path(arguments[0]) if arguments else ROOT / "recipes" / "tiny.yaml"
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("recipe", type=Path, nargs="?", default=ROOT / "recipes" / "tiny.yaml")
+    recipe = options.parse_args(argv).recipe
     FILE.write_text(json.dumps(measure(recipe), indent=None) + "\n", encoding="utf-8")
     for item in read(FILE):
         means = (sum(side) / len(side) for side in (item.queries, item.documents))

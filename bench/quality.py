@@ -147,8 +147,8 @@ SYSTEMS = {
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-last"))
-CLAIMED = ("pe-skip", "pe-skip-longer", "lora-mean-longer")
-"""What the page's first lines set against LoRA; LoRA's own long run belongs beside ours."""
+CLAIMED = ("pe-weighted", "pe-weighted-longer", "lora-mean", "lora-weighted-longer")
+"""What the page's first lines set against the best LoRA; LoRA's own long run belongs beside ours."""
 ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
 """Of the table's rows."""
 
@@ -357,7 +357,7 @@ def render(folder: Path) -> str:
             sides = [mean_and_spread(values(rows, side)) for side in ("seen", "unseen")]
             by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
             seconds = "-" if spent is None else f"{spent:,.0f}"
-            seeds, rate = str(len(rows)), f"{rows[0]['rate']:g}" if spent else "-"
+            seeds, rate = str(len(rows)), f"{rows[0]['rate']:g}" if rows[0].get("cpu_seconds") else "-"
             title = name if all(map(is_current, rows)) else f"{name} †"
             table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
         sides = ["seen instructions", "unseen instructions"]
@@ -370,23 +370,22 @@ def render(folder: Path) -> str:
 
 
 def claims(folder: Path) -> list[str]:
-    """What `CLAIMED` score and cost as a share of the best LoRA, a sentence for each recipe that has both."""
+    """What `CLAIMED` score, and cost where both were timed, as a share of the best LoRA: a sentence for each recipe."""
     sentences = []
     for recipe, variants in newest(folder).items():
-        figures = {name: (middle(values(rows, "mean")), rows[0]["least_seconds"]) for name, rows in variants.items()}
-        known = {name: (mean, spent) for name, (mean, spent) in figures.items() if mean and spent}
-        peers = [known[name] for name in PEERS if name in known]
-        claimed = [SYSTEMS[name].title for name in CLAIMED if SYSTEMS[name].title in known]
-        if not peers or not claimed:
+        means = {name: mean for name, rows in variants.items() if (mean := middle(values(rows, "mean")))}
+        peers = [name for name in PEERS if name in means]
+        best = max(peers, key=means.__getitem__, default=None)
+        claimed = [title for name in CLAIMED if (title := SYSTEMS[name].title) in means and title != best]
+        if best is None or not claimed:
             continue
-        score, spent = max(peers)
-        parts = [
-            f"{name} {own:.1f}, {own / score:.0%} of it, in {seconds / spent:.0%} of the time"
-            for name in claimed
-            for own, seconds in [known[name]]
-        ]
+        spent = {name: rows[0]["least_seconds"] for name, rows in variants.items()}
+        parts = [f"{best} {means[best]:.1f}"]
+        for name in claimed:
+            seconds = f", in {spent[name] / spent[best]:.0%} of the time" if spent[name] and spent[best] else ""
+            parts.append(f"{name} {means[name]:.1f}, {means[name] / means[best]:.0%} of it{seconds}")
         tasks = len(next(iter(variants.values()))[-1]["by_task"])
-        sentences.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks: LoRA {score:.1f}; {'; '.join(parts)}.")
+        sentences.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks: {'; '.join(parts)}.")
     return sentences
 
 

@@ -23,7 +23,7 @@ from bench.step import use, utilisation
 
 PAGE = ROOT / "BENCHMARKS.md"
 BASES = {BASELINE: "(a)", "lora-checkpointed": "(b)", "lora-packed": "(c)"}
-CLAIMED = {"pe-suffix": "without reader", "pe-suffix-skip": "with reader and skip"}
+CLAIMED = {"pe-suffix": "without reader", "pe-suffix-weighted": "with reader and weighted skip"}
 LORA = (
     "PEFT LoRA on the same backbone, texts and batch, padded (a), with activation checkpointing besides (b), and the"
     " best LoRA we can build, without padding or dropout (c)"

@@ -36,7 +36,7 @@ from pe.model import Instruction, Requests
 
 DEFAULT = "tiny"
 INSTRUCTION_TOKENS = 16
-COMPARED = ("lora-padded", "lora-packed", "pe-suffix", "pe-suffix-skip", "pe-prefix")
+COMPARED = ("lora-padded", "lora-packed", "pe-suffix", "pe-suffix-weighted", "pe-prefix")
 PASSES = 2  # steps that a point takes at least: one under the meter, which warms up, and one timed
 
 

@@ -16,8 +16,9 @@ LIMIT = 30.0
 
 
 def standardize(states: Tensor) -> Tensor:
-    """x̂: states `[T, D]`, each divided by its root mean square."""
-    return F.rms_norm(states, states.shape[-1:], eps=STATES_EPS)
+    """x̂: states `[T, D]`, each divided by its root mean square; in their own type, which autocast would raise."""
+    with torch.autocast(states.device.type, enabled=False):
+        return F.rms_norm(states, states.shape[-1:], eps=STATES_EPS)
 
 
 class TokenWeights(nn.Module):

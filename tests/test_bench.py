@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -114,7 +115,7 @@ def test_the_forms_of_lora_take_the_same_step() -> None:
     assert losses[1::2] == pytest.approx([losses[1]] * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora-packed-compiled", "pe-suffix-skip-compiled"])
+@pytest.mark.parametrize("name", ["lora-packed-compiled", "pe-suffix-weighted-compiled"])
 def test_compiled_parts_take_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the last stage of the compiler, which is torch's and slow; what is captured is the same."""
     compile_module = torch.nn.Module.compile
@@ -524,18 +525,41 @@ def test_claimed_scores_and_the_order_of_the_quality_table(results: Path) -> Non
     assert quality.claims(results) == []
     scored("PE, of long ago", 99.0, 1.0)
     scored("LoRA, last token", 40.0, 100.0)
-    scored("PE, suffix, reader, skip", 44.0, 50.0)
-    scored("PE, suffix, reader, skip", 46.0, 70.0, seed=1)
-    scored("PE, suffix, reader, skip", 11.0, 40.0, seed=2, protocol=1)
-    scored("PE, suffix, reader, skip, untrained", 9.0, None)
+    scored("PE, suffix, reader, weighted skip", 44.0, 50.0)
+    scored("PE, suffix, reader, weighted skip", 46.0, 70.0, seed=1)
+    scored("PE, suffix, reader, weighted skip", 11.0, 40.0, seed=2, protocol=1)
+    scored("PE, suffix, reader, weighted skip, untrained", 9.0, None)
     scored("PE, suffix, reader", 43.0, 40.0, protocol=1)
     (claim,) = quality.claims(results)
-    own = "PE, suffix, reader, skip 45.0, 90% of it, in 20% of the time"
-    assert claim == f"Scores of tiny, mean of 2 tasks: LoRA 50.0; {own}."
+    own = "PE, suffix, reader, weighted skip 45.0, 90% of it, in 20% of the time"
+    assert claim == f"Scores of tiny, mean of 2 tasks: LoRA, mean 50.0; {own}."
     assert claim in report.render_headline(results)
+    scored("LoRA, weighted mean", 60.0, None)
+    (untimed,) = quality.claims(results)
+    others = "PE, suffix, reader, weighted skip 45.0, 75% of it; LoRA, mean 50.0, 83% of it"
+    assert untimed.endswith(f": LoRA, weighted mean 60.0; {others}.")
     rows = [line.split(" | ")[0] for line in quality.render(results).splitlines() if line.startswith("| ")][2:]
-    skip = "| PE, suffix, reader, skip"
-    assert rows == [f"{skip}, untrained", skip, "| PE, suffix, reader †", "| LoRA, mean", "| LoRA, last token"]
+    skip = "| PE, suffix, reader, weighted skip"
+    assert rows == [
+        f"{skip}, untrained",
+        skip,
+        "| PE, suffix, reader †",
+        "| LoRA, mean",
+        "| LoRA, weighted mean",
+        "| LoRA, last token",
+    ]
+
+
+COMMANDS = sorted(path.stem for path in (records.ROOT / "bench").glob("*.py") if "\ndef main(" in path.read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS, ids="bench.{}".format)
+def test_every_command_says_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"bench.{name}")
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    assert f"python -m bench.{name}" in capsys.readouterr().out
 
 
 def test_aot_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pe import backbone as backbone_module
 from pe.backbone import Backbone, UnsupportedBackbone
@@ -12,6 +13,7 @@ from pe.baselines.linear import LinearEmbedder
 from pe.config import Skip
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.skip import WeightedSkip
+from pe.token_weights import standardize
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
@@ -85,6 +87,17 @@ def test_the_text_pass_in_parts_pools_the_same_states(skip: Skip, monkeypatch: p
     torch.testing.assert_close(whole.pooled.norm(dim=-1), torch.ones(len(ids)))
     assert not any(x.requires_grad for pair in whole.layers for x in pair)
     assert model.backbone.read(ids).pooled is None
+
+
+def test_states_keep_their_type_under_autocast() -> None:
+    """A GPU's autocast takes norms to float32, and the states of a batch's texts are kept for the backward pass."""
+    with FakeTensorMode():
+        states = torch.empty(4, 8, dtype=torch.bfloat16, device="cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert standardize(states).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_weights_of_tokens_stay_finite() -> None:
