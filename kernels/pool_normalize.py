@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,6 +53,7 @@ def pool_normalize_ref(
     if mode == "last":
         h = h[(cu_seqlens[1:] - 1).clamp(min=0)] if h.shape[0] else h.new_zeros(n_segments, h.shape[1])
         segment, w = torch.arange(n_segments, device=h.device), cu_seqlens.diff().gt(0).to(dtype)
+        cu_seqlens = torch.arange(n_segments + 1, device=h.device)
     else:
         segment = torch.searchsorted(cu_seqlens[1:], torch.arange(h.shape[0], device=h.device), right=True)
         w = h.new_ones(h.shape[0], dtype=dtype) if token_weights is None else token_weights.to(dtype)
@@ -67,8 +69,9 @@ def pool_normalize_ref(
     w = torch.where(w == 0, 0.0, w)  # without a gradient where a row is left out
     total = w.new_zeros(n_segments).index_add(0, segment, w)
     share = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))[segment] * w  # [T]
-    pooled = x.new_zeros(n_segments, x.shape[1]).index_add(0, segment, share[:, None] * x)
-    return torch.nn.functional.normalize(pooled, dim=-1, eps=L2_EPS) if normalize else pooled
+    rows = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
+    pooled = F.embedding_bag(rows, x, cu_seqlens, mode="sum", per_sample_weights=share, include_last_offset=True)
+    return F.normalize(pooled, dim=-1, eps=L2_EPS) if normalize else pooled
 
 
 @triton.jit
