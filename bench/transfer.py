@@ -27,6 +27,7 @@ from pe.train import build_accelerator, build_plan, fit, measurer
 from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe
 
 Curve = Sequence[tuple[int, float, float]]
+SKIPS = {"linear": "skip", "weighted": "weighted skip"}
 
 
 def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str) -> Record:
@@ -46,12 +47,16 @@ def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str
     }
 
 
-def moved(result: Transfer, recipe: Recipe, source: str) -> Record:
-    """The record of a transfer."""
+def moved(result: Transfer, recipe: Recipe, source: str, texts: int | None) -> Record:
+    """The record of a transfer whose skip was fitted on that many texts; None: the default."""
     trained = ["alignment"]
     trained += ["reader"] if recipe.model.reader != "none" else []
-    trained += ["skip"] if recipe.model.skip != "none" else []
+    trained += [SKIPS[recipe.model.skip]] if recipe.model.skip != "none" else []
     variant = f"PE: {', '.join(trained[:-1])} and {trained[-1]}" if len(trained) > 1 else "PE: alignment alone"
+    if not recipe.train.steps:
+        variant = "PE: least squares alone"
+    elif texts:
+        variant += ", skip fitted first"
     return record(variant, next(iter(result.scores.values())).mean, result.curve, recipe, source)
 
 
@@ -129,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(read_config(Path(arguments.checkpoint))["backbone"]["name"]).name
     level = mine.only_scratch
     if level is None:
-        result = transfer(Path(arguments.checkpoint), recipe, fresh=arguments.fresh)
-        row = moved(result, recipe, source)
+        result = transfer(Path(arguments.checkpoint), recipe, texts=arguments.texts, fresh=arguments.fresh)
+        row = moved(result, recipe, source, arguments.texts)
         level = row["source_score"]
         records.append("transfer", [row])
         Console().print(result)

@@ -202,6 +202,21 @@ class PromptEmbedder(TrainableModule):
         steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
         return torch.stack(steps)[:, inverse(order, self.device)]
 
+    def prompted_and_means(self, requests: Requests) -> tuple[Tensor, Tensor]:
+        """What the soft tokens make of each text, and the mean that its skip starts from: unit vectors `[B, D]` each.
+
+        Raises:
+            ValueError: no skip.
+        """
+        if self.skip is None:
+            raise ValueError("skip: expected linear or weighted, got none")
+        order, ids, part = self._sorted(requests)
+        texts = self.backbone.read(ids, self.skip.pool)
+        states = self.prompt_states(texts, *self.write_prompts(part))
+        back = inverse(order, self.device)
+        assert texts.pooled is not None
+        return self.pool_prompt(states)[back], texts.pooled[back]
+
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """What the backbone reads of each text, cut to `max_length` tokens and counted."""
         templates = self.config.templates

@@ -1,8 +1,9 @@
-"""`python -m pe.transfer CHECKPOINT --backbone NEW [--steps N] [--output FOLDER] [--section.option=value ...]`
+"""`python -m pe.transfer CHECKPOINT --backbone NEW [--steps N] [--texts N] [--output FOLDER] [--section.option=value]`
 
 Moves a trained PromptEmbedder to another backbone: the prompting LLM stays as it is, the alignment matrix (and reader
-and skip, where there are any) is trained anew. `--steps 0` stops at the least-squares or vocabulary start. Of the
-options of the model, `backbone`, `alignment`, `reader`, `reader_lora`, `skip` and `max_length` may be given anew.
+and skip, where there are any) is trained anew. `--steps 0` trains nothing: the matrix is least squares over the shared
+tokens, the skip least squares over training texts, as the source embeds them. Of the options of the model, `backbone`,
+`alignment`, `reader`, `reader_lora`, `skip` and `max_length` may be given anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +22,21 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from pe.alignment import build_alignment
 from pe.backbone import Backbone
+from pe.batches import BatchPlan
 from pe.card import model_card
 from pe.cli import user_errors
 from pe.config import ModelConfig, Recipe, RecipeError, to_dict
 from pe.evaluate import Scores, comparison
 from pe.loading import quiet
+from pe.losses import batch_requests
 from pe.model import PromptEmbedder
 from pe.recipes import load_recipe, write_yaml
 from pe.runs import RunFolder, differences, flatten
+from pe.skip_start import fit_skip
 from pe.train import (
     History,
     TrainingError,
@@ -45,6 +52,8 @@ from pe.train import (
 SHARES = (0.95, 0.99)
 MOVABLE = ("backbone", "alignment", "reader", "reader_lora", "skip", "max_length")
 """Options of the model that are free in a move; all others belong to the prompting LLM as it was trained."""
+TEXTS_PER_DIMENSION = 8
+"""Training texts that a skip is fitted on where nothing is trained, for each dimension of the new backbone."""
 REPORT = "transfer.json"
 
 
@@ -63,7 +72,7 @@ class Transfer:
 
     Attributes:
         scores: of the source, of the start without training, and of the end.
-        curve: (steps, training seconds, mean score), the start first.
+        curve: (steps, seconds of fitting and training, mean score), the start first.
         reached: steps and seconds to 95 % and 99 % of the source's mean score.
     """
 
@@ -113,25 +122,46 @@ def reached(curve: Sequence[tuple[int, float, float]], source: float) -> list[Re
     return found
 
 
-def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transfer:
+def start_skip(target: PromptEmbedder, source: PromptEmbedder, plan: BatchPlan, texts: int) -> int:
+    """Fit the skip on about that many texts of the plan's data sets; how many they were."""
+    steps = math.ceil(texts / (2 * plan.batch_size))
+    weights = [dataset.config.weight for dataset in plan.datasets]
+    plan = BatchPlan(plan.datasets, weights, steps, plan.batch_size, plan.seed, plan.hard_negatives)
+    bar = tqdm(range(steps), desc="fit skip")
+    return fit_skip(target, source, (batch_requests(plan.batch(step)) for step in bar))
+
+
+def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fresh: bool = False) -> Transfer:
     """Move the embedder in `checkpoint` to `recipe.model.backbone` and train what the new backbone needs.
 
+    Args:
+        checkpoint: the `model` folder of a run.
+        recipe: that run's, with the new backbone, steps and output.
+        texts: training texts that the skip is fitted on; 0: it starts fresh; None: `TEXTS_PER_DIMENSION` for each where
+            nothing is trained, else 0.
+        fresh: move an earlier run aside.
+
     Raises:
-        RecipeError: nothing to train, though steps were asked for, or options that a move cannot change.
+        RecipeError: nothing to train, though steps were asked for, options that a move cannot change, or `texts` < 0.
         EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
         TrainingError: see `fit`.
     """
     check_evaluation(recipe.evaluate)
     console = Console(stderr=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = build_plan(recipe, console) if recipe.train.steps else None
+    if texts is not None and texts < 0:
+        raise RecipeError(f"--texts: expected at least 0, got {texts}")
+    fits_skip = recipe.model.skip != "none" and (not recipe.train.steps if texts is None else texts > 0)
+    at_least_one = dataclasses.replace(recipe.train, steps=max(1, recipe.train.steps))
+    needs_data = recipe.train.steps or fits_skip
+    plan = build_plan(dataclasses.replace(recipe, train=at_least_one), console) if needs_data else None
     source = PromptEmbedder.from_pretrained(checkpoint, device=device)
     run = RunFolder(recipe.output)
     set_seed(recipe.train.seed)
     target = move(source, recipe.model)
     target.name = run.path.name
     console.print(describe(target), highlight=False)
-    if plan and not target.trainable_parameters():
+    if recipe.train.steps and not target.trainable_parameters():
         raise RecipeError(
             f"train.steps: expected 0, got {recipe.train.steps}: a {target.config.alignment.kind} alignment without"
             " reader and skip has nothing to train; --steps 0, or give the model a reader or a skip"
@@ -139,17 +169,28 @@ def transfer(checkpoint: Path, recipe: Recipe, *, fresh: bool = False) -> Transf
     check_widths(recipe, target)
     measure = measurer(recipe)
     run.start(recipe, resume=False, fresh=fresh)
-    scores = {"source": measure(source), "moved, untrained": measure(target)} if recipe.evaluate.tasks else {}
-    curve = [(0, 0.0, scores["moved, untrained"].mean)] if scores else []
+    scores = {"source": measure(source)} if recipe.evaluate.tasks else {}
+    started = time.perf_counter()
+    if plan and fits_skip:
+        wanted = TEXTS_PER_DIMENSION * target.backbone.hidden_size if texts is None else texts
+        count = start_skip(target, source, plan, wanted)
+        console.print(f"skip: fitted on the source's embeddings of {count:,} texts", highlight=False)
+    spent = time.perf_counter() - started
+    del source  # on a GPU its backbone would stay beside the new one
+    curve: list[tuple[int, float, float]] = []
+    if recipe.evaluate.tasks:
+        scores["moved, untrained"] = measure(target)
+        curve = [(0, spent, scores["moved, untrained"].mean)]
     history = History()
-    if plan:
+    if plan and recipe.train.steps:
         accelerator = build_accelerator(recipe)
         evaluate = (lambda: measure(target).mean) if scores else None
         history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
         if scores:
             scores["moved, trained"] = measure(target)
             end = (recipe.train.steps, history.seconds, scores["moved, trained"].mean)
-            curve += [point for point in history.scores if point[0] != end[0]] + [end]
+            points = [point for point in history.scores if point[0] != end[0]] + [end]
+            curve += [(step, spent + seconds, score) for step, seconds, score in points]
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
     target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores))
     write_yaml(recipe, run.model / "recipe.yaml")
@@ -184,6 +225,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("checkpoint", help="the `model` folder of a run")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the new backbone")
     parser.add_argument("--steps", type=int, default=200, help="training steps; 0: none (default 200)")
+    default = f"default: {TEXTS_PER_DIMENSION} a dimension with --steps 0, else 0"
+    parser.add_argument("--texts", type=int, help=f"training texts that a skip is fitted on ({default})")
     parser.add_argument("--output", help="run folder (default: the source's with the backbone's name)")
     parser.add_argument("--fresh", action="store_true", help="move an earlier run in that folder aside")
     return parser.parse_known_args(argv)
@@ -194,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     with user_errors("pe.transfer", TrainingError):
-        result = transfer(Path(arguments.checkpoint), transfer_recipe(arguments, overrides), fresh=arguments.fresh)
+        recipe = transfer_recipe(arguments, overrides)
+        result = transfer(Path(arguments.checkpoint), recipe, texts=arguments.texts, fresh=arguments.fresh)
     console = Console()
     if result.scores:
         console.print(comparison(result.scores))

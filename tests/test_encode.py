@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -211,13 +212,41 @@ def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_p
     assert set(start.trainable_parameters()) == {"alignment", "reader", "skip"}
 
 
-def test_transfer_without_steps_is_the_least_squares_start(run: Path, tiny_models: Path, tmp_path: Path) -> None:
+def skip_weight(model: PromptEmbedder) -> torch.Tensor:
+    assert model.skip is not None
+    return model.skip.weight.detach()
+
+
+def test_transfer_without_steps_is_the_least_squares_start(
+    run: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, new = tmp_path / "moved", str(tiny_models / "two")
     transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
-    moved = PromptEmbedder.from_pretrained(out / "model")
-    start = moved_to(new, run)
+    moved, start = PromptEmbedder.from_pretrained(out / "model"), moved_to(new, run)
     assert torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
+    assert not torch.equal(skip_weight(moved), skip_weight(start))
+    texts = int(re.search(r"embeddings of (\d+) texts", capsys.readouterr().err)[1])  # type: ignore[index]
+    assert 8 * 40 <= texts < 12 * 40  # hard negatives besides
     assert json.loads((out / "transfer.json").read_text(encoding="utf-8"))["curve"] == []
+
+
+def test_transfer_without_steps_and_texts_needs_no_data(run: Path, tiny_models: Path, tmp_path: Path) -> None:
+    out, new = tmp_path / "moved", str(tiny_models / "two")
+    bare = [f"--output={out}", "--evaluate.tasks=[]", "--data=[]", "--texts=0"]
+    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", *bare])
+    assert torch.equal(skip_weight(PromptEmbedder.from_pretrained(out / "model")), torch.eye(40))
+
+
+def test_transfer_fits_the_skip_before_training_if_asked(
+    run: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(run / "model"), f"--backbone={tiny_models / 'two'}", "--steps=1", "--evaluate.tasks=[]"]
+    transfer.main([*command, f"--output={tmp_path / 'fresh'}"])
+    assert "fitted" not in capsys.readouterr().err
+    transfer.main([*command, f"--output={tmp_path / 'fitted'}", "--texts=30"])
+    assert "fitted on the source's embeddings of" in capsys.readouterr().err
+    fresh, fitted = (PromptEmbedder.from_pretrained(tmp_path / name / "model") for name in ("fresh", "fitted"))
+    assert (skip_weight(fresh) - torch.eye(40)).abs().max() < 0.01 < (skip_weight(fitted) - torch.eye(40)).abs().max()
 
 
 def test_transfer_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,8 +25,15 @@ REQUESTS = Requests(
 
 
 def build(
-    architecture: str, *, prompter: str = "llama", bos: bool = False, trainable: str = "full", **options: Any
+    architecture: str,
+    *,
+    prompter: str = "llama",
+    bos: bool = False,
+    trainable: str = "full",
+    shape: Mapping[str, int] | None = None,
+    **options: Any,
 ) -> PromptEmbedder:
+    """An untrained embedder of random models; `shape` changes the backbone's sizes."""
     config = ModelConfig(
         prompter=PrompterConfig(soft_tokens=3, temperature=0.7, trainable=trainable),  # type: ignore[arg-type]
         alignment=AlignmentConfig(init="orthogonal"),
@@ -34,7 +42,7 @@ def build(
     )
     torch.manual_seed(0)
     written = PromptingLLM(language_model(prompter, hidden_size=24, head_dim=6), byte_tokenizer(), config.prompter)
-    backbone = Backbone(decoder(architecture), byte_tokenizer(bos), architecture)
+    backbone = Backbone(decoder(architecture, **(shape or {})), byte_tokenizer(bos), architecture)
     model = PromptEmbedder(config, written, build_alignment(written, backbone, config.alignment), backbone)
     if config.reader == "activated_lora":
         backbone.add_reader(config.reader_lora)

@@ -82,6 +82,7 @@ def test_steps_with_nothing_to_train_are_refused(
         ("--evaluate.tasks=[PE-Nothing]", "unknown task 'PE-Nothing'"),
         ("--loss.matryoshka=[99]", "loss.matryoshka: expected sizes up to 40, the backbone's width, got [99]"),
         ("--data=[]", "expected at least one data set"),
+        ("--texts=-1", "--texts: expected at least 0, got -1"),
     ],
 )
 def test_a_move_is_checked_before_its_folder_is_made(
