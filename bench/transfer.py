@@ -85,6 +85,11 @@ def newest(folder: Path) -> dict[str, list[Record]]:
     return groups
 
 
+def has_curves(group: Sequence[Record]) -> bool:
+    """Whether anything was trained, so that there is more to draw than a point."""
+    return any(len(row["curve"]) > 1 for row in group)
+
+
 def plot_name(title: str) -> str:
     return f"transfer-{title.replace(', ', '-').replace(' ', '-')}.svg"
 
@@ -100,14 +105,16 @@ def render(folder: Path) -> str:
             scores = [f"{row[field]:.1f}" for field in ("source_score", "start_score", "end_score")]
             rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
         header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
-        image = f"![Score against seconds of training](bench/plots/{plot_name(name)})"
-        parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}\n\n{origins(group)}")
+        image = f"![Score against seconds of training](bench/plots/{plot_name(name)})\n\n" if has_curves(group) else ""
+        parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}{origins(group)}")
     return "\n\n".join(parts or [NOT_YET])
 
 
 def draw(folder: Path, images: Path = plots.FOLDER) -> None:
     """The curves, one file a title."""
     for name, group in newest(folder).items():
+        if not has_curves(group):
+            continue
         series = [
             Series(label=row["variant"], x=[point[1] for point in row["curve"]], y=[point[2] for point in row["curve"]])
             for row in group

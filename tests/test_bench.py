@@ -576,8 +576,12 @@ def test_page_shows_transfer_and_kernels(results: Path, tmp_path: Path) -> None:
     moved = {"source": "one", "target": "two", "variant": "W alone", "seed": 0, "reached": reached, **scores}
     records.append("transfer", [moved | {"curve": [(0, 0.0, 40.0), (20, 7.0, 58.0)]}])
     assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 7 | 12 steps, 3 s | not reached |" in transfer.render(results)
+    records.append("transfer", [moved | {"curve": [(0, 5.0, 40.0)]}])
+    assert transfer.render(results).count("![Score against") == 1
     transfer.draw(results, tmp_path / "plots")
-    assert (tmp_path / "plots" / "transfer-one-to-two-float32-20-steps.svg").read_text().count("level: one") == 1
+    (image,) = (tmp_path / "plots").iterdir()
+    assert image.name == "transfer-one-to-two-float32-20-steps.svg"
+    assert image.read_text().count("level: one") == 1
     resources = {"registers": 128, "spills": 0, "shared": 4096, "matrix": "wgmma", "dtype": "bf16", "case": "default"}
     records.append("kernels", [{"op": "pool", "kernel": "pool_normalize", "target": "sm_90", **resources}])
     assert "| `pool_normalize`, default | 128 / 4 / 0 wgmma |" in report.render_kernels(results)
