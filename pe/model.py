@@ -208,13 +208,12 @@ class PromptEmbedder(TrainableModule):
         Raises:
             ValueError: no skip.
         """
-        if self.skip is None:
-            raise ValueError("skip: expected linear or weighted, got none")
         order, ids, part = self._sorted(requests)
-        texts = self.backbone.read(ids, self.skip.pool)
+        texts, _ = self.read(ids)
+        if texts.pooled is None:
+            raise ValueError("skip: expected linear or weighted, got none")
         states = self.prompt_states(texts, *self.write_prompts(part))
         back = inverse(order, self.device)
-        assert texts.pooled is not None
         return self.pool_prompt(states)[back], texts.pooled[back]
 
     def tokenize(self, requests: Requests) -> list[list[int]]:
