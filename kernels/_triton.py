@@ -1,4 +1,7 @@
-"""How the ops register and launch their Triton kernels, and the plain matrix product that several of them share."""
+"""How the ops register and launch their Triton kernels, and the plain matrix product that several of them share.
+
+Every kernel begins by taking its real numbers to float32: torch.compile passes them in float64.
+"""
 
 from __future__ import annotations
 

@@ -192,19 +192,18 @@ def _stacked(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
 
 
 @triton.jit
-def _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP: tl.constexpr):
-    """Base-2 logits [BM, BN] of q [BM, D] and k [D, BN], capped where asked for."""
-    z = tl.dot(q, k, input_precision="ieee") * qk_scale
+def _logits(products, qk_scale, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """Base-2 logits of the products q·k, capped where asked for."""
+    z = products * qk_scale
     if HAS_SOFTCAP:
         z = cap_scale * (1.0 - 2.0 / (tl.exp2(z * 2.8853900817779268) + 1.0))  # tanh(z), 2 log2(e) = 2.885...
     return z
 
 
 @triton.jit
-def _visible(position_m, position_n, mask_n, window, HAS_WINDOW: tl.constexpr):
-    """Which of the keys at position_n [BN] the queries at position_m [BM] see."""
-    distance = position_m[:, None] - position_n[None, :]
-    visible = mask_n[None, :] & (distance >= 0)
+def _visible(distance, window, HAS_WINDOW: tl.constexpr):
+    """Which keys are seen, by how far they stand before their queries."""
+    visible = distance >= 0
     if HAS_WINDOW:
         visible = visible & (distance < window)
     return visible
@@ -265,9 +264,10 @@ def _attend_blocks(
         mask_n = (offs_n < last) | ALL_VISIBLE
         k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_kt + offs_d[:, None]
         k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
-        z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
+        z = _logits(tl.dot(q, k, input_precision="ieee"), qk_scale, cap_scale, HAS_SOFTCAP)
         if not ALL_VISIBLE:
-            z = tl.where(_visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW), z, -float("inf"))
+            distance = position_m[:, None] - (offs_n + shift)[None, :]
+            z = tl.where(mask_n[None, :] & _visible(distance, window, HAS_WINDOW), z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, axis=1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(z - base[:, None])
@@ -372,6 +372,7 @@ def _context_attention_fwd_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
+    qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
     begin = tl.load(cu_ptr + b)
@@ -458,10 +459,8 @@ def _context_attention_merge_kernel(
 
 @triton.jit
 def _dlogits(
-    q,
-    k,
-    v,
-    do,
+    products,
+    dp,
     lse,
     delta,
     visible,
@@ -470,12 +469,12 @@ def _dlogits(
     HAS_SOFTCAP: tl.constexpr,
     ALL_VISIBLE: tl.constexpr,
 ):
-    """P and dz, [BM, BN], of q [BM, D], k [D, BN], v [DV, BN], do [BM, DV]; dz without the factor `scale`."""
-    z = _logits(q, k, qk_scale, cap_scale, HAS_SOFTCAP)
-    p = tl.exp2(z - lse[:, None])
+    """P and dz of the products q·k and do·v, without dz's factor `scale`; lse and delta fit their rows or columns."""
+    z = _logits(products, qk_scale, cap_scale, HAS_SOFTCAP)
+    p = tl.exp2(z - lse)
     if not ALL_VISIBLE:
         p = tl.where(visible, p, 0.0)
-    dz = p * (tl.dot(do, v, input_precision="ieee") - delta[:, None])
+    dz = p * (dp - delta)
     if HAS_SOFTCAP:
         tanh = z / cap_scale
         dz = dz * (1.0 - tanh * tanh)
@@ -519,8 +518,11 @@ def _accumulate_dq_blocks(
         v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * stride_vt + offs_dv[:, None]
         k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
         v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
-        visible = _visible(position_m, offs_n + shift, mask_n, window, HAS_WINDOW)
-        _, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE)
+        visible = mask_n[None, :] & _visible(position_m[:, None] - (offs_n + shift)[None, :], window, HAS_WINDOW)
+        products, dp = tl.dot(q, k, input_precision="ieee"), tl.dot(do, v, input_precision="ieee")
+        _, dz = _dlogits(
+            products, dp, lse[:, None], delta[:, None], visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE
+        )  # fmt: skip
         dq = tl.dot(dz.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
     return dq
 
@@ -614,6 +616,8 @@ def _context_attention_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
+    scale = tl.cast(scale, tl.float32)
+    qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
     begin = tl.load(cu_ptr + b)
@@ -699,7 +703,8 @@ def _accumulate_dkv(
 ):
     """dk += dzᵀ q and dv += Pᵀ do over rows [begin_row, end_row) of one sequence, in whole tiles up to its last row.
 
-    Rows and keys past the end are zero: as visible ones they add nothing to what is stored.
+    P and dz are [keys, rows]: as they come out they are operands of the next products. Rows and keys past the end are
+    zero: as visible ones they add nothing to what is stored.
     """
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for first_row in range(begin_row, end_row, BLOCK_M):
@@ -711,10 +716,15 @@ def _accumulate_dkv(
         do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)  # [BM, DV]
         lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0)
         delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
-        visible = _visible(context + token, position_n, mask_n, window, HAS_WINDOW) & mask_m[:, None]
-        p, dz = _dlogits(q, k, v, do, lse, delta, visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE)
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
-        dk = tl.dot(tl.trans(dz.to(q.dtype)), q, dk, input_precision="ieee")
+        distance = (context + token)[None, :] - position_n[:, None]
+        visible = mask_n[:, None] & mask_m[None, :] & _visible(distance, window, HAS_WINDOW)
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        p, dz = _dlogits(
+            products, dp, lse[None, :], delta[None, :], visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE
+        )  # fmt: skip
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -752,6 +762,8 @@ def _context_attention_bwd_own_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One program owns dk and dv of BLOCK_N own keys of one sequence and key/value head."""
+    scale = tl.cast(scale, tl.float32)
+    qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N
     begin = tl.load(cu_ptr + b)
@@ -760,10 +772,10 @@ def _context_attention_bwd_own_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_n, mask_d, mask_dv = offs_n < length, offs_d < D, offs_dv < DV
-    k_ptrs = k_ptr + (begin + offs_n)[None, :] * stride_kt + kv_head * stride_kh + offs_d[:, None]
-    v_ptrs = v_ptr + (begin + offs_n)[None, :] * stride_vt + kv_head * stride_vh + offs_dv[:, None]
-    k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
-    v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
+    k_ptrs = k_ptr + (begin + offs_n)[:, None] * stride_kt + kv_head * stride_kh + offs_d[None, :]
+    v_ptrs = v_ptr + (begin + offs_n)[:, None] * stride_vt + kv_head * stride_vh + offs_dv[None, :]
+    k = tl.load(k_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # [BN, D]
+    v = tl.load(v_ptrs, mask=mask_n[:, None] & mask_dv[None, :], other=0.0)  # [BN, DV]
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     end_row = length * G
     some = tl.minimum(n * G + tl.cdiv(BLOCK_N * G, BLOCK_M) * BLOCK_M, end_row)  # rows from here on see all these keys
@@ -826,6 +838,8 @@ def _context_attention_bwd_context_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One program owns BLOCK_N keys of one context segment and key/value head, for every SPLITS-th of its users."""
+    scale = tl.cast(scale, tl.float32)
+    qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     segment, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
     n, split = tl.program_id(1) * BLOCK_N, tl.program_id(2).to(tl.int64)
     begin = tl.load(cu_context_ptr + segment)
@@ -834,10 +848,10 @@ def _context_attention_bwd_context_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_n, mask_d, mask_dv = offs_n < context, offs_d < D, offs_dv < DV
-    k_ptrs = context_k_ptr + (begin + offs_n)[None, :] * stride_ckt + kv_head * stride_ckh + offs_d[:, None]
-    v_ptrs = context_v_ptr + (begin + offs_n)[None, :] * stride_cvt + kv_head * stride_cvh + offs_dv[:, None]
-    k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
-    v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
+    k_ptrs = context_k_ptr + (begin + offs_n)[:, None] * stride_ckt + kv_head * stride_ckh + offs_d[None, :]
+    v_ptrs = context_v_ptr + (begin + offs_n)[:, None] * stride_cvt + kv_head * stride_cvh + offs_dv[None, :]
+    k = tl.load(k_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # [BN, D]
+    v = tl.load(v_ptrs, mask=mask_n[:, None] & mask_dv[None, :], other=0.0)  # [BN, DV]
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     first_user, last_user = segment, segment + 1
     if HAS_INDEX:

@@ -166,6 +166,7 @@ def _info_nce_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program owns BLOCK_M queries on one split of the documents: maximum, sum and the positive's score if met."""
+    scale = tl.cast(scale, tl.float32)
     pid_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < B
@@ -229,6 +230,7 @@ def _info_nce_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program owns a tile [BLOCK_M, BLOCK_N] of G = r (P - 1[positive])."""
+    scale = tl.cast(scale, tl.float32)
     pid_n, pid_m = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -150,6 +150,7 @@ def _pool_normalize_fwd_kernel(
     BLOCK_W: tl.constexpr,
 ):
     """One program pools every SPLITS-th block of rows of one segment, and finishes it where it is the only one."""
+    eps, l2_eps = tl.cast(eps, tl.float32), tl.cast(l2_eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -192,6 +193,7 @@ def _pool_normalize_merge_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program sums the splits of one segment and normalises the sum."""
+    l2_eps = tl.cast(l2_eps, tl.float32)
     b = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -236,6 +238,7 @@ def _pool_normalize_bwd_kernel(
     BLOCK_W: tl.constexpr,
 ):
     """One program writes dh for every SPLITS-th block of rows of one segment."""
+    eps = tl.cast(eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -284,6 +287,7 @@ def _pool_normalize_bwd_weights_kernel(
     BLOCK_W: tl.constexpr,
 ):
     """One program writes dw for every SPLITS-th block of rows of one segment."""
+    eps = tl.cast(eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)

@@ -54,6 +54,7 @@ def _prompt_rows_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program copies BLOCK_D columns of one packed row."""
+    scale = tl.cast(scale, tl.float32)
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D

@@ -91,6 +91,7 @@ def _vocab_mixture_fwd_probs_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program owns a tile [BLOCK_M, BLOCK_V] of logits: 2^(z - k), the offset k and the tile's row sums."""
+    scale = tl.cast(scale, tl.float32)
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -110,27 +111,27 @@ def _vocab_mixture_fwd_probs_kernel(
 
 
 @triton.jit
-def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_T: tl.constexpr):
+def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
     """Largest of `start` [BM] and a row's tile offsets [first, last)."""
+    top = tl.full([BLOCK_M, BLOCK_T], -float("inf"), tl.float32)  # Triton 3.6 fails on a float32 reduction in the loop
     for t in range(first, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = mask_m[:, None] & (offs_t < last)[None, :]
-        offsets = tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf"))
-        start = tl.maximum(start, tl.max(offsets, axis=1))
-    return start
+        top = tl.maximum(top, tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf")))
+    return tl.maximum(start, tl.max(top, axis=1))
 
 
 @triton.jit
 def _row_total(offset_ptrs, sum_ptrs, mask_m, last, offset, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
     """Sum of probabilities [BM] of a row's tiles [0, last), at a common `offset`."""
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     for t in range(0, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = mask_m[:, None] & (offs_t < last)[None, :]
         offsets = tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf"))
         sums = tl.load(sum_ptrs[:, None] + offs_t[None, :], mask=mask, other=0.0)
-        total += tl.sum(sums * tl.exp2(offsets - offset[:, None]), axis=1)
-    return total
+        total += sums * tl.exp2(offsets - offset[:, None])
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
@@ -160,6 +161,7 @@ def _vocab_mixture_mix_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """One program adds its split of a chunk to a tile of partial[split], at the row's largest offset so far."""
+    tile_eps = tl.cast(tile_eps, tl.float32)
     pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -171,9 +173,10 @@ def _vocab_mixture_mix_kernel(
     offset_ptrs = offset_ptr + offs_m * stride_om
     if HAS_OFFSET:
         before = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        before = _row_offset(offset_ptrs, mask_m, 0, first_tile, before, BLOCK_T)
+        before = _row_offset(offset_ptrs, mask_m, 0, first_tile, before, BLOCK_M, BLOCK_T)
         last_tile = first_tile + tl.cdiv(n_entries, BLOCK_V)
-        now = tl.where(mask_m, _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_T), 0.0)
+        now = _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_M, BLOCK_T)
+        now = tl.where(mask_m, now, 0.0)
     if HAS_EPS:
         sum_ptrs = sum_ptr + offs_m * stride_om
         total = _row_total(offset_ptrs, sum_ptrs, mask_m, last_tile, now, BLOCK_M, BLOCK_T)
@@ -292,6 +295,7 @@ def _vocab_mixture_bwd_logits_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program owns a tile [BLOCK_M, BLOCK_V] of dZ = P (dS E_inᵀ - delta) / T, and of P if dE_in needs it."""
+    scale, inverse_temperature = tl.cast(scale, tl.float32), tl.cast(inverse_temperature, tl.float32)
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -352,6 +356,7 @@ def _vocab_mixture_fused_kernel(
     Operands are [SLICES, rows, columns of a slice]: D = SLICES * BLOCK_D, Din = SLICES * BLOCK_N, less what is masked.
     Logits are [entries, rows], so that both products take E as it was loaded: one pipelined copy in shared memory.
     """
+    scale, inverse_temperature = tl.cast(scale, tl.float32), tl.cast(inverse_temperature, tl.float32)
     pid_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_s = tl.arange(0, SLICES)[:, None, None]

@@ -174,7 +174,7 @@ class Backbone(nn.Module):
         plan = AttentionPlan(segments, context, keep=keep)
         offsets = context.segments.lengths if context else (0,) * len(segments)
         if context and context_index is not None:
-            plan.context_index = to_device(torch.tensor(context_index, dtype=torch.int32), rows.device)
+            plan.context_index = to_device(context_index, rows.device)
             offsets = tuple(offsets[i] for i in context_index)
         return self._run(rows, plan, offsets), self._kept(plan)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def to_device(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers of the host, `int64` where they are no tensor, on `device`: a GPU's stream is not waited for."""
-    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -48,13 +48,13 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """Begin of each text and the end of the last, `[B + 1] int32`."""
-        return to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
+        return to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu"), self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of each token in its text, `[T] int64`."""
-        ranges = [torch.arange(length) for length in self.lengths]
-        return to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), self.device)
+        ranges = [torch.arange(length, device="cpu") for length in self.lengths]
+        return to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device="cpu"), self.device)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -80,8 +80,8 @@ def by_length(texts: Sequence[Sequence[int]]) -> list[int]:
 
 def inverse(order: Sequence[int], device: torch.device) -> Tensor:
     """The permutation that undoes `order`, as an index `[B] int64`."""
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+    back = torch.empty(len(order), dtype=torch.int64, device="cpu")
+    back[torch.tensor(order, dtype=torch.int64, device="cpu")] = torch.arange(len(order), device="cpu")
     return to_device(back, device)
 
 

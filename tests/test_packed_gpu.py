@@ -26,7 +26,7 @@ EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def upstream(embeddings: Tensor) -> Tensor:
-    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3), device="cpu")
     return weights.to(embeddings.device, embeddings.dtype)
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ TARGETS = {
 GENERATION = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 OPS = ("vocab_mixture", "prompt_rows", "context_attention", "pool_normalize", "info_nce")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One distinct kernel launch, still to be compiled."""
+    """One distinct kernel launch, still to be compiled; `in_graph` with real numbers in float64, as torch.compile has."""
 
     op: str
     case: str
@@ -53,6 +53,7 @@ class Launch:
     target: str
     dtype: str
     arguments: dict[str, Any]
+    in_graph: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class Result:
     """What the compiler made of a launch.
 
     `spills` in bytes a thread (NVIDIA: stack and local), `shared` in bytes; `pipelined`: some loads run ahead of their
-    use (NVIDIA: asynchronous copies); `written`: the pointers that torch.compile takes for written.
+    use (NVIDIA: asynchronous copies); `written`: the pointers that torch.compile takes for written; `overwritten`:
+    buffers that a copy may fill while a matrix product still reads them; `in_float64`: arithmetic in float64.
     """
 
     op: str
@@ -77,6 +79,8 @@ class Result:
     matrix: str
     pipelined: bool
     written: list[str]
+    overwritten: list[str]
+    in_float64: list[str]
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -216,6 +220,8 @@ def compile_launch(launch: Launch) -> Result:
     }
     bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, None)
+    if launch.in_graph:
+        signature = {name: "fp64" if kind == "fp32" else kind for name, kind in signature.items()}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     has_dot = "tt.dot" in compiled.asm["ttir"]
@@ -234,7 +240,28 @@ def compile_launch(launch: Launch) -> Result:
         num_warps=launch.arguments["num_warps"], registers=registers, shared=compiled.metadata.shared, spills=spills,
         has_dot=has_dot, matrix=next((kind for kind in kinds if kind in text), ""),
         pipelined="async_copy" in compiled.asm["ttgir"], written=written(kernel, launch),
+        overwritten=overwritten(compiled.asm["ttgir"], launch.arguments.get("num_stages", 1)),
+        in_float64=re.findall(r"(?:arith|math)\.(?!truncf|extf)\w+ .*f64", compiled.asm["ttir"]),
     )  # fmt: skip
+
+
+def overwritten(ttgir: str, stages: int) -> list[str]:
+    """Buffers of fewer copies than stages that Hopper's products read, where a wait leaves some of them running.
+
+    Triton 3.6 to 3.9 give a tile that both kinds of products read, mma.sync and wgmma, a copy too few.
+    """
+    if not re.search(r"warp_group_dot_wait.*pendings = [1-9]", ttgir):
+        return []
+    source = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    copies = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir))
+    found = set()
+    for operands in re.findall(r"warp_group_dot (%\w+), (%\w+)", ttgir):
+        for buffer in operands:
+            while buffer in source:
+                buffer = source[buffer]
+            if int(copies.get(buffer, stages)) < stages:
+                found.add(buffer)
+    return sorted(found)
 
 
 class Driver:
@@ -306,13 +333,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--op", help="only this op")
-    parser.add_argument("--candidates", action="store_true", help="also sm_90 with a tuning candidate of each kernel")
+    parser.add_argument("--more", action="store_true", help="also sm_90 with a tuning candidate, and in a graph")
     arguments = parser.parse_args()
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     launches = [launch for target in TARGETS for launch in record(target)]
-    if arguments.candidates:
+    if arguments.more:
         launches += record("sm_90", candidates=True)
+        launches += [replace(x, case="graph", in_graph=True) for x in record("sm_90") if x.dtype == "bf16"]
     if arguments.op:
         launches = [launch for launch in launches if launch.op == arguments.op]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:

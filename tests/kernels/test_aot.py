@@ -42,7 +42,7 @@ def results() -> list[dict[str, Any]]:
     """Compiled in a process of its own: this one interprets its kernels where there is no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), "--candidates"]
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), "--more"]
     done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -73,8 +73,19 @@ def test_shared_memory_fits(results: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_spills(results: list[dict[str, Any]]) -> None:
-    """At the default configurations; a tuning candidate that spills loses on the GPU."""
-    assert not failures(results, lambda r: r["spills"] == 0 or r["case"] == "candidate")
+    """At the default configurations in half precision; a tuning candidate that spills loses on the GPU."""
+    assert not failures(results, lambda r: r["spills"] == 0 or r["case"] == "candidate" or r["dtype"] == "fp32")
+
+
+def test_no_copy_overtakes_a_product(results: list[dict[str, Any]]) -> None:
+    """A race that showed on an H100 as gradients 18 % off, in one run of several, for both products of one tile."""
+    assert not failures(results, lambda r: not r["overwritten"])
+
+
+def test_real_numbers_of_a_graph_are_taken_to_float32(results: list[dict[str, Any]]) -> None:
+    in_graph = [r for r in results if r["case"] == "graph"]
+    assert in_graph
+    assert not failures(in_graph, lambda r: not r["in_float64"])
 
 
 def test_every_tuned_kernel_has_a_candidate_that_compiles(results: list[dict[str, Any]]) -> None:
@@ -101,7 +112,7 @@ def test_dots_run_on_matrix_units(results: list[dict[str, Any]]) -> None:
         is_full = all(int(block.split("=")[1]) >= 64 for block in r["blocks"].split() if block[:2] in ("M=", "N="))
         return not r["has_dot"] or r["matrix"] == best[r["target"]] or (bool(r["matrix"]) and not is_full)
 
-    assert not failures(results, is_good)
+    assert not failures([r for r in results if r["dtype"] != "fp32"], is_good)
 
 
 def test_matrix_products_are_pipelined(results: list[dict[str, Any]]) -> None:
