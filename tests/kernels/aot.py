@@ -45,7 +45,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One distinct kernel launch, still to be compiled; `in_graph` with real numbers in float64, as torch.compile has."""
+    """One distinct kernel launch, to be compiled; `in_graph` with real numbers in float64, as torch.compile has."""
 
     op: str
     case: str
