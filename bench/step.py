@@ -38,7 +38,7 @@ from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from bench.roofline import ROOFS
 from pe.kernels.info_nce import info_nce
 from pe.losses import cached_backward
-from pe.model import Requests
+from pe.model import PromptEmbedder, Requests
 
 TEMPERATURE = 0.02
 CLIP_NORM = 1.0
@@ -57,7 +57,9 @@ class TrainingStep:
     def __init__(self, model: Embedder, setting: Setting, parts: int = 1) -> None:
         self.model, self.setting, self.device, self.parts = model.train(), setting, setting.device, parts
         self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda")
+        if isinstance(model, PromptEmbedder):
+            model.use_graphs(True)
 
     def __call__(self, batch: Batch) -> float:
         """Take one step, wait until it is done, and return its loss."""

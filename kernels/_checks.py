@@ -28,13 +28,17 @@ def require_same_device(name: str, tensor: Tensor, device: torch.device) -> None
     require(tensor.device == device, name, f"a tensor on {device}", tensor.device)
 
 
-def require_offsets(name: str, offsets: Tensor, total: int) -> None:
-    """`offsets` [B + 1] int32 starts at 0, never falls, ends at `total`; the values are read on CPU tensors only."""
+def require_offsets(name: str, offsets: Tensor, total: int, *, has_rest: bool = False) -> None:
+    """`offsets` [B + 1] int32 starts at 0, never falls, ends at `total`, or with `has_rest` not after it.
+
+    The values are read on CPU tensors only.
+    """
     require(offsets.dim() == 1 and offsets.shape[0] >= 1, name, "shape [segments + 1]", offsets.shape)
     require(offsets.dtype == torch.int32, name, "int32", offsets.dtype)
     if values_are_free(offsets):
         require(int(offsets[0]) == 0, name, "a first entry of 0", int(offsets[0]))
-        require(int(offsets[-1]) == total, name, f"a last entry of {total}", int(offsets[-1]))
+        last = int(offsets[-1])
+        require(last == total or (has_rest and last < total), name, f"a last entry of {total}", last)
         require(bool((offsets.diff() >= 0).all()), name, "entries that never fall", offsets.tolist())
 
 

@@ -172,13 +172,17 @@ def _matmul_kernel(
     stride_bk,
     stride_bn,
     stride_cm,
+    first_row,
     ACCUMULATE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns a tile of c = a b scale, or of c += a b; operands of two dtypes meet in float32."""
+    """One program owns a tile of c = a b scale, or of c += a b, in rows of c from `first_row`.
+
+    Operands of two dtypes meet in float32.
+    """
     n_tiles = tl.cdiv(N, BLOCK_N)
     pid_m = (tl.program_id(0) // n_tiles).to(tl.int64)
     pid_n = (tl.program_id(0) % n_tiles).to(tl.int64)
@@ -186,7 +190,7 @@ def _matmul_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
+    c_ptrs = c_ptr + (first_row + offs_m)[:, None] * stride_cm + offs_n[None, :]
     if ACCUMULATE:
         acc = tl.load(c_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
     else:
@@ -205,10 +209,13 @@ def _matmul_kernel(
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def matmul_into(c: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, scale: Tensor | None = None) -> None:
-    """c [M, N] = a [M, K] b [K, N] times a scale [1], or c += a b; float32 inside, one cast at the store.
+def matmul_into(
+    c: Tensor, a: Tensor, b: Tensor, *, first_row: int = 0, accumulate: bool = False, scale: Tensor | None = None
+) -> None:
+    """M rows of c [.., N] from `first_row` = a [M, K] b [K, N] times a scale [1], or += a b.
 
-    c has unit column stride.
+    float32 inside, one cast at the store; c has unit column stride. Rows are named instead of sliced, for a compiled
+    graph: it copies all of c for every slice that is written, which torch 2.11 got wrong besides (an illegal access).
     """
     (M, K), N = a.shape, b.shape[1]
     if M == 0 or N == 0:
@@ -229,6 +236,7 @@ def matmul_into(c: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, sc
         stride_bk=b.stride(0),
         stride_bn=b.stride(1),
         stride_cm=c.stride(0),
+        first_row=first_row,
         ACCUMULATE=accumulate,
         HAS_SCALE=scale is not None,
         BLOCK_M=block_m,

@@ -156,7 +156,7 @@ def _by_sequence(
     if context is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
         context_lengths = context[2].diff().tolist()
-        context_parts = [part.to(dtype).split(context_lengths) for part in context[:2]]
+        context_parts = [part[: sum(context_lengths)].to(dtype).split(context_lengths) for part in context[:2]]
     users: dict[tuple[int, int, int], list[int]] = {}
     for b, (n, segment) in enumerate(zip(lengths, index, strict=True)):
         alone = b if n >= context_lengths[segment] else -1
@@ -1179,11 +1179,12 @@ def context_attention(
 
     q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv], cu_seqlens [B + 1] int32 -> [T, H, Dv] in q's dtype.
     context_k [C, Hkv, D], context_v [C, Hkv, Dv], cu_context [N + 1] int32; context_index [B] the segment of each
-    sequence (one may serve many), None for segment b of sequence b (then N == B). max_seqlen and max_context bound
-    the lengths. Token i of sequence b stands at position len(context b) + i and sees its whole context and its own
-    tokens up to i; with `window` only keys less than `window` positions back. Query head h reads key/value head
-    h // (H / Hkv). scale: default D ** -0.5. softcap: s tanh(score / s) before masking. sinks [H]: one more logit a
-    head in the denominator. Differentiable in q, k, v, context_k, context_v and sinks; no work without need of it.
+    sequence (one may serve many), None for segment b of sequence b (then N == B). Rows of a context that needs no
+    gradient may follow the last segment; nobody sees them. max_seqlen and max_context bound the lengths.
+    Token i of sequence b stands at position len(context b) + i and sees its whole context and its own tokens up to i;
+    with `window` only keys less than `window` positions back. Query head h reads key/value head h // (H / Hkv).
+    scale: default D ** -0.5. softcap: s tanh(score / s) before masking. sinks [H]: one more logit a head in the
+    denominator. Differentiable in q, k, v, context_k, context_v and sinks; no work without need of it.
     Raises ValueError on shapes, dtypes or devices that do not fit, and (CPU) on offsets or indices out of range.
     """
     require_float("q", q, 3)
@@ -1202,7 +1203,8 @@ def context_attention(
         expected_k, expected_v = (C, Hkv, D), (C, Hkv, v.shape[2])
         require(tuple(context_k.shape) == expected_k, "context_k", f"shape [C, {Hkv}, {D}]", context_k.shape)
         require(tuple(context_v.shape) == expected_v, "context_v", f"shape {expected_v}", context_v.shape)
-        require_offsets("cu_context", cu_context, C)
+        has_grad = context_k.requires_grad or context_v.requires_grad
+        require_offsets("cu_context", cu_context, C, has_rest=not has_grad)
         require_longest("max_context", max_context, cu_context, C)
         n_segments = cu_context.shape[0] - 1
         if context_index is None:

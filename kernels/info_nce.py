@@ -362,7 +362,7 @@ def _info_nce_bwd(
         if needs_q:
             matmul_into(dq, tile_g[:, :size], d[n : n + size], accumulate=n > 0)
         if needs_d:
-            matmul_into(dd[n : n + size], tile_g[:, :size].T, q, scale=factor)
+            matmul_into(dd, tile_g[:, :size].T, q, first_row=n, scale=factor)
     return (dq * factor).to(q.dtype) if needs_q else dq, dd
 
 

@@ -688,9 +688,9 @@ def _vocab_mixture_bwd(
         if needs_h:
             _mix(dz, e_out[v : v + size], partial, v // BLOCK_V)
         if needs_out:
-            matmul_into(de_out[v : v + size], dz[:, :size].T, h)
+            matmul_into(de_out, dz[:, :size].T, h, first_row=v)
         if needs_in:
-            matmul_into(de_in[v : v + size], p[:, :size].T, ds)
+            matmul_into(de_in, p[:, :size].T, ds, first_row=v)
     if needs_h:
         _merge(partial, dh)
     return dh, de_out, de_in

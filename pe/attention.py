@@ -21,7 +21,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pe.kernels.context_attention import context_attention
-from pe.packing import Segments
+from pe.packing import Segments, Slots
 
 NAME = "pe_packed"
 PROBE = "pe_mask_probe"
@@ -40,8 +40,14 @@ class KeyValues:
     """
 
     layers: list[tuple[Tensor, Tensor]]
-    segments: Segments
+    segments: Segments | Slots
     pooled: Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each text, of segments that the host knows."""
+        assert isinstance(self.segments, Segments)
+        return self.segments.lengths
 
 
 class LastLayerReached(Exception):
@@ -201,9 +207,9 @@ def joined(parts: Sequence[KeyValues]) -> KeyValues:
         (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
         for pairs in zip(*(part.layers for part in parts), strict=True)
     ]
-    lengths = tuple(length for part in parts for length in part.segments.lengths)
+    lengths = tuple(length for part in parts for length in part.lengths)
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    return KeyValues(layers, Segments(lengths, parts[0].segments.device), torch.cat(pooled) if pooled else None)
+    return KeyValues(layers, Segments(lengths, layers[0][0].device), torch.cat(pooled) if pooled else None)
 
 
 def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:

@@ -172,7 +172,7 @@ class Backbone(nn.Module):
             hidden states `[T, D]` for `pool`, which applies the final norm, and the kept keys and values.
         """
         plan = AttentionPlan(segments, context, keep=keep)
-        offsets = context.segments.lengths if context else (0,) * len(segments)
+        offsets = context.lengths if context else (0,) * len(segments)
         if context and context_index is not None:
             plan.context_index = to_device(context_index, rows.device)
             offsets = tuple(offsets[i] for i in context_index)
@@ -260,15 +260,21 @@ class Backbone(nn.Module):
             )
 
     def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
-        segments = plan.segments
+        return self.decode(rows, self.positions(plan.segments, offsets), plan)
+
+    def positions(self, segments: Segments, offsets: Sequence[int]) -> Tensor:
+        """Position `[T] int64` of each token, where `offsets` tokens stand before each text."""
         self.check_length(max(map(sum, zip(offsets, segments.lengths, strict=True)), default=0))
-        before = to_device(offsets, rows.device).repeat_interleave(
-            to_device(segments.lengths, rows.device), output_size=segments.total
+        before = to_device(offsets, self.device).repeat_interleave(
+            to_device(segments.lengths, self.device), output_size=segments.total
         )
+        return segments.positions + before
+
+    def decode(self, rows: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """States `[T, D]` of a packed row under a plan; nothing in it waits for the device."""
         self.model.set_attn_implementation(attention.NAME)
-        positions = (segments.positions + before)[None]
         with self.final_norm.left_out() if self.final_norm else contextlib.nullcontext():
-            output = self.model(inputs_embeds=rows[None], position_ids=positions, use_cache=False, plan=plan)
+            output = self.model(inputs_embeds=rows[None], position_ids=positions[None], use_cache=False, plan=plan)
         return output.last_hidden_state[0]
 
     def _kept(self, plan: AttentionPlan) -> KeyValues | None:

@@ -240,6 +240,9 @@ class TrainConfig:
     """Norm of all gradients together above which they are scaled down to it; .inf: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the hardware multiplies it faster."""
+    cuda_graphs: bool = True
+    """On a GPU, in the suffix layout: replay the prompting LLM's and the soft tokens' passes, whose many small kernels
+    a processor launches more slowly than a GPU runs them."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0

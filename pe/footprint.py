@@ -68,10 +68,8 @@ class TrainingStep:
         self.accelerator = _Accelerator(self.phases, mixed_precision=build_accelerator(recipe).mixed_precision)
         parts = model.trainable_parameters()
         self.parameters = [p for part in parts.values() for p in part]
-        # torch takes its multi-tensor form on GPUs, but not for tensors without data: say it
-        on_gpu = model.device.type == "cuda"
-        groups = parameter_groups(parts, recipe.train)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.train.weight_decay, foreach=on_gpu)
+        groups, fused = parameter_groups(parts, recipe.train), model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.train.weight_decay, fused=fused)
 
     def __call__(self, batch: Batch) -> None:
         options = self.recipe.train

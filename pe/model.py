@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone
+from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
@@ -115,6 +116,8 @@ class PromptEmbedder(TrainableModule):
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
         skip: what goes around the soft prompt, where anything does; it trains too.
         truncation: counts since the model was made.
+        captured: its small passes as CUDA graphs, by which they run with gradient; None: launched one by one. Its
+            weights must stay where they are until it is None again.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class PromptEmbedder(TrainableModule):
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
         self.truncation = Truncation()
+        self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
         self._bank_version: tuple[torch.device, int] | None = None
 
@@ -270,7 +274,9 @@ class PromptEmbedder(TrainableModule):
 
     def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
         requests = self.prompter_ids(readings)
-        if any(p.requires_grad for p in self.prompter.parameters()):
+        if self.captured is not None and torch.is_grad_enabled() and self.config.conditioning == "instruction":
+            prompts = self.captured.prompts(requests)
+        elif any(p.requires_grad for p in self.prompter.parameters()):
             prompts = self.prompter(requests)
         else:
             with torch.no_grad():
@@ -304,7 +310,10 @@ class PromptEmbedder(TrainableModule):
         ids = self._soft_ids(index, k)
         rows = self.backbone.prompt_rows(ids, prompts.prompts, prompts.weight)
         segments = Segments((k,) * len(index), self.device)
-        hidden, _ = self.backbone(rows, segments, context=context, context_index=context_index)
+        if self.captured is not None and torch.is_grad_enabled() and context_index is None:
+            hidden = self.captured.states(rows, segments, context)
+        else:
+            hidden, _ = self.backbone(rows, segments, context=context, context_index=context_index)
         return hidden.unflatten(0, (len(index), k))
 
     def pool_prompt(self, states: Tensor) -> Tensor:
@@ -478,6 +487,16 @@ class PromptEmbedder(TrainableModule):
         if any(p.is_inference() for p in parameters):
             return None
         return self.device, _optimizer_steps + sum(p._version for p in parameters)
+
+    # Training.
+
+    def use_graphs(self, on: bool) -> None:
+        """From now on run the small passes with gradient by CUDA graphs: on a GPU, in the suffix layout; or no longer.
+
+        Weights must stay where they are meanwhile.
+        """
+        is_possible = self.device.type == "cuda" and self.config.layout == "suffix"
+        self.captured = Captured(self.prompter, self.backbone) if on and is_possible else None
 
     # What trains, and what is saved.
 

@@ -67,6 +67,14 @@ class Segments:
         return runs
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Segments whose lengths the device alone knows: `cu_seqlens` `[B + 1] int32`, none longer than `longest`."""
+
+    cu_seqlens: Tensor
+    longest: int
+
+
 def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Segments]:
     """Token ids one text after another, `[T] int64`, and their segments."""
     flat = [token for text in texts for token in text]

@@ -133,9 +133,16 @@ class PromptingLLM(nn.Module):
 
     def _generate(self, requests: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
         """Soft tokens and hidden states of one padded batch."""
-        decoder, scale = self.model.base_model, self.embedding_scale
         ids, pads, positions = left_padded(requests, self.device)
-        mask = None if pads is None else self._mask(pads, ids.shape[1], count)
+        is_padded = any(len(row) != ids.shape[1] for row in requests)
+        return self.write(ids, self.mask(pads, ids.shape[1], count) if is_padded else None, positions, count)
+
+    def write(self, ids: Tensor, mask: Tensor | None, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`count` soft tokens and hidden states, `[N, count, D]` each, behind ids `[N, L]` at their positions.
+
+        With a ready-made mask nothing in it waits for the device.
+        """
+        decoder, scale = self.model.base_model, self.embedding_scale
         inputs = torch.nn.functional.embedding(ids, self.embedding) * scale
         cache = DynamicCache(config=self.model.config)
         tokens, hidden = [], []
@@ -174,7 +181,7 @@ class PromptingLLM(nn.Module):
             self._cast = (dtype, places), (output, output if own[1] is own[0] else own[1].detach().to(dtype))
         return self._cast[1]
 
-    def _mask(self, pads: Tensor, length: int, count: int) -> Tensor:
+    def mask(self, pads: Tensor, length: int, count: int) -> Tensor:
         """The attention mask behind `pads` `[N]` tokens of padding.
 
         Ready-made (`[N, 1, L, L]`, true where a query sees a key) where the model takes it so: transformers then has no
@@ -221,14 +228,15 @@ class PromptingLLM(nn.Module):
         return torch.stack([alone, decoder(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1]])
 
 
-def left_padded(requests: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Ids `[N, L]`, tokens of padding `[N]` (None where nothing is padded) and positions `[N, L]`."""
-    longest = max(map(len, requests))
+def left_padded(
+    requests: Sequence[Sequence[int]], device: torch.device, multiple: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `[N, L]`, tokens of padding `[N]` and positions `[N, L]`; L is a multiple of `multiple`."""
+    longest = -(-max(map(len, requests)) // multiple) * multiple
     pads = to_device([longest - len(row) for row in requests], device)
     ids = to_device([[0] * (longest - len(row)) + list(row) for row in requests], device)
     places = torch.arange(longest, device=device)
-    is_padded = any(len(row) != longest for row in requests)
-    return ids, pads if is_padded else None, (places - pads[:, None]).clamp(min=0)
+    return ids, pads, (places - pads[:, None]).clamp(min=0)
 
 
 def describe(model: PreTrainedModel) -> str:

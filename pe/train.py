@@ -115,7 +115,8 @@ def fit(
     options, history = recipe.train, History()
     parts = model.trainable_parameters()
     parameters = [p for group in parts.values() for p in group]
-    optimizer = torch.optim.AdamW(parameter_groups(parts, options), weight_decay=options.weight_decay)
+    fused = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameter_groups(parts, options), weight_decay=options.weight_decay, fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate, options=options))
     embed = functools.partial(embeddings_of, model, recipe.loss.stepwise)
     first = 0
@@ -124,35 +125,45 @@ def fit(
     probe = batch_requests(plan.batch(0)).part(range(2))
     before = detached(model, probe)
     bar = tqdm(total=options.steps, initial=first, desc="train", disable=not accelerator.is_main_process)
-    for step in range(first, options.steps):
-        started = time.perf_counter()
-        model.train()
-        batch = plan.batch(step, accelerator.process_index, accelerator.num_processes)
-        loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
-        loss = average(loss, parameters, accelerator)
-        check_gradients(parts, loss, step)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.losses.append(loss.item())
-        history.seconds += time.perf_counter() - started
-        count_tokens(model, batch_requests(batch), history)
-        if step + 1 == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
-            raise TrainingError(
-                f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)"
-            )
-        bar.update()
-        if (step + 1) % options.log_every == 0:
-            recent = sum(history.losses[-options.log_every :]) / options.log_every
-            bar.set_postfix(loss=f"{recent:.3f}", tokens_per_s=f"{history.tokens / history.seconds:,.0f}")
-            values = {"loss": recent, "gradient_norm": float(norm), "rate": scheduler.get_last_lr()[0]}
-            accelerator.log(values | {"tokens_per_second": history.tokens / history.seconds}, step=step + 1)
-        if evaluate and options.eval_every and (step + 1) % options.eval_every == 0:
-            history.scores.append((step + 1, history.seconds, evaluate()))
-            accelerator.log({"score": history.scores[-1][2]}, step=step + 1)
-        if run and accelerator.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-            save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
+    if isinstance(model, PromptEmbedder):
+        model.use_graphs(options.cuda_graphs)
+    try:
+        for step in range(first, options.steps):
+            started = time.perf_counter()
+            model.train()
+            batch = plan.batch(step, accelerator.process_index, accelerator.num_processes)
+            loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
+            loss = average(loss, parameters, accelerator)
+            check_gradients(parts, loss, step)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            history.losses.append(loss.item())
+            history.seconds += time.perf_counter() - started
+            count_tokens(model, batch_requests(batch), history)
+            if step + 1 == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
+                raise TrainingError(
+                    f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)"
+                )
+            bar.update()
+            if (step + 1) % options.log_every == 0:
+                recent = sum(history.losses[-options.log_every :]) / options.log_every
+                bar.set_postfix(loss=f"{recent:.3f}", tokens_per_s=f"{history.tokens / history.seconds:,.0f}")
+                values = {"loss": recent, "gradient_norm": float(norm), "rate": scheduler.get_last_lr()[0]}
+                accelerator.log(values | {"tokens_per_second": history.tokens / history.seconds}, step=step + 1)
+            if evaluate and options.eval_every and (step + 1) % options.eval_every == 0:
+                history.scores.append((step + 1, history.seconds, evaluate()))
+                accelerator.log({"score": history.scores[-1][2]}, step=step + 1)
+            if (
+                run
+                and accelerator.is_main_process
+                and ((step + 1) % options.save_every == 0 or step + 1 == options.steps)
+            ):
+                save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
+    finally:
+        if isinstance(model, PromptEmbedder):
+            model.use_graphs(False)
     bar.close()
     return history
 

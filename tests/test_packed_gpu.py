@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pe.adapters import prepare_adapters
+from pe.backbone import READER
 from pe.kernels.info_nce import info_nce
 from pe.model import PromptEmbedder, Requests
 from tests import oracle
@@ -78,3 +80,36 @@ def test_training_step_in_bfloat16(layout: str) -> None:
     changed = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
     assert any(changed)
     assert all(torch.equal(p, frozen[name]) for name, p in model.backbone.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}], ids=["bare", "default"])
+@pytest.mark.parametrize(("dtype", "steps", "allowed"), [(torch.float32, 5, 5e-3), (torch.bfloat16, 1, 0.15)])
+def test_graphs_train_as_launches_do(dtype: torch.dtype, steps: int, allowed: float, options: dict[str, str]) -> None:
+    """Gradients of a few steps on batches of two shapes, each repeated, by CUDA graphs (twice) and by launches.
+
+    bfloat16 roundings part the weights after a step, so there it is the first that is compared with launches.
+    """
+    longer = Requests(["a river bank " * 5, "b", "an old man", "of " * 25], REQUESTS.instructions, [1, 0, 0, 1])
+    runs: list[list[Tensor]] = []
+    for on in (False, True, True):
+        model = build("qwen3", **LAYOUTS["suffix"], **options).to(DEVICE).train()
+        model.backbone.model.to(dtype)
+        if model.backbone.has_reader:
+            prepare_adapters(model.backbone.model, READER)
+        parameters = [p for part in model.trainable_parameters().values() for p in part]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        model.use_graphs(on)
+        runs.append([])
+        for batch in (REQUESTS, longer, REQUESTS, longer, REQUESTS):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                embeddings = model(batch)
+                loss = info_nce(embeddings[:2], embeddings[2:], torch.arange(2, device=DEVICE), temperature=0.5)
+            loss.backward()
+            runs[-1].append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).clone())
+            optimizer.step()
+            optimizer.zero_grad()
+    launched, replayed, again = runs
+    for step in range(steps):
+        error = (replayed[step] - launched[step]).norm() / launched[step].norm()
+        assert error < allowed, (step, error)
+    assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))

@@ -43,10 +43,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def test_left_padding_aligns_the_last_tokens() -> None:
     ids, pads, positions = left_padded([[1, 2, 3], [9]], torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [0, 0, 9]]
-    assert pads is not None
     assert pads.tolist() == [0, 2]
     assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert left_padded([[1, 2], [3, 4]], torch.device("cpu"))[1] is None
+    ids, pads, positions = left_padded([[1, 2], [3]], torch.device("cpu"), 4)
+    assert ids.tolist() == [[0, 0, 1, 2], [0, 0, 0, 3]]
+    assert (pads.tolist(), positions.tolist()) == ([2, 3], [[0, 0, 0, 1], [0, 0, 0, 0]])
 
 
 class ValuesRead(TorchDispatchMode):
@@ -86,9 +87,9 @@ def test_generation_waits_for_no_value(architecture: str) -> None:
 def test_masks_are_ready_made_within_a_window_only() -> None:
     model, pads = prompter("mistral_window"), torch.tensor([0, 1])
     longest = model.model.config.sliding_window - 3
-    assert model._mask(pads, longest, 3).shape == (2, 1, longest, longest)
-    assert model._mask(pads, longest + 1, 3).tolist() == [[1] * (longest + 1), [0] + [1] * longest]
-    ready = prompter()._mask(torch.tensor([0, 2]), 4, 3)[1, 0].int().tolist()
+    assert model.mask(pads, longest, 3).shape == (2, 1, longest, longest)
+    assert model.mask(pads, longest + 1, 3).tolist() == [[1] * (longest + 1), [0] + [1] * longest]
+    ready = prompter().mask(torch.tensor([0, 2]), 4, 3)[1, 0].int().tolist()
     assert ready == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 

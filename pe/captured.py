@@ -1,0 +1,100 @@
+"""A training step's small passes by CUDA graphs: writing the prompts, and the soft tokens behind the texts.
+
+Shapes that vary are rounded up, so that few of them are recorded: requests are padded on the left, and the texts' keys
+and values are copied to where there is room for the longest so far.
+
+Legend: B texts, T tokens of all texts, K soft tokens, D the backbone's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pe.attention import AttentionPlan, KeyValues
+from pe.backbone import Backbone
+from pe.graphs import Graphs, Record, recorder
+from pe.packing import Segments, Slots
+from pe.prompting import PromptingLLM, SoftPrompts, left_padded
+
+MULTIPLE = 16
+"""Requests are padded to a multiple of so many tokens."""
+
+
+def room(count: int) -> int:
+    """The smallest of 64, 96, 128, 192, 256, ... that is not less than `count`."""
+    size = 64
+    while size < count:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+class Contexts:
+    """Keys and values of a batch's texts, in buffers that stay where they are until they are too small."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._offsets: dict[int, Tensor] = {}
+
+    def put(self, texts: KeyValues) -> bool:
+        """Copy them in; whether the buffers are new ones."""
+        total, is_new = len(texts.layers[0][0]), False
+        if not self._layers or len(self._layers[0][0]) < total:
+            self._layers, is_new = [], True
+            size = room(total)
+            self._layers = [(k.new_zeros(size, *k.shape[1:]), v.new_zeros(size, *v.shape[1:])) for k, v in texts.layers]
+        places = [place[:total] for pair in self._layers for place in pair]
+        torch._foreach_copy_(places, [x for pair in texts.layers for x in pair])
+        offsets = texts.segments.cu_seqlens
+        self._offsets.setdefault(len(offsets), torch.empty_like(offsets)).copy_(offsets)
+        return is_new
+
+    def texts(self, count: int, longest: int) -> KeyValues:
+        """The buffers as keys and values of `count` texts, none longer than `longest`."""
+        most = count * longest
+        return KeyValues([(k[:most], v[:most]) for k, v in self._layers], Slots(self._offsets[count + 1], longest))
+
+
+class Captured:
+    """The small passes of an embedder in the suffix layout."""
+
+    def __init__(self, prompter: PromptingLLM, backbone: Backbone, record: Record | None = None) -> None:
+        """`record`: by default CUDA graphs, one memory pool for each pass."""
+        self.prompter, self.backbone, self.contexts = prompter, backbone, Contexts()
+        writing = [p for p in prompter.parameters() if p.requires_grad]
+        place = writing[0].device if writing else backbone.device
+        self._prompts = Graphs(writing, record or recorder(place))
+        reading = [p for p in backbone.reader_parameters() if p.requires_grad]
+        self._states = Graphs(reading, record or recorder(backbone.device))
+
+    def prompts(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
+        """As the prompting LLM writes them; by itself where it trains nothing or reads values of its mask."""
+        count = self.prompter.config.soft_tokens
+        ids, pads, positions = left_padded(requests, self.prompter.device, MULTIPLE)
+        mask = self.prompter.mask(pads, ids.shape[1], count)
+        if mask.ndim != 4 or not self._prompts.parameters:
+            written: SoftPrompts = self.prompter(requests)
+            return written
+
+        def write(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            return self.prompter.write(ids, mask, positions, count)
+
+        return SoftPrompts(*self._prompts(count, write, (ids, mask, positions)))
+
+    def states(self, rows: Tensor, segments: Segments, texts: KeyValues) -> Tensor:
+        """States `[B·K, D]` of K rows behind each of the texts."""
+        if self._states.is_busy:  # another batch waits for its backward pass, which needs its own texts
+            states: Tensor = self.backbone(rows, segments, context=texts)[0]
+            return states
+        positions = self.backbone.positions(segments, texts.lengths)
+        if self.contexts.put(texts):
+            self._states.clear()
+        longest = room(texts.segments.longest)
+        plan = AttentionPlan(segments, self.contexts.texts(len(segments), longest))
+
+        def decode(rows: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            return (self.backbone.decode(rows, positions, plan),)
+
+        return self._states((len(segments), longest), decode, (rows, positions))[0]

@@ -1,0 +1,152 @@
+"""Recorded passes against the same passes launched one by one, with a recorder that runs its work anew: no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pe.captured import Captured, Contexts, room
+from pe.graphs import Graphs, Work
+from pe.model import Instruction, PromptEmbedder, Requests
+from tests.test_exactness import REQUESTS, build, gradients, relative_error
+
+LONGER = Requests(
+    ["a river bank " * 9, "b", "an old man", "the end", "of " * 30],
+    [Instruction("find what is said about the same river"), Instruction("same", "document")],
+    [0, 0, 1, 1, 0],
+)
+OPTIONS = {"layout": "suffix", "pooling": "mean_prompt"}
+
+
+class Recorder:
+    """Counts what it records, and repeats it by running it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, work: Work) -> Work:
+        self.count += 1
+        work()
+        return work
+
+
+def captured(model: PromptEmbedder) -> Recorder:
+    recorder = Recorder()
+    model.captured = Captured(model.prompter, model.backbone, recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral_window", "gpt_oss"])
+@pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}, {"pooling": "last"}])
+def test_equals_the_passes_themselves(architecture: str, options: dict[str, str]) -> None:
+    model = build(architecture, **OPTIONS | options)
+    batches = [REQUESTS, LONGER, REQUESTS, REQUESTS.part([1, 0, 2, 3]), LONGER]
+    torch.manual_seed(1)
+    for parameter in model.backbone.reader_parameters():  # B is zero at the start
+        torch.nn.init.normal_(parameter, std=0.1)
+    plain = [(out := model(batch), gradients(model, out)) for batch in batches]
+    recorder = captured(model)
+    for batch, (expected, expected_gradients) in zip(batches, plain, strict=True):
+        out = model(batch)
+        assert relative_error(out, expected) < 1e-5
+        for name, gradient in gradients(model, out).items():
+            assert relative_error(gradient, expected_gradients[name]) < 2e-5, name
+    # Two passes, forward and backward: REQUESTS and LONGER have both of their own; the buffers grew once.
+    assert recorder.count == 2 * (2 + 3)
+
+
+def test_follows_the_weights() -> None:
+    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    captured(model)
+    steps = []
+    for embedder in (model, other):
+        optimizer = torch.optim.SGD([p for part in embedder.trainable_parameters().values() for p in part], lr=0.5)
+        for _ in range(3):
+            embeddings = embedder(REQUESTS)
+            (embeddings[0] @ embeddings[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(embedder(REQUESTS).detach())
+    assert relative_error(steps[0], steps[1]) < 1e-4
+    assert relative_error(steps[0], build("llama", **OPTIONS)(REQUESTS)) > 1e-3
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_add_up(to_none: bool) -> None:
+    """The buffer that a graph writes is the parameter's `grad`: a second backward pass must not overwrite the first."""
+    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    captured(model)
+    found = []
+    for embedder in (model, other):
+        parameters = [p for part in embedder.trainable_parameters().values() for p in part]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        embedder(LONGER).sum().backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        for batch in (REQUESTS, LONGER, REQUESTS):
+            embedder(batch)[:, 0].sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert relative_error(found[0], found[1]) < 1e-4
+
+
+def test_a_second_batch_before_the_first_one_s_backward_pass() -> None:
+    model = build("llama", **OPTIONS)
+    expected = [gradients(model, model(batch)) for batch in (REQUESTS, LONGER)]
+    recorder = captured(model)
+    first, second = model(REQUESTS), model(LONGER)
+    assert recorder.count == 4
+    for out, right in zip((first, second), expected, strict=True):
+        for name, gradient in gradients(model, out).items():
+            assert relative_error(gradient, right[name]) < 2e-5, name
+    model(LONGER)
+    assert recorder.count > 4  # free again
+
+
+def test_without_gradient_nothing_is_recorded() -> None:
+    model = build("llama", **OPTIONS)
+    recorder = captured(model)
+    with torch.no_grad():
+        model(REQUESTS)
+    model.encode(["a", "bc"], instruction="find")
+    assert recorder.count == 0
+
+
+def test_a_forgotten_forward_pass_frees_its_graph() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    graphs = Graphs([weight], Recorder())
+    function: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x * weight,)  # noqa: E731
+    (out,) = graphs("key", function, [torch.arange(3.0)])
+    assert graphs.is_busy
+    del out
+    assert not graphs.is_busy
+
+
+def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe.graphs.MOST", 2)
+    weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
+    graphs = Graphs([weight], recorder)
+    for size in (1, 2, 3, 2, 3, 1):
+        (out,) = graphs("key", lambda x: (x * weight,), [torch.ones(size)])
+        out.sum().backward()
+    assert recorder.count == 2 * 4
+    assert weight.grad is not None
+    assert weight.grad.item() == 12
+
+
+def test_room() -> None:
+    assert [room(count) for count in (1, 64, 65, 96, 97, 129, 4096, 4097)] == [64, 64, 96, 96, 128, 192, 4096, 6144]
+
+
+def test_contexts_stay_where_they_are() -> None:
+    model, contexts = build("llama", **OPTIONS), Contexts()
+    texts = [model.backbone.read([[1] * count, [2, 3]]) for count in (50, 20, 70)]
+    assert contexts.put(texts[0])
+    place = contexts.texts(2, 64).layers[0][0].data_ptr()
+    assert not contexts.put(texts[1])
+    seen = contexts.texts(2, 64)
+    assert seen.layers[0][0].data_ptr() == place
+    torch.testing.assert_close(seen.layers[-1][1][:22], texts[1].layers[-1][1])
+    assert seen.segments.cu_seqlens.tolist() == [0, 20, 22]
+    assert contexts.put(texts[2])
