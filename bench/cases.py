@@ -205,6 +205,8 @@ class Variant:
     build: Build
     parts: int = 1
     """More than 1: representations are cached, and the batch goes through the model in so many parts."""
+    graphs: bool = True
+    """Whether a GPU runs PromptEmbedder's small passes by CUDA graphs."""
     compiled: bool = False
     """Whether torch.compile fuses the backbone's norms and MLPs; attention and linear layers outside them stay."""
 
@@ -273,6 +275,9 @@ VARIANTS = {
         title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
     ),
     "pe-suffix-weighted": Variant(title="PE, suffix, reader, weighted skip", build=WEIGHTED),
+    "pe-suffix-weighted-launched": Variant(
+        title="PE, suffix, reader, weighted skip, without CUDA graphs", build=WEIGHTED, graphs=False
+    ),
     "pe-suffix-weighted-compiled": Variant(
         title="PE, suffix, reader, weighted skip, compiled", build=WEIGHTED, compiled=True
     ),
@@ -286,8 +291,10 @@ GRAPHS = 64
 
 
 def default_variants(device: str) -> tuple[str, ...]:
-    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`)."""
-    return tuple(name for name, variant in VARIANTS.items() if device != "cpu" or not variant.compiled)
+    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`), and what has no graphs."""
+    return tuple(
+        name for name, variant in VARIANTS.items() if device != "cpu" or (variant.graphs and not variant.compiled)
+    )
 
 
 def compile_parts(model: nn.Module) -> None:

@@ -1,10 +1,10 @@
 """`python -m bench.gpu --quick | --full`: everything that needs a GPU, in one command, from a bare checkout.
 
 Needs torch, triton, transformers, peft, accelerate and pytest. Correctness comes first: the `gpu` tests of every op and
-of packed-equals-stock. An op whose tests fail has no figures; all else goes on. Then the ops (`bench.kernels`), whole
-training steps and their memory; with `--full` the largest batches, scaling and encoding besides. Every stage is a
-process group of its own that appends its records as it goes, so what is measured stays when one is stopped. `--quick`
-ends within nine minutes: a step may use its share of what is left.
+of packed-equals-stock. Then whole training steps and their memory, and the ops (`bench.kernels`), of which those whose
+tests fail have no figures; with `--full` the largest batches, scaling and encoding besides. Every stage is a process
+group of its own that appends its records as it goes, so what is measured stays when one is stopped. `--quick` ends
+within nine minutes: a step may use its share of what is left.
 Exit code: 0, 1 where a stage failed or was stopped, 2 without a GPU.
 """
 
@@ -30,8 +30,8 @@ from bench.records import ROOT
 SECONDS = 520.0  # of --quick, the summary and the start of Python besides
 GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.05  # seconds
-KERNEL_SECONDS = 180.0  # of --quick, shared out among the ops: steps and memory come behind them
-QUICK_CASES, FULL_CASES = ("1b", "8b"), ("1b", "4b", "8b")
+KERNEL_SECONDS = 180.0  # of --quick, shared out among the ops
+QUICK_CASES, FULL_CASES = ("8b", "1b"), ("1b", "4b", "8b")
 QUICK_VARIANTS = ("lora-padded", "pe-suffix-weighted", "lora-checkpointed", "lora-packed")
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
 KEYWORDS = {
@@ -46,6 +46,8 @@ IN_FLOAT32 = ("prompt_rows", "info_nce")
 """Ops that take float32 in a training step under autocast too; `--quick` tests the others in bfloat16 alone."""
 SANITIZER = "tests under compute-sanitizer"
 """Of `--full` alone; skipped where the tool is not installed."""
+HUGE = "past_2_31"
+"""Tests of tensors that fill half of an 80 GB card, so one comes after another."""
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=-p no:cacheprovider")
 """Without the repository's --strict-config, which would ask for pytest-timeout."""
 
@@ -96,30 +98,28 @@ def tests(quick: bool) -> list[Stage]:
     fewer = {op: " and not compiles and not fp16" + " and not fp32" * (op not in IN_FLOAT32) for op in OPS if quick}
     pytest = [*PYTEST, "-x"] if quick else [*PYTEST]
     file = "tests/kernels/test_gpu.py"
+    names = {op: f"({KEYWORDS[op]}) and not {HUGE}{fewer.get(op, '')}" for op in OPS}
     return [
-        *(Stage(tests_of(op), [*pytest, file, "-k", f"({KEYWORDS[op]}){fewer.get(op, '')}"]) for op in OPS),
+        *(Stage(tests_of(op), [*pytest, file, "-k", names[op]]) for op in OPS),
+        Stage("tests of huge tensors", [*pytest, file, "-k", HUGE]),
         Stage("tests of packed passes", [*pytest, "tests/test_packed_gpu.py"]),
         *([] if quick else [Stage(SANITIZER, [*pytest, file, "-k", "sanitizer"])]),
     ]
 
 
 def plan(quick: bool) -> Plan:
-    """Tests, ops, steps, memory, and what `--quick` has no time for."""
+    """Tests, steps, memory, ops, and what `--quick` has no time for."""
     few = ["--distributions", "fixed", "--variants", *QUICK_VARIANTS] if quick else []
     cases = QUICK_CASES if quick else FULL_CASES
 
     def steps(outcomes: Sequence[Outcome]) -> Iterator[Step]:
         yield Step(tests(quick), 0.25)
+        yield module("step", 0.4, "bench.step", "--cases", *cases, *([*few, "--rounds", "3"] if quick else []))
+        yield module("memory", 0.45, "bench.memory", "--cases", *cases, *([*few, "--passes", "1"] if quick else []))
         failed = {outcome.name for outcome in outcomes if outcome.failed}
         red = [op for op in OPS if tests_of(op) in failed]
         limits = ["--quick", "--seconds", f"{KERNEL_SECONDS:g}"] if quick else []
-        yield module("kernels", 0.5, "bench.kernels", *limits, "--red", *red)
-        for case, share in zip(cases, (0.2, 0.35, 0.5), strict=False):
-            few_rounds = [*few, "--rounds", "3"] if quick else []
-            yield module(f"step, {case}", share, "bench.step", "--cases", case, *few_rounds)
-        for case, share in zip(cases, (0.45, 1.0, 1.0), strict=False):
-            one_pass = [*few, "--passes", "1"] if quick else []
-            yield module(f"memory, {case}", share, "bench.memory", "--cases", case, *one_pass)
+        yield module("kernels", 1.0, "bench.kernels", *limits, "--red", *red)
         if not quick:
             yield module("largest batch", 1.0, "bench.largest")
             yield module("scaling", 1.0, "bench.scaling", "--case", cases[0])

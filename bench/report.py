@@ -151,7 +151,8 @@ def render_headline(folder: Path) -> str:
         peaks = {record["variant"]: above(record["memory"]) for record in memory.get(key, [])}
         faster = [ratio(times.get(base), times.get(name)) for name in CLAIMED for base in BASES]
         shares = [share(peaks.get(BASELINE), peaks.get(name)) for name in CLAIMED]
-        rows.append([key, *faster, *shares])
+        if set(found := [*faster, *shares]) != {"-"}:
+            rows.append([key, *found])
     suffix = [f"{name}: times {letter}" for name in CLAIMED.values() for letter in BASES.values()]
     table = grid(["", *suffix, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
     machines = dict.fromkeys(hardware(group[0]) for group in [*steps.values(), *memory.values()])

@@ -58,8 +58,6 @@ class TrainingStep:
         self.model, self.setting, self.device, self.parts = model.train(), setting, setting.device, parts
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda")
-        if isinstance(model, PromptEmbedder):
-            model.use_graphs(True)
 
     def __call__(self, batch: Batch) -> float:
         """Take one step, wait until it is done, and return its loss."""
@@ -95,6 +93,8 @@ def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> Train
     model = chosen.build(case, load.instructed, setting)
     if chosen.compiled:
         compile_parts(model.backbone.model)
+    if isinstance(model, PromptEmbedder):
+        model.use_graphs(chosen.graphs)
     return TrainingStep(model, setting, chosen.parts)
 
 

@@ -70,16 +70,18 @@ class Captured:
         self._states = Graphs(reading, record or recorder(backbone.device))
 
     def prompts(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
-        """As the prompting LLM writes them; by itself where it trains nothing or reads values of its mask."""
+        """As the prompting LLM writes them; by itself where it reads values of its mask."""
         count = self.prompter.config.soft_tokens
         ids, pads, positions = left_padded(requests, self.prompter.device, MULTIPLE)
         mask = self.prompter.mask(pads, ids.shape[1], count)
-        if mask.ndim != 4 or not self._prompts.parameters:
+        if mask.ndim != 4:
             written: SoftPrompts = self.prompter(requests)
             return written
 
+        prompter = self.prompter
+
         def write(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-            return self.prompter.write(ids, mask, positions, count)
+            return prompter.write(ids, mask, positions, count)
 
         return SoftPrompts(*self._prompts(count, write, (ids, mask, positions)))
 
@@ -92,9 +94,9 @@ class Captured:
         if self.contexts.put(texts):
             self._states.clear()
         longest = room(texts.segments.longest)
-        plan = AttentionPlan(segments, self.contexts.texts(len(segments), longest))
+        backbone, plan = self.backbone, AttentionPlan(segments, self.contexts.texts(len(segments), longest))
 
         def decode(rows: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-            return (self.backbone.decode(rows, positions, plan),)
+            return (backbone.decode(rows, positions, plan),)
 
         return self._states((len(segments), longest), decode, (rows, positions))[0]

@@ -274,13 +274,13 @@ class PromptEmbedder(TrainableModule):
 
     def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
         requests = self.prompter_ids(readings)
-        if self.captured is not None and torch.is_grad_enabled() and self.config.conditioning == "instruction":
-            prompts = self.captured.prompts(requests)
-        elif any(p.requires_grad for p in self.prompter.parameters()):
-            prompts = self.prompter(requests)
-        else:
+        if not any(p.requires_grad for p in self.prompter.parameters()):
             with torch.no_grad():
                 prompts = self.prompter(requests)
+        elif self.captured is not None and torch.is_grad_enabled() and self.config.conditioning == "instruction":
+            prompts = self.captured.prompts(requests)
+        else:
+            prompts = self.prompter(requests)
         return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
 
     def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:

@@ -91,7 +91,7 @@ def test_time_that_is_left_goes_to_the_next_steps(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "run_step", skip)
     outcomes = gpu.run(gpu.plan(True), gpu.SECONDS)
     assert all(outcome.passed for outcome in outcomes)
-    shares = [0.25, 0.5, 0.2, 0.35, 0.45, 1.0]
+    shares = [0.25, 0.4, 0.45, 1.0]
     assert given == pytest.approx([share * gpu.SECONDS for share in shares], rel=0.01)
     assert gpu.SECONDS < 9 * 60
     given.clear()
@@ -114,24 +114,16 @@ def test_failing_tests_make_their_op_red() -> None:
     assert commands(True)["kernels"][-4:] == ["--quick", "--seconds", "180", "--red"]
     found = commands(True, ["tests of info_nce", "tests of packed passes"])
     assert found["kernels"][-2:] == ["--red", "info_nce"]
-    more = {gpu.SANITIZER, "step, 4b", "memory, 4b", "largest batch", "scaling", "encoding"}
-    assert set(commands(False)) - set(found) == more
-    assert list(found)[-5:] == ["kernels", "step, 1b", "step, 8b", "memory, 1b", "memory, 8b"]
+    assert set(commands(False)) - set(found) == {gpu.SANITIZER, "largest batch", "scaling", "encoding"}
+    assert list(found)[-3:] == ["step", "memory", "kernels"]
 
 
 def test_tests_that_were_stopped_make_no_op_red() -> None:
     outcomes: list[Outcome] = []
     steps = gpu.plan(True)(outcomes)
     outcomes += [Outcome(stage.name, 130.0, "stopped after 130 s") for stage in next(steps).stages]
-    (kernels_stage,) = next(steps).stages
+    *_, (kernels_stage,) = (step.stages for step in steps)
     assert kernels_stage.command[-1] == "--red"
-
-
-def test_steps_and_memory_are_left_their_time() -> None:
-    """Even if the tests and the ops take all they may."""
-    behind = gpu.SECONDS * (1 - 0.25) - gpu.KERNEL_SECONDS
-    assert behind >= 200
-    assert gpu.KERNEL_SECONDS < 0.5 * gpu.SECONDS * (1 - 0.25)
 
 
 def test_stages_end_with_the_command(tmp_path: Path) -> None:
@@ -181,7 +173,7 @@ def selection(stage: Stage) -> Sequence[str]:
 
 
 def test_every_gpu_test_belongs_to_one_stage() -> None:
-    (*full, packed, sanitizer), (*quick, _) = gpu.tests(False), gpu.tests(True)
+    (*full, packed, sanitizer), (*quick, _, _) = gpu.tests(False), gpu.tests(True)
     everything = ["tests/kernels/test_gpu.py"]
     every, *parts = collected(everything, *map(selection, [*full, sanitizer]), selection(quick[0]))
     fewer = parts.pop()
