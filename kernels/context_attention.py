@@ -458,27 +458,22 @@ def _context_attention_merge_kernel(
 
 
 @triton.jit
-def _dlogits(
-    products,
-    dp,
-    lse,
-    delta,
-    visible,
-    qk_scale,
-    cap_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    ALL_VISIBLE: tl.constexpr,
-):
-    """P and dz of the products q·k and do·v, without dz's factor `scale`; lse and delta fit their rows or columns."""
-    z = _logits(products, qk_scale, cap_scale, HAS_SOFTCAP)
+def _probabilities(z, lse, visible, ALL_VISIBLE: tl.constexpr):
+    """P of base-2 logits; lse fits their rows or columns."""
     p = tl.exp2(z - lse)
     if not ALL_VISIBLE:
         p = tl.where(visible, p, 0.0)
+    return p
+
+
+@triton.jit
+def _dlogits(p, z, dp, delta, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """dz of P, its logits and the products do·v, without the factor `scale`; delta fits their rows or columns."""
     dz = p * (dp - delta)
     if HAS_SOFTCAP:
         tanh = z / cap_scale
         dz = dz * (1.0 - tanh * tanh)
-    return p, dz
+    return dz
 
 
 @triton.jit
@@ -519,10 +514,9 @@ def _accumulate_dq_blocks(
         k = tl.load(k_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [D, BN]
         v = tl.load(v_ptrs, mask=mask_dv[:, None] & mask_n[None, :], other=0.0)  # [DV, BN]
         visible = mask_n[None, :] & _visible(position_m[:, None] - (offs_n + shift)[None, :], window, HAS_WINDOW)
-        products, dp = tl.dot(q, k, input_precision="ieee"), tl.dot(do, v, input_precision="ieee")
-        _, dz = _dlogits(
-            products, dp, lse[:, None], delta[:, None], visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE
-        )  # fmt: skip
+        z = _logits(tl.dot(q, k, input_precision="ieee"), qk_scale, cap_scale, HAS_SOFTCAP)
+        p = _probabilities(z, lse[:, None], visible, ALL_VISIBLE)
+        dz = _dlogits(p, z, tl.dot(do, v, input_precision="ieee"), delta[:, None], cap_scale, HAS_SOFTCAP)
         dq = tl.dot(dz.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
     return dq
 
@@ -718,11 +712,10 @@ def _accumulate_dkv(
         delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
         distance = (context + token)[None, :] - position_n[:, None]
         visible = mask_n[:, None] & mask_m[None, :] & _visible(distance, window, HAS_WINDOW)
-        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+        z = _logits(tl.dot(k, tl.trans(q), input_precision="ieee"), qk_scale, cap_scale, HAS_SOFTCAP)  # [BN, BM]
+        p = _probabilities(z, lse[None, :], visible, ALL_VISIBLE)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        p, dz = _dlogits(
-            products, dp, lse[None, :], delta[None, :], visible, qk_scale, cap_scale, HAS_SOFTCAP, ALL_VISIBLE
-        )  # fmt: skip
+        dz = _dlogits(p, z, dp, delta[None, :], cap_scale, HAS_SOFTCAP)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
