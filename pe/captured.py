@@ -69,6 +69,11 @@ class Captured:
         reading = [p for p in backbone.reader_parameters() if p.requires_grad]
         self._states = Graphs(reading, record or recorder(backbone.device))
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether no pass had to be given up, for waiting for the device."""
+        return self._prompts.is_possible and self._states.is_possible
+
     def prompts(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
         """As the prompting LLM writes them; by itself where it reads values of its mask."""
         count = self.prompter.config.soft_tokens

@@ -8,6 +8,7 @@ Gradients are those of the recorded operations, in the same order: nothing is ap
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ Pass = Callable[..., tuple[Tensor, ...]]
 Work = Callable[[], None]
 Record = Callable[[Work], Work]
 """Turns work on tensors that stay where they are into what repeats it."""
+SYNC = "synchroniz"
+"""What torch says of an operation that waits for the device, where it is told to refuse one."""
 MOST = 64
 """Recorded shapes of one pass; the oldest makes room."""
 WARM_UPS = 3
@@ -46,9 +49,35 @@ def aside(device: torch.device) -> Iterator[None]:
         return
     here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(here)
-    with torch.cuda.stream(side):
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        here.wait_stream(side)
+
+
+class WaitsForDevice(RuntimeError):
+    """A pass reads values of the device on its way, so it cannot be recorded."""
+
+
+@contextlib.contextmanager
+def refusing_to_wait(device: torch.device) -> Iterator[None]:
+    """Raise WaitsForDevice where something would wait for a GPU."""
+    if device.type != "cuda":
         yield
-    here.wait_stream(side)
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if SYNC in str(error):
+            raise WaitsForDevice(str(error).splitlines()[0]) from error
+        raise
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Waiting:
@@ -74,6 +103,9 @@ class Graph:
             parameters: what trains in it.
             gradients: a buffer for each parameter's.
             record: see `recorder`.
+
+        Raises:
+            WaitsForDevice: the function does, as a mixture of experts does that counts each expert's tokens.
         """
         self.function, self.parameters, self.gradients = function, parameters, gradients
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
@@ -81,11 +113,14 @@ class Graph:
         self.upstream: list[Tensor] = []
         self.input_gradients: dict[int, Tensor] = {}
         self._leave_buffers()
-        with aside(self.inputs[0].device):
-            for _ in range(WARM_UPS):
-                self._forward()
-                self.upstream = list(map(torch.zeros_like, self.outputs))
-                self._backward()
+        device = self.inputs[0].device
+        with aside(device):
+            for number in range(WARM_UPS):
+                is_last = number == WARM_UPS - 1
+                with refusing_to_wait(device) if is_last else contextlib.nullcontext():
+                    self._forward()
+                    self.upstream = list(map(torch.zeros_like, self.outputs))
+                    self._backward()
         self.outputs, self.input_gradients = (), {}
         self.replay_forward = record(self._forward)
         self.replay_backward = record(self._backward)
@@ -155,6 +190,7 @@ class Graphs:
         self._gradients = [torch.zeros_like(p) for p in self.parameters]
         self._graphs: dict[Hashable, Graph] = {}
         self._waiting: weakref.ref[Waiting] | None = None
+        self.is_possible = True
 
     @property
     def is_busy(self) -> bool:
@@ -165,8 +201,11 @@ class Graphs:
         self._graphs.clear()
 
     def __call__(self, key: Hashable, function: Pass, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run `function(*inputs)` by the graph of `key`, the inputs' shapes and types, and autocast's type."""
-        if self.is_busy:
+        """Run `function(*inputs)` by the graph of `key`, the inputs' shapes and types, and autocast's type.
+
+        A function that waits for the device runs without a graph from then on, with a warning.
+        """
+        if self.is_busy or not self.is_possible:
             return function(*inputs)
         device = inputs[0].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -175,7 +214,14 @@ class Graphs:
         if graph is None:
             if len(self._graphs) >= MOST:
                 self._graphs.pop(next(iter(self._graphs)))
-            graph = Graph(function, inputs, self.parameters, self._gradients, self.record)
+            try:
+                graph = Graph(function, inputs, self.parameters, self._gradients, self.record)
+            except WaitsForDevice as error:
+                self.is_possible = False
+                warnings.warn(
+                    f"no CUDA graph of a pass that waits for the GPU ({error}): launched instead", stacklevel=2
+                )
+                return function(*inputs)
             self._graphs[key] = graph
         waiting = Waiting()
         self._waiting = weakref.ref(waiting)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from pe.captured import Captured, Contexts, room
-from pe.graphs import Graphs, Work
+from pe.graphs import Graphs, WaitsForDevice, Work
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
@@ -121,6 +122,25 @@ def test_a_forgotten_forward_pass_frees_its_graph() -> None:
     assert graphs.is_busy
     del out
     assert not graphs.is_busy
+
+
+def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def refuses(device: torch.device) -> Iterator[None]:
+        raise WaitsForDevice("called a synchronizing CUDA operation")
+        yield
+
+    monkeypatch.setattr("pe.graphs.refusing_to_wait", refuses)
+    model = build("llama", **OPTIONS)
+    expected = model(REQUESTS)
+    recorder = captured(model)
+    with pytest.warns(UserWarning, match="no CUDA graph of a pass that waits for the GPU"):
+        embeddings = model(REQUESTS)
+    assert relative_error(embeddings, expected) < 1e-5
+    model(LONGER).sum().backward()
+    assert recorder.count == 0
+    assert model.captured is not None
+    assert not model.captured.is_possible
 
 
 def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

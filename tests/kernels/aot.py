@@ -340,7 +340,8 @@ def main() -> None:
     launches = [launch for target in TARGETS for launch in record(target)]
     if arguments.more:
         launches += record("sm_90", candidates=True)
-        launches += [replace(x, case=f"{x.case}, in a graph", in_graph=True) for x in record("sm_90") if x.dtype == "bf16"]
+        in_half = [launch for launch in record("sm_90") if launch.dtype == "bf16"]
+        launches += [replace(launch, case=f"{launch.case}, in a graph", in_graph=True) for launch in in_half]
     if arguments.op:
         launches = [launch for launch in launches if launch.op == arguments.op]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
