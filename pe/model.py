@@ -95,6 +95,12 @@ class Truncation:
         return f"{self.cut:,} of {self.texts:,} texts truncated{readings}"
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether training draws random numbers anywhere in it."""
+    settings = (getattr(getattr(part, "config", None), "attention_dropout", 0.0) for part in module.modules())
+    return any(settings) or any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+
+
 def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
     """Refuse a bare string for a sequence, whose characters would be texts, and an unknown side.
 
@@ -491,11 +497,12 @@ class PromptEmbedder(TrainableModule):
     # Training.
 
     def use_graphs(self, on: bool) -> None:
-        """From now on run the small passes with gradient by CUDA graphs: on a GPU, in the suffix layout; or no longer.
+        """From now on run the small passes with gradient by CUDA graphs, or no longer.
 
+        That needs a GPU, the suffix layout and no dropout, whose random numbers a recording takes in another order.
         Weights must stay where they are meanwhile.
         """
-        is_possible = self.device.type == "cuda" and self.config.layout == "suffix"
+        is_possible = self.device.type == "cuda" and self.config.layout == "suffix" and not has_dropout(self)
         self.captured = Captured(self.prompter, self.backbone) if on and is_possible else None
 
     # What trains, and what is saved.

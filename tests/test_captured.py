@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pe.captured import Captured, Contexts, room
+from pe.config import LoraSettings
 from pe.graphs import Graphs, WaitsForDevice, Work
-from pe.model import Instruction, PromptEmbedder, Requests
+from pe.model import Instruction, PromptEmbedder, Requests, has_dropout
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
 LONGER = Requests(
@@ -153,6 +154,12 @@ def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.count == 2 * 4
     assert weight.grad is not None
     assert weight.grad.item() == 12
+
+
+def test_dropout_is_seen() -> None:
+    assert not has_dropout(build("llama", **OPTIONS, reader="activated_lora"))
+    assert has_dropout(build("llama", **OPTIONS, reader="activated_lora", reader_lora=LoraSettings(dropout=0.1)))
+    assert has_dropout(build("llama", **OPTIONS, prompter="gpt2"))
 
 
 def test_room() -> None:
