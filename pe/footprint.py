@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -68,8 +68,12 @@ class TrainingStep:
         self.accelerator = _Accelerator(self.phases, mixed_precision=build_accelerator(recipe).mixed_precision)
         parts = model.trainable_parameters()
         self.parameters = [p for part in parts.values() for p in part]
-        groups, fused = parameter_groups(parts, recipe.train), model.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.train.weight_decay, fused=fused)
+        groups, has_data = parameter_groups(parts, recipe.train), not any(map(is_fake, self.parameters))
+        # The fused form wants data, and needs as little besides the state as one tensor after another does
+        fused = has_data and model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            groups, weight_decay=recipe.train.weight_decay, fused=fused, foreach=None if has_data else False
+        )
 
     def __call__(self, batch: Batch) -> None:
         options = self.recipe.train
