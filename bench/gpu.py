@@ -47,7 +47,7 @@ IN_FLOAT32 = ("prompt_rows", "info_nce")
 SANITIZER = "tests under compute-sanitizer"
 """Of `--full` alone; skipped where the tool is not installed."""
 HUGE = "past_2_31"
-"""Tests of tensors that fill half of an 80 GB card, so one comes after another."""
+"""Tests of tensors that fill half of an 80 GB card, so one comes after another; an op's figures do not hang on them."""
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-o", "addopts=-p no:cacheprovider")
 """Without the repository's --strict-config, which would ask for pytest-timeout."""
 

@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = [size for size in arguments.gib if size <= total + 1]
     for name in arguments.cases or default_cases(setting.device.type):
         for distribution in arguments.distributions:
-            for variant in arguments.variants or default_variants(setting.device.type):
+            without_twins = [way for way in default_variants(setting.device.type) if VARIANTS[way].graphs]
+            for variant in arguments.variants or without_twins:
                 found = measure(CASES[name], cast(Distribution, distribution), variant, sizes, setting)
                 if not arguments.dry:
                     records.append("largest", found)

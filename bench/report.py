@@ -145,7 +145,7 @@ def render_memory(folder: Path) -> str:
 def render_headline(folder: Path) -> str:
     """The claim, our figures, the hardware, the command."""
     steps, memory = ({place(group[0]): group for group in measured(kind, folder)} for kind in ("step", "memory"))
-    rows = []
+    rows, shown = [], []
     for key in dict.fromkeys([*steps, *memory]):
         times = {record["variant"]: record for record in steps.get(key, []) if "ms" in record}
         peaks = {record["variant"]: above(record["memory"]) for record in memory.get(key, [])}
@@ -153,9 +153,10 @@ def render_headline(folder: Path) -> str:
         shares = [share(peaks.get(BASELINE), peaks.get(name)) for name in CLAIMED]
         if set(found := [*faster, *shares]) != {"-"}:
             rows.append([key, *found])
+            shown += [group[0] for group in (steps.get(key), memory.get(key)) if group]
     suffix = [f"{name}: times {letter}" for name in CLAIMED.values() for letter in BASES.values()]
     table = grid(["", *suffix, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
-    machines = dict.fromkeys(hardware(group[0]) for group in [*steps.values(), *memory.values()])
+    machines = dict.fromkeys(map(hardware, shown))
     lines = [
         PAPER,
         "",

@@ -1,4 +1,4 @@
-"""A training step's small passes by CUDA graphs: writing the prompts, and the soft tokens behind the texts.
+"""A training step's small passes by CUDA graphs: writing instructions' prompts, and the soft tokens behind the texts.
 
 Shapes that vary are rounded up, so that few of them are recorded: requests are padded on the left, and the texts' keys
 and values are copied to where there is room for the longest so far.
@@ -9,6 +9,7 @@ Legend: B texts, T tokens of all texts, K soft tokens, D the backbone's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ class Contexts:
 
     def put(self, texts: KeyValues) -> bool:
         """Copy them in; whether the buffers are new ones."""
-        total, is_new = len(texts.layers[0][0]), False
-        if not self._layers or len(self._layers[0][0]) < total:
+        (first, _), is_new = texts.layers[0], False
+        total = len(first)
+        if not self._layers or len(self._layers[0][0]) < total or self._layers[0][0].dtype != first.dtype:
             self._layers, is_new = [], True
             size = room(total)
             self._layers = [(k.new_zeros(size, *k.shape[1:]), v.new_zeros(size, *v.shape[1:])) for k, v in texts.layers]
@@ -76,12 +78,13 @@ class Captured:
 
     def prompts(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
         """As the prompting LLM writes them; by itself where it reads values of its mask."""
+        if not self._prompts.is_possible:
+            return cast(SoftPrompts, self.prompter(requests))
         count = self.prompter.config.soft_tokens
         ids, pads, positions = left_padded(requests, self.prompter.device, MULTIPLE)
         mask = self.prompter.mask(pads, ids.shape[1], count)
         if mask.ndim != 4:
-            written: SoftPrompts = self.prompter(requests)
-            return written
+            return cast(SoftPrompts, self.prompter(requests))
 
         prompter = self.prompter
 
@@ -92,9 +95,10 @@ class Captured:
 
     def states(self, rows: Tensor, segments: Segments, texts: KeyValues) -> Tensor:
         """States `[B·K, D]` of K rows behind each of the texts."""
-        if self._states.is_busy:  # another batch waits for its backward pass, which needs its own texts
-            states: Tensor = self.backbone(rows, segments, context=texts)[0]
-            return states
+        is_trained = rows.requires_grad or self._states.parameters
+        # A batch that waits for its backward pass needs its own texts
+        if self._states.is_busy or not (self._states.is_possible and is_trained):
+            return cast(Tensor, self.backbone(rows, segments, context=texts)[0])
         positions = self.backbone.positions(segments, texts.lengths)
         if self.contexts.put(texts):
             self._states.clear()

@@ -241,8 +241,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the hardware multiplies it faster."""
     cuda_graphs: bool = True
-    """On a GPU, in the suffix layout, without dropout: replay the prompting LLM's and the soft tokens' passes, whose
-    many small kernels a processor launches more slowly than a GPU runs them."""
+    """On a GPU, in the suffix layout, without dropout: replay the soft tokens' pass and, for prompts of the instruction
+    alone, the prompting LLM's, whose many small kernels a processor launches more slowly than a GPU runs them."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0

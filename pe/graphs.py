@@ -23,18 +23,18 @@ Record = Callable[[Work], Work]
 """Turns work on tensors that stay where they are into what repeats it."""
 SYNC = "synchroniz"
 """What torch says of an operation that waits for the device, where it is told to refuse one."""
-MOST = 64
-"""Recorded shapes of one pass; the oldest makes room."""
+MOST, TOO_MANY = 64, 256
+"""Recorded shapes of one pass, of which the least recently used makes room, and recordings after which none pays."""
 WARM_UPS = 3
 
 
 def recorder(device: torch.device) -> Record:
     """Records CUDA graphs that share one memory pool: of two of them, one at a time may wait for its backward pass."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
             work()
         return graph.replay
 
@@ -56,13 +56,13 @@ def aside(device: torch.device) -> Iterator[None]:
         here.wait_stream(side)
 
 
-class WaitsForDevice(RuntimeError):
-    """A pass reads values of the device on its way, so it cannot be recorded."""
+class NotRecordedError(RuntimeError):
+    """A pass that waits for the device on its way cannot be recorded; one that comes in too many shapes should not."""
 
 
 @contextlib.contextmanager
 def refusing_to_wait(device: torch.device) -> Iterator[None]:
-    """Raise WaitsForDevice where something would wait for a GPU."""
+    """Raise NotRecordedError where something would wait for a GPU."""
     if device.type != "cuda":
         yield
         return
@@ -74,7 +74,7 @@ def refusing_to_wait(device: torch.device) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if SYNC in str(error):
-            raise WaitsForDevice(str(error).splitlines()[0]) from error
+            raise NotRecordedError(str(error).splitlines()[0]) from error
         raise
     finally:
         torch.cuda.set_sync_debug_mode(before)
@@ -105,13 +105,14 @@ class Graph:
             record: see `recorder`.
 
         Raises:
-            WaitsForDevice: the function does, as a mixture of experts does that counts each expert's tokens.
+            NotRecordedError: the function does, as a mixture of experts does that counts each expert's tokens.
         """
         self.function, self.parameters, self.gradients = function, parameters, gradients
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         self.outputs: tuple[Tensor, ...] = ()
         self.upstream: list[Tensor] = []
         self.input_gradients: dict[int, Tensor] = {}
+        self.is_used: list[bool] = []
         self._leave_buffers()
         device = self.inputs[0].device
         with aside(device):
@@ -124,6 +125,7 @@ class Graph:
         self.outputs, self.input_gradients = (), {}
         self.replay_forward = record(self._forward)
         self.replay_backward = record(self._backward)
+        self.outputs = tuple(map(Tensor.detach, self.outputs))  # autograd's nodes have done their part
 
     def _leave_buffers(self) -> None:
         """Where a buffer still is its parameter's `grad`, that gradient moves out before it is overwritten."""
@@ -140,10 +142,14 @@ class Graph:
     def _backward(self) -> None:
         places = [place for place, x in enumerate(self.inputs) if x.requires_grad]
         wanted = [*(self.inputs[place] for place in places), *self.parameters]
-        found = torch.autograd.grad(self.outputs, wanted, self.upstream)
-        self.input_gradients = dict(zip(places, found, strict=False))
-        if self.parameters:
-            torch._foreach_copy_(list(self.gradients), list(found[len(places) :]))
+        with torch.autocast(self.inputs[0].device.type, enabled=False):  # as where backward is called
+            found = torch.autograd.grad(self.outputs, wanted, self.upstream, allow_unused=True)
+        self.input_gradients = {place: x for place, x in zip(places, found, strict=False) if x is not None}
+        own = found[len(places) :]
+        self.is_used = [x is not None for x in own]
+        pairs = [(buffer, x) for buffer, x in zip(self.gradients, own, strict=True) if x is not None]
+        if pairs:
+            torch._foreach_copy_([buffer for buffer, _ in pairs], [x for _, x in pairs])
 
     def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -153,13 +159,14 @@ class Graph:
         return tuple(x.detach().clone() for x in self.outputs)
 
     def run_backward(self, upstream: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the inputs and of the parameters."""
+        """Gradients of the inputs, and of the parameters as their buffers: good until the next backward pass."""
         self._leave_buffers()
         for place, x in zip(self.upstream, upstream, strict=True):
             place.copy_(x)
         self.replay_backward()
         own = [self.input_gradients.get(place) for place in range(len(self.inputs))]
-        return [*(None if x is None else x.detach().clone() for x in own), *(x.detach() for x in self.gradients)]
+        parameters = (x.detach() if used else None for x, used in zip(self.gradients, self.is_used, strict=True))
+        return [*(None if x is None else x.detach().clone() for x in own), *parameters]
 
 
 class _Replay(torch.autograd.Function):
@@ -172,6 +179,8 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         graph: Graph = ctx.graph  # type: ignore[attr-defined]
+        if ctx.waiting is None:  # type: ignore[attr-defined]
+            raise RuntimeError("a recorded pass: expected one backward pass, got a second; use_graphs(False) allows it")
         gradients = graph.run_backward(upstream)
         ctx.waiting = None  # type: ignore[attr-defined]
         return None, None, *gradients
@@ -190,6 +199,7 @@ class Graphs:
         self._gradients = [torch.zeros_like(p) for p in self.parameters]
         self._graphs: dict[Hashable, Graph] = {}
         self._waiting: weakref.ref[Waiting] | None = None
+        self._recordings = 0
         self.is_possible = True
 
     @property
@@ -203,26 +213,29 @@ class Graphs:
     def __call__(self, key: Hashable, function: Pass, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run `function(*inputs)` by the graph of `key`, the inputs' shapes and types, and autocast's type.
 
-        A function that waits for the device runs without a graph from then on, with a warning.
+        A function that waits for the device, or comes in ever new shapes, runs without graphs from then on, with a
+        warning.
         """
         if self.is_busy or not self.is_possible:
             return function(*inputs)
         device = inputs[0].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (key, dtype, *((x.shape, x.dtype, x.requires_grad) for x in inputs))
-        graph = self._graphs.get(key)
+        graph = self._graphs.pop(key, None)
         if graph is None:
             if len(self._graphs) >= MOST:
                 self._graphs.pop(next(iter(self._graphs)))
+            self._recordings += 1
             try:
+                if self._recordings > TOO_MANY:
+                    raise NotRecordedError(f"it came in {TOO_MANY} shapes")
                 graph = Graph(function, inputs, self.parameters, self._gradients, self.record)
-            except WaitsForDevice as error:
+            except NotRecordedError as error:
                 self.is_possible = False
-                warnings.warn(
-                    f"no CUDA graph of a pass that waits for the GPU ({error}): launched instead", stacklevel=2
-                )
+                self.clear()
+                warnings.warn(f"no CUDA graphs of a pass any more, it is launched instead: {error}", stacklevel=2)
                 return function(*inputs)
-            self._graphs[key] = graph
+        self._graphs[key] = graph
         waiting = Waiting()
         self._waiting = weakref.ref(waiting)
         replayed: tuple[Tensor, ...] = _Replay.apply(graph, waiting, *inputs, *self.parameters)

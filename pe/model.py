@@ -95,10 +95,13 @@ class Truncation:
         return f"{self.cut:,} of {self.texts:,} texts truncated{readings}"
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Whether training draws random numbers anywhere in it."""
-    settings = (getattr(getattr(part, "config", None), "attention_dropout", 0.0) for part in module.modules())
-    return any(settings) or any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+def has_dropout(prompter: nn.Module, backbone: Backbone) -> bool:
+    """Whether training draws random numbers: in the prompting LLM, or in the reader; the backbone is in eval mode."""
+    active = [*prompter.modules(), *(part for name, part in backbone.named_modules() if "lora_dropout" in name)]
+    config = prompter.model.config.to_dict() if isinstance(prompter, PromptingLLM) else {}
+    rates = [value for name, value in config.items() if "dropout" in name or name.endswith("pdrop")]
+    rates += [part.p for part in active if isinstance(part, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
@@ -499,10 +502,11 @@ class PromptEmbedder(TrainableModule):
     def use_graphs(self, on: bool) -> None:
         """From now on run the small passes with gradient by CUDA graphs, or no longer.
 
-        That needs a GPU, the suffix layout and no dropout, whose random numbers a recording takes in another order.
-        Weights must stay where they are meanwhile.
+        That needs a GPU, the suffix layout and no dropout, whose random numbers a recording takes in another order;
+        prompts that depend on the text, too, are launched. Weights must stay where they are meanwhile.
         """
-        is_possible = self.device.type == "cuda" and self.config.layout == "suffix" and not has_dropout(self)
+        is_fast = self.device.type == "cuda" and self.config.layout == "suffix"
+        is_possible = is_fast and not has_dropout(self.prompter, self.backbone)
         self.captured = Captured(self.prompter, self.backbone) if on and is_possible else None
 
     # What trains, and what is saved.

@@ -67,7 +67,7 @@ class PromptingLLM(nn.Module):
         super().__init__()
         self.model, self.config, self.revision = model, config, revision
         self.text_tokenizer = TextTokenizer(tokenizer)
-        self._cast: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._cast: dict[torch.dtype, tuple[object, tuple[Tensor, Tensor]]] = {}
         self.logit_scale = logit_scale(model)
         self.check_generation()
         if config.trainable == "lora":
@@ -176,10 +176,10 @@ class PromptingLLM(nn.Module):
         if own[0].dtype == dtype:
             return own
         places = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in own)
-        if self._cast is None or self._cast[0] != (dtype, places):
+        if dtype not in self._cast or self._cast[dtype][0] != places:
             output = own[0].detach().to(dtype)
-            self._cast = (dtype, places), (output, output if own[1] is own[0] else own[1].detach().to(dtype))
-        return self._cast[1]
+            self._cast[dtype] = places, (output, output if own[1] is own[0] else own[1].detach().to(dtype))
+        return self._cast[dtype][1]
 
     def mask(self, pads: Tensor, length: int, count: int) -> Tensor:
         """The attention mask behind `pads` `[N]` tokens of padding.

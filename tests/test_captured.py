@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pe.captured import Captured, Contexts, room
 from pe.config import LoraSettings
-from pe.graphs import Graphs, WaitsForDevice, Work
+from pe.graphs import Graphs, NotRecordedError, Work
+from pe.losses import cached_backward
 from pe.model import Instruction, PromptEmbedder, Requests, has_dropout
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
@@ -128,14 +129,14 @@ def test_a_forgotten_forward_pass_frees_its_graph() -> None:
 def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def refuses(device: torch.device) -> Iterator[None]:
-        raise WaitsForDevice("called a synchronizing CUDA operation")
+        raise NotRecordedError("called a synchronizing CUDA operation")
         yield
 
     monkeypatch.setattr("pe.graphs.refusing_to_wait", refuses)
     model = build("llama", **OPTIONS)
     expected = model(REQUESTS)
     recorder = captured(model)
-    with pytest.warns(UserWarning, match="no CUDA graph of a pass that waits for the GPU"):
+    with pytest.warns(UserWarning, match="no CUDA graphs of a pass any more"):
         embeddings = model(REQUESTS)
     assert relative_error(embeddings, expected) < 1e-5
     model(LONGER).sum().backward()
@@ -156,10 +157,85 @@ def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weight.grad.item() == 12
 
 
+def similarity(rows: Tensor) -> Tensor:
+    """A loss of embeddings `[S, B, D]` that every one of them changes."""
+    return (rows[-1, 0] @ rows[-1].T).exp().sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}, {"trainable": "lora"}])
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_cached_representations(options: dict[str, str], stepwise: bool) -> None:
+    """Parts of a batch, each embedded twice: the gradient is that of launched passes."""
+    model, other = build("llama", **OPTIONS, **options), build("llama", **OPTIONS, **options)
+    captured(model)
+    found = []
+    for embedder in (model, other):
+        embed = embedder.stepwise if stepwise else lambda requests, own=embedder: own(requests)[None]
+        loss = cached_backward(embed, LONGER, 2, similarity, contextlib.nullcontext, Tensor.backward)
+        parameters = [p for part in embedder.trainable_parameters().values() for p in part]
+        found.append(torch.cat([loss[None], *(p.grad.flatten() for p in parameters if p.grad is not None)]))
+    assert relative_error(found[0], found[1]) < 1e-4
+
+
+def test_a_parameter_that_a_pass_does_not_use() -> None:
+    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    for embedder in (model, other):
+        embedder.prompter.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
+    captured(model)
+    found = []
+    for embedder in (model, other):
+        embedder(REQUESTS)[:, 0].sum().backward()
+        assert embedder.prompter.unused.grad is None
+        found.append(torch.cat([p.grad.flatten() for p in embedder.parameters() if p.grad is not None]))
+    assert relative_error(found[0], found[1]) < 1e-5
+
+
+def test_nothing_trains_but_the_skip() -> None:
+    model = build("llama", **OPTIONS, skip="weighted")
+    model.prompter.requires_grad_(False)
+    model.alignment.requires_grad_(False)
+    recorder = captured(model)
+    model(REQUESTS)[:, 0].sum().backward()
+    assert recorder.count == 0
+    assert model.skip is not None
+    assert model.skip.weight.grad is not None
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    model = build("llama", **OPTIONS)
+    captured(model)
+    total = model(REQUESTS).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="expected one backward pass, got a second"):
+        total.backward()
+
+
+def test_ever_new_shapes_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe.graphs.TOO_MANY", 2)
+    weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
+    graphs = Graphs([weight], recorder)
+    for size in (1, 2, 1, 2):
+        graphs("key", lambda x: (x * weight,), [torch.ones(size)])[0].sum().backward()
+    with pytest.warns(UserWarning, match="it came in 2 shapes"):
+        graphs("key", lambda x: (x * weight,), [torch.ones(3)])[0].sum().backward()
+    graphs("key", lambda x: (x * weight,), [torch.ones(1)])[0].sum().backward()
+    assert recorder.count == 4
+    assert weight.grad is not None
+    assert weight.grad.item() == 10
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    model = build("llama", **OPTIONS)
+    model.use_graphs(True)
+    assert model.captured is None
+
+
 def test_dropout_is_seen() -> None:
-    assert not has_dropout(build("llama", **OPTIONS, reader="activated_lora"))
-    assert has_dropout(build("llama", **OPTIONS, reader="activated_lora", reader_lora=LoraSettings(dropout=0.1)))
-    assert has_dropout(build("llama", **OPTIONS, prompter="gpt2"))
+    reader = build("llama", **OPTIONS, reader="activated_lora")
+    active = build("llama", **OPTIONS, reader="activated_lora", reader_lora=LoraSettings(dropout=0.1))
+    fixed, prompted = build("gpt2", **OPTIONS), build("llama", **OPTIONS, prompter="gpt2")
+    found = [has_dropout(model.prompter, model.backbone) for model in (reader, active, fixed, prompted)]
+    assert found == [False, True, False, True]
 
 
 def test_room() -> None:

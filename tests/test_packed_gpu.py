@@ -108,7 +108,7 @@ def test_graphs_train_as_launches_do(dtype: torch.dtype, steps: int, allowed: fl
             runs[-1].append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).clone())
             optimizer.step()
             optimizer.zero_grad()
-        assert model.captured is None or model.captured.is_possible
+        assert (model.captured is not None and model.captured.is_possible) == on
     launched, replayed, again = runs
     for step in range(steps):
         error = (replayed[step] - launched[step]).norm() / launched[step].norm()

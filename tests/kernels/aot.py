@@ -40,6 +40,7 @@ GENERATION = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 OPS = ("vocab_mixture", "prompt_rows", "context_attention", "pool_normalize", "info_nce")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RUNNING = r"warp_group_dot_wait.*pendings = [1-9]"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -62,7 +63,8 @@ class Result:
 
     `spills` in bytes a thread (NVIDIA: stack and local), `shared` in bytes; `pipelined`: some loads run ahead of their
     use (NVIDIA: asynchronous copies); `written`: the pointers that torch.compile takes for written; `overwritten`:
-    buffers that a copy may fill while a matrix product still reads them; `in_float64`: arithmetic in float64.
+    buffers that a copy may fill while a matrix product still reads them; `leaves_running`: a wait leaves products
+    running; `in_float64`: arithmetic in float64.
     """
 
     op: str
@@ -80,6 +82,7 @@ class Result:
     pipelined: bool
     written: list[str]
     overwritten: list[str]
+    leaves_running: bool
     in_float64: list[str]
 
 
@@ -241,6 +244,7 @@ def compile_launch(launch: Launch) -> Result:
         has_dot=has_dot, matrix=next((kind for kind in kinds if kind in text), ""),
         pipelined="async_copy" in compiled.asm["ttgir"], written=written(kernel, launch),
         overwritten=overwritten(compiled.asm["ttgir"], launch.arguments.get("num_stages", 1)),
+        leaves_running=bool(re.search(RUNNING, compiled.asm["ttgir"])),
         in_float64=re.findall(r"(?:arith|math)\.(?!truncf|extf)\w+ .*f64", compiled.asm["ttir"]),
     )  # fmt: skip
 
@@ -250,7 +254,7 @@ def overwritten(ttgir: str, stages: int) -> list[str]:
 
     Triton 3.6 to 3.9 give a tile that both kinds of products read, mma.sync and wgmma, a copy too few.
     """
-    if not re.search(r"warp_group_dot_wait.*pendings = [1-9]", ttgir):
+    if not re.search(RUNNING, ttgir):
         return []
     source = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
     copies = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir))

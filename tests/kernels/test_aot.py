@@ -14,6 +14,13 @@ import aot
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RACE = """
+%q = ttg.local_alloc : () -> !ttg.memdesc<1x32x128xf16, #shared1, #smem, mutable>
+%q_1 = ttg.memdesc_index %q[%n] : !ttg.memdesc<1x32x128xf16, #shared1, #smem, mutable>
+%q_2 = ttg.memdesc_subslice %q_1[0, 0] : !ttg.memdesc<32x128xf16, #shared1, #smem, mutable>
+%dk = ttng.warp_group_dot %dz, %q_2, %dk_0 {isAsync = true} : tensor<64x16xf16, #dot>
+%dk_1:2 = ttng.warp_group_dot_wait %dk, %q_2 {pendings = 3 : i32} : tensor<64x128xf32, #mma1>
+"""
 KERNELS = {
     "_matmul_kernel",
     "_vocab_mixture_fwd_probs_kernel",
@@ -81,6 +88,10 @@ def test_nothing_spills(results: list[dict[str, Any]]) -> None:
 def test_no_copy_overtakes_a_product(results: list[dict[str, Any]]) -> None:
     """A race that showed on an H100 as gradients 18 % off, in one run of several, for both products of one tile."""
     assert not failures(results, lambda r: not r["overwritten"])
+    assert any(r["leaves_running"] for r in results)
+    assert aot.overwritten(RACE, 2) == ["%q"]
+    assert not aot.overwritten(RACE.replace("pendings = 3", "pendings = 0"), 2)
+    assert not aot.overwritten(RACE.replace("<1x", "<2x"), 2)
 
 
 def test_real_numbers_of_a_graph_are_taken_to_float32(results: list[dict[str, Any]]) -> None:
