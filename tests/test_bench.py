@@ -434,12 +434,14 @@ def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: 
     take("third", 3.0, "pe-suffix", "lora-padded")
     assert shown() == [[3.0, 3.0]]
 
-    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+    for gpu, variants in (("NVIDIA H100 80GB HBM3", ["lora-padded"]), ("NVIDIA H200", ["lora-padded", "pe-suffix"])):
         monkeypatch.setattr(records, "hardware", lambda gpu=gpu: {"gpu": gpu, "driver": "1"})
-        take("third", 4.0, "lora-padded", device="cuda")
-    assert shown() == [[3.0, 3.0], [4.0], [4.0]]
-    assert "NVIDIA H100 80GB HBM3, driver 1" in report.render_headline(results)
-    assert "NVIDIA H200, driver 1" in report.render_headline(results)
+        take("third", 4.0, *variants, device="cuda")
+    assert shown() == [[3.0, 3.0], [4.0], [4.0, 4.0]]
+    headline = report.render_headline(results)
+    assert "NVIDIA H200, driver 1" in headline
+    assert "H100" not in headline  # LoRA alone is no claim
+    assert "H100" in report.render_step(results)
 
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
