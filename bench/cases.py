@@ -207,8 +207,14 @@ class Variant:
     """More than 1: representations are cached, and the batch goes through the model in so many parts."""
     graphs: bool = True
     """Whether a GPU runs PromptEmbedder's small passes by CUDA graphs."""
+    ahead: bool = False
+    """Whether the next batch's texts are read beside a step, on a stream of their own."""
     compiled: bool = False
     """Whether torch.compile fuses the backbone's norms and MLPs; attention and linear layers outside them stay."""
+
+    @property
+    def is_for_cpus(self) -> bool:
+        return self.graphs and not (self.ahead or self.compiled)
 
 
 def load_backbone(case: Case, setting: Setting) -> Backbone:
@@ -275,6 +281,9 @@ VARIANTS = {
         title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
     ),
     "pe-suffix-weighted": Variant(title="PE, suffix, reader, weighted skip", build=WEIGHTED),
+    "pe-suffix-weighted-ahead": Variant(
+        title="PE, suffix, reader, weighted skip, texts read ahead", build=WEIGHTED, ahead=True
+    ),
     "pe-suffix-weighted-launched": Variant(
         title="PE, suffix, reader, weighted skip, without CUDA graphs", build=WEIGHTED, graphs=False
     ),
@@ -291,10 +300,8 @@ GRAPHS = 64
 
 
 def default_variants(device: str) -> tuple[str, ...]:
-    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`), and what has no graphs."""
-    return tuple(
-        name for name, variant in VARIANTS.items() if device != "cpu" or (variant.graphs and not variant.compiled)
-    )
+    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`), and what needs a GPU."""
+    return tuple(name for name, variant in VARIANTS.items() if device != "cpu" or variant.is_for_cpus)
 
 
 def compile_parts(model: nn.Module) -> None:

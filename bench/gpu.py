@@ -32,7 +32,13 @@ GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.05  # seconds
 KERNEL_SECONDS = 180.0  # of --quick, shared out among the ops
 QUICK_CASES, FULL_CASES = ("8b", "1b"), ("1b", "4b", "8b")
-QUICK_VARIANTS = ("lora-padded", "pe-suffix-weighted", "lora-checkpointed", "lora-packed")
+QUICK_VARIANTS = (
+    "lora-padded",
+    "pe-suffix-weighted",
+    "lora-checkpointed",
+    "pe-suffix-weighted-ahead",
+    "lora-packed",
+)
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
 KEYWORDS = {
     "vocab_mixture": "mixture",

@@ -45,8 +45,8 @@ def batch_fits(step: TrainingStep, case: Case, distribution: Distribution, queri
     rows = queries * FIXED[distribution][1] if distribution in FIXED else queries
     load = workload(distribution, dataclasses.replace(case, queries=rows))
     try:
-        for batch in load.batches:
-            step(batch)
+        for batch, following in load.turns():
+            step(batch, following)
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -91,6 +91,10 @@ class Workload:
     def padding_share(self) -> float:
         return 1 - self.tokens / self.mean([batch.padded_tokens for batch in self.batches])
 
+    def turns(self) -> list[tuple[Batch, Batch]]:
+        """Each batch and the one that follows it, the first after the last."""
+        return list(zip(self.batches, [*self.batches[1:], *self.batches[:1]], strict=True))
+
     def mean(self, values: Sequence[float]) -> float:
         """Mean of one value a batch, weighted as the batches are drawn."""
         weights = [batch.weight for batch in self.batches]

@@ -49,10 +49,10 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     before, highest_before = read(), highest_resident()
     with Sampler(read, interval) as sampler:
-        step(load.batches[0])
+        step(load.batches[0], load.batches[0])
         for _ in range(passes):
-            for batch in load.batches:
-                step(batch)
+            for batch, following in load.turns():
+                step(batch, following)
     peak = max(sampler.highest, read())
     found: records.Record = {"interval_ms": 1000 * interval, "longest_gap_ms": round(1000 * sampler.longest_gap, 1)}
     if on_gpu:

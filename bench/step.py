@@ -36,6 +36,7 @@ from bench.device import free, synchronise
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from bench.roofline import ROOFS
+from pe.ahead import ReadAhead
 from pe.kernels.info_nce import info_nce
 from pe.losses import cached_backward
 from pe.model import PromptEmbedder, Requests
@@ -49,28 +50,41 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 """Passes over the batches before the clock: kernels are compiled, and the allocator knows the optimiser's state."""
 FAILURES = (RuntimeError, TritonError, subprocess.CalledProcessError)
 """What a model, a kernel or its compiler raises on a GPU, out of memory included."""
+Step = Callable[[Batch, Batch], object]
+"""Takes a step on a batch, told which one follows."""
 
 
 class TrainingStep:
     """One way to train, ready to take steps; with `parts` above 1 representations are cached."""
 
-    def __init__(self, model: Embedder, setting: Setting, parts: int = 1) -> None:
+    def __init__(self, model: Embedder, setting: Setting, parts: int = 1, *, ahead: bool = False) -> None:
         self.model, self.setting, self.device, self.parts = model.train(), setting, setting.device, parts
+        self.ahead: ReadAhead | None = None
+        if ahead:
+            assert isinstance(model, PromptEmbedder)
+            self.ahead = ReadAhead(model, lambda: setting.autocast)
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda")
 
-    def __call__(self, batch: Batch) -> float:
-        """Take one step, wait until it is done, and return its loss."""
-        loss = self._backward(batch)
+    def __call__(self, batch: Batch, following: Batch | None = None) -> float:
+        """Take one step, wait until it is done, and return its loss.
+
+        Where texts are read ahead, those of the batch to follow (None: the same one) are read in the step too.
+        """
+        loss = self._backward(batch, following or batch)
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         synchronise(self.device)
         return loss.item()
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch, following: Batch) -> Tensor:
         def embed(requests: Requests) -> Tensor:
-            return self.model(requests)[None]
+            if self.ahead is None:
+                return self.model(requests)[None]
+            embeddings = self.model(self.ahead.take(requests))
+            self.ahead.start(following.requests)
+            return embeddings[None]
 
         def loss_of(embeddings: Tensor) -> Tensor:
             queries, documents = embeddings[0, : batch.queries], embeddings[0, batch.queries :]
@@ -95,20 +109,23 @@ def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> Train
         compile_parts(model.backbone.model)
     if isinstance(model, PromptEmbedder):
         model.use_graphs(chosen.graphs)
-    return TrainingStep(model, setting, chosen.parts)
+    return TrainingStep(model, setting, chosen.parts, ahead=chosen.ahead)
 
 
-def time_rounds(steps: Mapping[str, Callable[[Batch], object]], load: Workload, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a step for each round, the weighted mean over the batches."""
+def time_rounds(steps: Mapping[str, Step], load: Workload, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a step for each round, the weighted mean over the batches.
+
+    Where texts are read ahead, a step has its own small passes and the text pass of the batch after it.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(rounds):
         for place in range(len(names)):
             name = names[(place + number) % len(names)]
             spent = []
-            for batch in load.batches:
+            for batch, following in load.turns():
                 started = time.perf_counter()
-                steps[name](batch)
+                steps[name](batch, following)
                 spent.append(1000 * (time.perf_counter() - started))
             times[name].append(load.mean(spent))
     return times
@@ -180,8 +197,8 @@ def measure_together(
     steps, flops = {}, {}
     for name in variants:
         steps[name] = prepare(case, name, load, setting)
-        for batch in load.batches * WARM_UPS[setting.device.type]:
-            steps[name](batch)
+        for batch, following in load.turns() * WARM_UPS[setting.device.type]:
+            steps[name](batch, following)
         if cut := steps[name].model.truncation.cut:
             raise RuntimeError(f"{name}, {load.distribution}: expected texts that are read whole, got {cut} cut ones")
         flops[name] = load.mean([step_flops(steps[name].model, batch.requests) for batch in load.batches])

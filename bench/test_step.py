@@ -27,8 +27,8 @@ def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution
     step = prepare(CASES[case], variant, load, SETTING)
 
     def take() -> None:
-        for batch in load.batches:
-            step(batch)
+        for batch, following in load.turns():
+            step(batch, following)
 
     benchmark.group = f"{case}, {distribution}"
     benchmark(take)

@@ -36,7 +36,7 @@ class KeyValues:
     """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and, if asked for, their pooled states.
 
     Attributes:
-        pooled: `[B, width]`: the texts' states before the last layer, pooled as the text pass was asked to.
+        pooled: what the text pass was asked to make of the texts' states before the last layer, such as a mean each.
     """
 
     layers: list[tuple[Tensor, Tensor]]

@@ -26,11 +26,13 @@ SYNC = "synchroniz"
 MOST, TOO_MANY = 64, 256
 """Recorded shapes of one pass, of which the least recently used makes room, and recordings after which none pays."""
 WARM_UPS = 3
+FIRST = -1
+"""Priority of recorded kernels: before those of texts that are read at the same time."""
 
 
 def recorder(device: torch.device) -> Record:
     """Records CUDA graphs that share one memory pool: of two of them, one at a time may wait for its backward pass."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=FIRST)
 
     def record(work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()

@@ -30,7 +30,7 @@ from pe.config import Dtype, ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.saving import Parts, find, read, write
-from pe.skip import LinearSkip, around, build_skip
+from pe.skip import LinearSkip, around, as_they_are, build_skip
 from pe.trainable import TrainableModule
 
 Side = Literal["query", "document"]
@@ -77,6 +77,27 @@ class Requests:
     def part(self, places: Sequence[int]) -> Requests:
         """The requests at some places, in that order."""
         return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Requests whose texts the frozen backbone has read, in the suffix layout; no weight that trains was in it.
+
+    Attributes:
+        requests: shortest text first.
+        order: the places where they stood before.
+        context: keys and values and, where the embedder has a skip, each token's state `[T, D]` before the last layer.
+    """
+
+    requests: Requests
+    order: list[int]
+    context: KeyValues
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads of them on the device."""
+        states = self.context.pooled
+        small = [self.context.segments.cu_seqlens, *([] if states is None else [states])]
+        return [*small, *(x for pair in self.context.layers for x in pair)]
 
 
 @dataclass
@@ -192,17 +213,17 @@ class PromptEmbedder(TrainableModule):
 
     # From texts to embeddings.
 
-    def forward(self, requests: Requests) -> Tensor:
+    def forward(self, requests: Requests | Texts) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
-        order, ids, part = self._sorted(requests)
         if self.config.layout == "suffix":
-            states, skipped = self._read_and_prompt(ids, part)
-            embeddings = around(self.pool_prompt(states), skipped)
-        else:
-            embeddings = self._embed_behind_prefix(part, ids, *self.write_prompts(part))
+            states, skipped, back = self._read_and_prompt(requests)
+            return around(self.pool_prompt(states), skipped)[back]
+        assert isinstance(requests, Requests)
+        order, ids, part = self._sorted(requests)
+        embeddings = self._embed_behind_prefix(part, ids, *self.write_prompts(part))
         return embeddings[inverse(order, self.device)]
 
-    def stepwise(self, requests: Requests) -> Tensor:
+    def stepwise(self, requests: Requests | Texts) -> Tensor:
         """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout.
 
         Raises:
@@ -210,10 +231,9 @@ class PromptEmbedder(TrainableModule):
         """
         if self.config.layout != "suffix":
             raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
-        order, ids, part = self._sorted(requests)
-        states, skipped = self._read_and_prompt(ids, part)
+        states, skipped, back = self._read_and_prompt(requests)
         steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
-        return torch.stack(steps)[:, inverse(order, self.device)]
+        return torch.stack(steps)[:, back]
 
     def prompted_and_means(self, requests: Requests) -> tuple[Tensor, Tensor]:
         """What the soft tokens make of each text, and the mean that its skip starts from: unit vectors `[B, D]` each.
@@ -299,13 +319,38 @@ class PromptEmbedder(TrainableModule):
         texts = self.backbone.read(ids, self.skip.pool)
         return texts, self.skip(texts.pooled)
 
-    def _read_and_prompt(self, ids: Sequence[Sequence[int]], requests: Requests) -> tuple[Tensor, Tensor | None]:
-        """States `[B, K, D]` of the soft tokens behind each text, and what goes around them.
+    def read_texts(self, requests: Requests) -> Texts:
+        """The frozen text pass alone, for a later `forward` or `stepwise`, whichever weights train in between.
+
+        Raises:
+            ValueError: the prefix layout, where texts follow the prompt.
+        """
+        if self.config.layout != "suffix":
+            raise ValueError(f"layout: texts are read before their prompts in 'suffix', got {self.config.layout!r}")
+        order, ids, part = self._sorted(requests)
+        return Texts(part, order, self.backbone.read(ids, None if self.skip is None else as_they_are))
+
+    def _read_and_prompt(self, requests: Requests | Texts) -> tuple[Tensor, Tensor | None, Tensor]:
+        """States `[B, K, D]` of the soft tokens behind each text, what goes around them, and where each text is.
 
         The text pass goes first: a GPU is busy with it while the prompting LLM's many small kernels are launched.
         """
-        texts, skipped = self.read(ids)
-        return self.prompt_states(texts, *self.write_prompts(requests)), skipped
+        if isinstance(requests, Texts):
+            order, part, context = requests.order, requests.requests, requests.context
+            skipped = self._skipped(context)
+        else:
+            order, ids, part = self._sorted(requests)
+            context, skipped = self.read(ids)
+        return self.prompt_states(context, *self.write_prompts(part)), skipped, inverse(order, self.device)
+
+    def _skipped(self, context: KeyValues) -> Tensor | None:
+        """What `read` says of the skip, of a context with the states themselves."""
+        if self.skip is None:
+            return None
+        assert context.pooled is not None
+        assert isinstance(context.segments, Segments)
+        skipped: Tensor = self.skip(self.skip.pool(context.pooled, context.segments))
+        return skipped
 
     def prompt_states(
         self,

@@ -24,6 +24,11 @@ def mean_states(states: Tensor, segments: Segments) -> Tensor:
     return pool_normalize(states, segments.cu_seqlens, norm="rms", eps=STATES_EPS)
 
 
+def as_they_are(states: Tensor, segments: Segments) -> Tensor:
+    """The states `[T, D]` themselves, for a pass whose means are taken later."""
+    return states
+
+
 class LinearSkip(nn.Module):
     """M `[D, D]` float32, the identity at the start, behind the plain mean."""
 

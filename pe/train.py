@@ -24,8 +24,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pe.ahead import ReadAhead
 from pe.baselines.frozen import FrozenEncoder
-from pe.batches import BatchPlan
+from pe.batches import Batch, BatchPlan
 from pe.card import model_card
 from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
@@ -33,7 +34,7 @@ from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests
-from pe.model import PromptEmbedder, Requests, Truncation
+from pe.model import PromptEmbedder, Requests, Texts, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
 from pe.runs import RunFolder, conditions_of, flatten
 from pe.tasks import TASKS
@@ -118,20 +119,35 @@ def fit(
     fused = accelerator.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameter_groups(parts, options), weight_decay=options.weight_decay, fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate, options=options))
-    embed = functools.partial(embeddings_of, model, recipe.loss.stepwise)
     first = 0
     if resume and run:
         first = restore(run, model, optimizer, scheduler, history, accelerator.device)
     probe = batch_requests(plan.batch(0)).part(range(2))
     before = detached(model, probe)
     bar = tqdm(total=options.steps, initial=first, desc="train", disable=not accelerator.is_main_process)
+    ahead = None
     if isinstance(model, PromptEmbedder):
         model.use_graphs(options.cuda_graphs)
+        if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
+            ahead = ReadAhead(model, accelerator.autocast)
+
+    @functools.lru_cache(maxsize=2)
+    def batch_of(step: int) -> Batch:
+        return plan.batch(step, accelerator.process_index, accelerator.num_processes)
+
+    def embed(requests: Requests) -> Tensor:
+        if ahead is None:
+            return embeddings_of(model, recipe.loss.stepwise, requests)
+        embeddings = embeddings_of(model, recipe.loss.stepwise, ahead.take(requests))
+        if step + 1 < options.steps:
+            ahead.start(batch_requests(batch_of(step + 1)))
+        return embeddings
+
     try:
         for step in range(first, options.steps):
             started = time.perf_counter()
             model.train()
-            batch = plan.batch(step, accelerator.process_index, accelerator.num_processes)
+            batch = batch_of(step)
             loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
             loss = average(loss, parameters, accelerator)
             check_gradients(parts, loss, step)
@@ -179,11 +195,12 @@ def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accel
     return mean
 
 
-def embeddings_of(model: Trainable, stepwise: bool, requests: Requests) -> Tensor:
+def embeddings_of(model: Trainable, stepwise: bool, requests: Requests | Texts) -> Tensor:
     """`[S, B, D]`: all soft-token steps for the step-wise loss, else the last alone."""
-    if stepwise:
-        assert isinstance(model, PromptEmbedder)
-        return model.stepwise(requests)
+    if isinstance(model, PromptEmbedder):
+        return model.stepwise(requests) if stepwise else model(requests)[None]
+    assert isinstance(requests, Requests)
+    assert not stepwise
     return model(requests)[None]
 
 

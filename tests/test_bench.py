@@ -139,7 +139,7 @@ def test_compiled_parts_take_the_same_step(name: str, monkeypatch: pytest.Monkey
 
 def test_turns_rotate() -> None:
     order: list[str] = []
-    steps = {name: lambda _, name=name: order.append(name) for name in "abc"}
+    steps = {name: lambda *_, name=name: order.append(name) for name in "abc"}
     times = step.time_rounds(steps, workload("fixed", TOY), 2)
     assert "".join(order) == "abc" + "bca"
     assert [len(found) for found in times.values()] == [2, 2, 2]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import Tensor
 
 from pe.adapters import prepare_adapters
+from pe.ahead import ReadAhead
 from pe.backbone import READER
 from pe.kernels.info_nce import info_nce
 from pe.model import PromptEmbedder, Requests
@@ -114,3 +117,44 @@ def test_graphs_train_as_launches_do(dtype: torch.dtype, steps: int, allowed: fl
         error = (replayed[step] - launched[step]).norm() / launched[step].norm()
         assert error < allowed, (step, error)
     assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
+def test_texts_read_ahead_train_the_same(graphs: bool) -> None:
+    """Bitwise the losses of steps that read their own texts, on batches long enough that both streams have work."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(4):
+        lengths = torch.randint(100, 1500, (16,), generator=generator).tolist()
+        texts = ["".join(map(chr, torch.randint(97, 123, (n,), generator=generator).tolist())) for n in lengths]
+        batches.append(Requests(texts, REQUESTS.instructions, [0] * 8 + [1] * 8))
+    runs: list[list[Tensor]] = []
+    for on in (False, True):
+        shape = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64, "num_hidden_layers": 6}
+        model = build(
+            "qwen3", shape=shape, layout="suffix", pooling="mean_prompt", reader="activated_lora", skip="weighted"
+        )
+        model.to(DEVICE).train()
+        model.config = dataclasses.replace(model.config, max_length=1500)
+        model.backbone.model.to(torch.bfloat16)
+        prepare_adapters(model.backbone.model, READER)
+        parameters = [p for part in model.trainable_parameters().values() for p in part]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        model.use_graphs(graphs)
+        autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16)
+        ahead = ReadAhead(model, autocast)
+        runs.append([])
+        for step in range(24):
+            batch, following = (batches[number % len(batches)] for number in (step, step + 1))
+            with autocast():
+                embeddings = model(ahead.take(batch) if on else batch)
+                if on:
+                    ahead.start(following)
+                loss = info_nce(embeddings[:8], embeddings[8:], torch.arange(8, device=DEVICE), temperature=0.1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            runs[-1].append(loss.detach())
+    plain, read_ahead = map(torch.stack, runs)
+    assert plain.unique().numel() == len(plain)
+    assert torch.equal(plain, read_ahead), (plain - read_ahead).abs().max()
