@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,6 +38,9 @@ SIDES: tuple[Side, ...] = ("query", "document")
 SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 """Rows of soft tokens that run at once when texts are encoded under many instructions; on a CPU, what caches hold."""
 
+MOST_WRITTEN = 256
+"""Sets of prompts of a frozen prompting LLM that are kept."""
+Version = tuple[torch.device, torch.dtype, int]
 _optimizer_steps = 0
 
 
@@ -125,6 +128,17 @@ def has_dropout(prompter: nn.Module, backbone: Backbone) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
+def weights_version(module: nn.Module) -> Version | None:
+    """Where the weights are, and a number that grows with every change of one but a fused optimiser's.
+
+    None for tensors of inference mode, which count no changes.
+    """
+    parameters = list(module.parameters())
+    if any(p.is_inference() for p in parameters):
+        return None
+    return parameters[0].device, parameters[0].dtype, sum(p._version for p in parameters)
+
+
 def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
     """Refuse a bare string for a sequence, whose characters would be texts, and an unknown side.
 
@@ -175,7 +189,8 @@ class PromptEmbedder(TrainableModule):
         self.truncation = Truncation()
         self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
-        self._bank_version: tuple[torch.device, int] | None = None
+        self._bank_version: tuple[Version | None, int] | None = None
+        self._written: dict[Hashable, SoftPrompts] = {}
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
@@ -303,14 +318,30 @@ class PromptEmbedder(TrainableModule):
 
     def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
         requests = self.prompter_ids(readings)
+        of_instruction = self.config.conditioning == "instruction"
         if not any(p.requires_grad for p in self.prompter.parameters()):
-            with torch.no_grad():
-                prompts = self.prompter(requests)
-        elif self.captured is not None and torch.is_grad_enabled() and self.config.conditioning == "instruction":
-            prompts = self.captured.prompts(requests)
+            prompts = self._frozen_prompts(requests, keep=of_instruction)
         else:
-            prompts = self.prompter(requests)
+            self._written.clear()  # a fused optimiser's steps, which no version counts, end with it
+            captured = self.captured if torch.is_grad_enabled() and of_instruction else None
+            prompts = (captured.prompts if captured else self.prompter)(requests)
         return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
+
+    @torch.no_grad()
+    def _frozen_prompts(self, requests: list[list[int]], *, keep: bool) -> SoftPrompts:
+        """What a frozen prompting LLM writes; with `keep` once for the same requests, weights and precision."""
+        version, is_drawn = weights_version(self.prompter), self.training and has_dropout(self.prompter, self.backbone)
+        if not keep or version is None or is_drawn or torch.is_inference_mode_enabled():
+            written: SoftPrompts = self.prompter(requests)
+            return written
+        kind = version[0].type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (version, precision, tuple(map(tuple, requests)))
+        if key not in self._written:
+            if len(self._written) >= MOST_WRITTEN:
+                self._written.clear()
+            self._written[key] = self.prompter(requests)
+        return self._written[key]
 
     def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:
         """The frozen text pass, and what goes around the soft prompt: unit vectors `[B, D]`, or None."""
@@ -521,8 +552,8 @@ class PromptEmbedder(TrainableModule):
         """
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
-        version = self._weights_version()
-        if version is None or version != self._bank_version:
+        version = weights_version(self), _optimizer_steps
+        if version[0] is None or version != self._bank_version:
             self._bank, self._bank_version = {}, version
         for item in instructions:
             if item not in self._bank:
@@ -531,16 +562,6 @@ class PromptEmbedder(TrainableModule):
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
-
-    def _weights_version(self) -> tuple[torch.device, int] | None:
-        """Where the weights are, and a number that grows with every change of one.
-
-        None for tensors of inference mode, which count no changes.
-        """
-        parameters = list(self.parameters())
-        if any(p.is_inference() for p in parameters):
-            return None
-        return self.device, _optimizer_steps + sum(p._version for p in parameters)
 
     # Training.
 

@@ -315,6 +315,51 @@ def test_loaded_weights_empty_the_bank(make: Maker) -> None:
     )
 
 
+def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is the same at every step; another precision, other weights and training write anew."""
+    model = make()
+    expected = model(requests(*TEXTS))
+    model.prompter.requires_grad_(False)
+    calls = count_generations(model, monkeypatch)
+    for _ in range(3):
+        embeddings = model(requests(*TEXTS))
+        embeddings[:, 0].sum().backward()
+        torch.testing.assert_close(embeddings, expected, atol=ROUNDING, rtol=0)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        model(requests(*TEXTS))
+    with torch.inference_mode():
+        model(requests(*TEXTS))
+    assert len(calls) == 3
+    weight = next(p for name, p in model.prompter.named_parameters() if name.endswith("q_proj.weight"))
+    with torch.no_grad():
+        weight *= 2
+    changed = model(requests(*TEXTS))
+    assert len(calls) == 4
+    assert (changed - expected).norm() > 1e-3
+    model.prompter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.prompter.parameters(), lr=1e-2, fused=True)
+    model(requests(*TEXTS))[:, 0].sum().backward()
+    optimizer.step()
+    model.prompter.requires_grad_(False)
+    assert (model(requests(*TEXTS)) - changed).norm() > 1e-3
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(("conditioning", "dropout"), [("instruction_and_text", False), ("instruction", True)])
+def test_prompts_that_depend_on_texts_or_dropout_are_not_kept(
+    make: Maker, conditioning: str, dropout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(conditioning=conditioning).train()
+    model.prompter.requires_grad_(False)
+    if dropout:
+        monkeypatch.setattr("pe.model.has_dropout", lambda *_: True)
+    calls = count_generations(model, monkeypatch)
+    for _ in range(2):
+        model(requests(*TEXTS))
+    assert len(calls) == 2
+
+
 def test_no_bank_where_prompts_depend_on_texts(make: Maker) -> None:
     with pytest.raises(ValueError, match="a prompt bank needs 'instruction', got 'instruction_and_text'"):
         make(conditioning="instruction_and_text").prompt_bank([Instruction(FIND)])
