@@ -33,6 +33,7 @@ from pe.loading import (
     warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
+from pe.rms_norm import fuse_norms
 from pe.skip import mean_states
 from pe.token_weights import standardize
 
@@ -102,6 +103,7 @@ class Backbone(nn.Module):
         is_capped = getattr(options, "attn_logit_softcapping", None) is not None
         self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
         self.position_limit = position_limit(options)
+        fuse_norms(self.model)
         self.final_norm = find_final_norm(self.model)
         self.check_parity()
 

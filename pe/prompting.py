@@ -23,6 +23,7 @@ from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained
 from pe.packing import fitting, inverse, to_device, token_batches
+from pe.rms_norm import fuse_norms
 
 ADAPTER = "prompter"
 TOLERANCE = 1e-4  # relative, of float32 probes
@@ -69,6 +70,7 @@ class PromptingLLM(nn.Module):
         self.text_tokenizer = TextTokenizer(tokenizer)
         self._cast: dict[torch.dtype, tuple[object, tuple[Tensor, Tensor]]] = {}
         self.logit_scale = logit_scale(model)
+        fuse_norms(model)
         self.check_generation()
         if config.trainable == "lora":
             model.requires_grad_(False)

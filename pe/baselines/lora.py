@@ -1,6 +1,7 @@
 """The peer: LoRA fine-tuning of the same backbone (PEFT, all linear layers), in three forms that compute the same.
 
-padded        queries and documents each padded to their longest text, scaled_dot_product_attention: common practice
+padded        queries and documents each padded to their longest text, scaled_dot_product_attention, the decoder as
+              transformers has it: common practice
 checkpointed  the same with activation checkpointing, as for large models (the recipe of arXiv 2509.24291)
 packed        no padding at all: one row of tokens through PromptEmbedder's own attention function
 
@@ -28,6 +29,7 @@ from pe.baselines.common import Floats, Pooling, Reading, Templates, content_has
 from pe.config import BackboneConfig, LoraSettings
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack, to_device
+from pe.rms_norm import restore_norms
 from pe.token_weights import TokenWeights
 from pe.trainable import TrainableModule
 
@@ -74,6 +76,8 @@ class LoraEmbedder(TrainableModule):
         self.token_weights = TokenWeights(backbone.hidden_size, backbone.device) if is_weighted else None
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
         prepare_adapters(backbone.model, ADAPTER)
+        if config.form != "packed":
+            restore_norms(backbone.model)
         if config.form == "checkpointed":
             checkpoint_activations(backbone.model)
         self.train(self.training)
