@@ -68,10 +68,7 @@ def is_rms_norm(module: nn.Module) -> bool:
         return False
     generator, probe = torch.Generator().manual_seed(0), copy.copy(module)
     own = torch.rand(len(weight), generator=generator, device="cpu") + 0.5
-    probe._parameters = {
-        **module._parameters,
-        "weight": nn.Parameter(own),
-    }  # the module's may be where nothing is computed
+    probe._parameters = {**module._parameters, "weight": nn.Parameter(own)}  # the module's own may hold no values
     rows = 3e-3 * torch.randn(4, len(weight), generator=generator, device="cpu")  # small: eps counts
     ours, theirs = rms_norm(rows, own, eps), probe(rows)
     is_wider = probe(rows.bfloat16()).dtype == torch.float32

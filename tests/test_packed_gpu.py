@@ -8,13 +8,17 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pe.adapters import prepare_adapters
 from pe.ahead import ReadAhead
 from pe.backbone import READER
 from pe.kernels.info_nce import info_nce
 from pe.model import PromptEmbedder, Requests
+from pe.rms_norm import fuse_norms
 from tests import oracle
 from tests.kernels.tolerance import assert_no_worse
 from tests.test_exactness import REQUESTS, build
@@ -158,3 +162,33 @@ def test_texts_read_ahead_train_the_same(graphs: bool) -> None:
     plain, read_ahead = map(torch.stack, runs)
     assert plain.unique().numel() == len(plain)
     assert torch.equal(plain, read_ahead), (plain - read_ahead).abs().max()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms(rows_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Of the types of the module that they stand for, under autocast, and no further from float32 than it is."""
+    generator = torch.Generator().manual_seed(0)
+    stock = LlamaRMSNorm(128).to(DEVICE, weight_dtype)
+    with torch.no_grad():
+        stock.weight.copy_(torch.rand(128, generator=generator) + 0.5)
+    fused, wide = copy.deepcopy(stock), copy.deepcopy(stock).float()
+    fuse_norms(fused)
+    rows = torch.randn(7, 33, 128, generator=generator).to(DEVICE, rows_dtype)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = [norm_outputs(norm, x) for norm, x in ((fused, rows), (wide, rows.float()), (stock, rows))]
+    for got, exact, same in zip(*found, strict=True):
+        assert got.dtype == same.dtype
+        error, allowed = ((x.float() - exact).norm() / exact.norm() for x in (got, same))
+        assert error <= 1.1 * allowed + (1e-6 if got.dtype == torch.float32 else 2**-9)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        fused(rows.to(weight_dtype))
+    kernels = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+    assert len(kernels) <= 2, kernels
+
+
+def norm_outputs(norm: nn.Module, rows: Tensor) -> tuple[Tensor, ...]:
+    """What a norm makes of rows, and the gradients to rows and weight of a fixed functional of it."""
+    x, (weight,) = rows.clone().requires_grad_(), norm.parameters()
+    out = norm(x)
+    return out, *torch.autograd.grad(out, (x, weight), upstream(out))
