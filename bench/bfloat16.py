@@ -43,7 +43,9 @@ class WideProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, op: Callable[..., Any], _: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if op not in PRODUCTS or args[0].dtype != torch.bfloat16:
+        in_place = op is torch.ops.aten.addmm_.default
+        if (op not in PRODUCTS and not in_place) or args[0].dtype != torch.bfloat16:
             return op(*args, **(kwargs or {}))
         wide = (x.float() if isinstance(x, Tensor) else x for x in args)
-        return op(*wide, **(kwargs or {})).bfloat16()
+        product = op(*wide, **(kwargs or {}))
+        return args[0].copy_(product) if in_place else product.bfloat16()

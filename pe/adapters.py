@@ -1,4 +1,4 @@
-"""LoRA adapters on every linear layer: PEFT's, in float32, and merged for a pass without gradient.
+"""LoRA adapters on every linear layer: PEFT's, in float32, without the tensors of the output's size that it makes.
 
 Legend: T rows, D and E a layer's input and output size, r rank.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pe.config import LoraSettings
 
@@ -23,40 +24,83 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     )
 
 
-def prepare_adapters(model: nn.Module, adapter: str) -> None:
-    """Hold an adapter's weights in float32, in which small steps are not lost, and let its layers merge it.
+def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> None:
+    """Hold an adapter's weights in float32, in which small steps are not lost, and with `fused` add it in the products.
 
     Layers of other kinds than PEFT's plain linear one (Conv1D, quantised) stay as they are.
     """
     for name, parameter in model.named_parameters():
         if f".{adapter}." in name:
             parameter.data = parameter.data.float()
-    for layer in model.modules():
+    for layer in model.modules() if fused else ():
         if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
-            layer.__class__ = MergingLinear
+            layer.__class__ = FusedLinear
 
 
-class MergingLinear(lora.Linear):
-    """PEFT's linear layer; in evaluation, without gradient, many rows take one product, x (W + s B A)ᵀ.
+class FusedLinear(lora.Linear):
+    """PEFT's linear layer, x Wᵀ + s (x Aᵀ) Bᵀ, which makes three tensors `[T, E]` besides its output.
 
-    That spares the tensors `[T, E]` of x Wᵀ + s (x Aᵀ) Bᵀ. The merged weight is made for the call and W never changes.
-    Only in float32: in a half type the sum would round the adapter away.
+    With gradient the second product is added to the first as it is taken. In evaluation, without gradient, many rows
+    take one product, x (W + s B A)ᵀ; the merged weight is made for the call, and W never changes.
     """
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """x `[..., D]` -> `[..., E]`."""
-        if not self._merges(x):
+        if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
             return super().forward(x, *arguments, **options)
         (adapter,), base = self.active_adapters, cast(nn.Linear, self.base_layer)
         down, up = (cast(nn.Linear, part[adapter]).weight for part in (self.lora_A, self.lora_B))
-        return F.linear(x, torch.addmm(base.weight, up, down, alpha=self.scaling[adapter]), base.bias)
+        scale: float = self.scaling[adapter]
+        if self._merges(x):
+            return F.linear(x, torch.addmm(base.weight, up, down, alpha=scale), base.bias)
+        if self._adds(x, adapter):
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            bias = None if base.bias is None else base.bias.to(dtype)
+            x, weight, down, up = (each.to(dtype) for each in (x, base.weight, down, up))
+            added: Tensor = LowRankSum.apply(x.flatten(0, -2), weight, bias, down, up, scale)
+            return added.unflatten(0, x.shape[:-1])
+        return super().forward(x, *arguments, **options)
 
     def _merges(self, x: Tensor) -> bool:
-        """Whether merging is allowed, and pays: it takes about as long as the adapter on D rows."""
+        """Whether merging is allowed, and pays: it takes about as long as the adapter on D rows.
+
+        Only in float32: in a half type the sum would round the adapter away.
+        """
         return (
-            not (torch.is_grad_enabled() or self.training or self.disable_adapters or self.merged)
+            not (torch.is_grad_enabled() or self.training)
             and x.dtype == self.base_layer.weight.dtype == torch.float32
             and not torch.is_autocast_enabled(x.device.type)
             and x.shape[:-1].numel() >= x.shape[-1]
-            and len(self.active_adapters) == 1
         )
+
+    def _adds(self, x: Tensor, adapter: str) -> bool:
+        """Whether all products are of one type, and no dropout stands between them."""
+        dropout = self.lora_dropout[adapter]
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        one_type = x.dtype == self.base_layer.weight.dtype == torch.float32
+        return torch.is_grad_enabled() and not drops and (one_type or torch.is_autocast_enabled(x.device.type))
+
+
+class LowRankSum(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ `[T, E]` of x `[T, D]`, A `[r, D]`, B `[E, r]`, and frozen W `[E, D]` and b `[E]` or None.
+
+    All of one type.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        low = x @ down.T
+        ctx.save_for_backward(x, low, weight, down, up)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight, down, up = ctx.saved_tensors
+        of_low = (upstream @ up).mul_(ctx.scale)
+        of_x = (upstream @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_low.T @ x, (upstream.T @ low).mul_(ctx.scale), None

@@ -1,16 +1,16 @@
-"""Adapters that merge, against stock PEFT layers of the same weights."""
+"""Adapters that are fused into the products, against stock PEFT layers of the same weights."""
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from pe.adapters import MergingLinear, lora_config, prepare_adapters
+from pe.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters
 from pe.config import LoraSettings
 from tests.test_reader import embedder
 from tests.tiny import decoder
@@ -22,7 +22,7 @@ class Layers(NamedTuple):
     """One linear layer 32 -> 48 with LoRA: PEFT's own, and the same as `prepare_adapters` leaves it."""
 
     stock: lora.Linear
-    ours: MergingLinear
+    ours: FusedLinear
 
 
 @pytest.fixture
@@ -64,11 +64,66 @@ def test_one_product_gives_what_three_do(layers: Layers, sums: list[torch.Size])
     assert torch.equal(layers.ours.base_layer.weight, before)
 
 
-@pytest.mark.parametrize("why", ["gradient", "training", "few rows", "autocast", "off", "half", "two adapters"])
-def test_peft_acts_where_nothing_may_be_merged(why: str, layers: Layers, sums: list[torch.Size]) -> None:
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Types of the products that an adapter's is added to."""
+    dtypes: list[torch.dtype] = []
+    forward = LowRankSum.forward
+
+    def note(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+        dtypes.append(x.dtype)
+        return forward(ctx, x, *others)
+
+    monkeypatch.setattr(LowRankSum, "forward", staticmethod(note))
+    return dtypes
+
+
+def results(layer: lora.Linear, x: Tensor) -> list[Tensor]:
+    """What a layer makes of rows, and the gradients of a fixed functional of it to rows, A and B."""
+    out = layer(x)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    trained = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    return [out, *torch.autograd.grad(out, [x, *trained] if x.requires_grad else trained, upstream)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("of_x", [False, True])
+def test_an_added_product_trains_alike(layers: Layers, added: list[torch.dtype], bias: bool, of_x: bool) -> None:
+    x = torch.randn(2, 3, 32, requires_grad=of_x)
+    for layer in layers if bias else ():
+        layer.base_layer.bias = nn.Parameter(torch.arange(48.0), requires_grad=False)
+    found = [results(layer, x) for layer in layers]
+    assert added == [torch.float32]
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of_base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_rows", [torch.float32, torch.bfloat16])
+def test_autocast_adds_in_its_type(
+    layers: Layers, added: list[torch.dtype], of_rows: torch.dtype, of_base: torch.dtype
+) -> None:
+    """No further from float32 than PEFT's layer is."""
+    x = torch.randn(64, 32).to(of_rows).requires_grad_()
+    exact = results(layers.stock, x.float().detach().requires_grad_())
+    for layer in layers:
+        layer.base_layer.to(of_base)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, stock = (results(layer, x) for layer in (layers.ours, layers.stock))
+    assert added == [torch.bfloat16]
+    for got, same, wide in zip(ours, stock, exact, strict=True):
+        assert got.dtype == same.dtype
+        error, allowed = ((each.float() - wide).norm() / wide.norm() for each in (got, same))
+        assert error <= 1.1 * allowed + 1e-3
+
+
+@pytest.mark.parametrize("why", ["training", "few rows", "autocast", "off", "half", "gradient of half", "two adapters"])
+def test_peft_acts_where_nothing_may_be_fused(
+    why: str, layers: Layers, sums: list[torch.Size], added: list[torch.dtype]
+) -> None:
     x, outputs = torch.randn(31 if why == "few rows" else 32, 32), []
     for layer in layers:
-        if why == "half":
+        if "half" in why:
             layer.base_layer.bfloat16()
         if why == "two adapters":
             layer.update_layer("second", r=2, lora_alpha=2, config=lora_config(LoraSettings(rank=2)))
@@ -79,11 +134,12 @@ def test_peft_acts_where_nothing_may_be_merged(why: str, layers: Layers, sums: l
         layer._disable_adapters = why == "off"
         torch.manual_seed(1)  # of dropout
         with (
-            torch.set_grad_enabled(why == "gradient"),
+            torch.set_grad_enabled(why in ("training", "gradient of half")),
             torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
         ):
-            outputs.append(layer(x.bfloat16() if why == "half" else x))
+            outputs.append(layer(x.bfloat16() if "half" in why else x))
     assert not sums
+    assert not added
     assert torch.equal(outputs[0], outputs[1])
 
 

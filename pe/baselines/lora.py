@@ -1,9 +1,10 @@
 """The peer: LoRA fine-tuning of the same backbone (PEFT, all linear layers), in three forms that compute the same.
 
-padded        queries and documents each padded to their longest text, scaled_dot_product_attention, the decoder as
-              transformers has it: common practice
+padded        queries and documents each padded to their longest text, scaled_dot_product_attention, decoder and
+              adapters as transformers and PEFT have them: common practice
 checkpointed  the same with activation checkpointing, as for large models (the recipe of arXiv 2509.24291)
-packed        no padding at all: one row of tokens through PromptEmbedder's own attention function
+packed        no padding at all: one row of tokens through PromptEmbedder's own attention function, norms and adapters
+              fused
 
 Legend: B texts, L tokens of the longest, D the backbone's width.
 """
@@ -75,7 +76,7 @@ class LoraEmbedder(TrainableModule):
         is_weighted = config.pooling == "weighted"
         self.token_weights = TokenWeights(backbone.hidden_size, backbone.device) if is_weighted else None
         backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
-        prepare_adapters(backbone.model, ADAPTER)
+        prepare_adapters(backbone.model, ADAPTER, fused=config.form == "packed")
         if config.form != "packed":
             restore_norms(backbone.model)
         if config.form == "checkpointed":
