@@ -281,9 +281,6 @@ VARIANTS = {
         title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
     ),
     "pe-suffix-weighted": Variant(title="PE, suffix, reader, weighted skip", build=WEIGHTED),
-    "pe-suffix-weighted-ahead": Variant(
-        title="PE, suffix, reader, weighted skip, texts read ahead", build=WEIGHTED, ahead=True
-    ),
     "pe-suffix-weighted-launched": Variant(
         title="PE, suffix, reader, weighted skip, without CUDA graphs", build=WEIGHTED, graphs=False
     ),
@@ -293,6 +290,9 @@ VARIANTS = {
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),
     "pe-prefix-text": Variant(title="PE, prefix, text read", build=prompt_embedder(**PREFIX, conditioning=BOTH)),
+    "pe-suffix-weighted-ahead": Variant(
+        title="PE, suffix, reader, weighted skip, texts read ahead", build=WEIGHTED, ahead=True
+    ),
 }
 BASELINE = "lora-padded"
 GRAPHS = 64

@@ -36,8 +36,8 @@ QUICK_VARIANTS = (
     "lora-padded",
     "pe-suffix-weighted",
     "lora-checkpointed",
-    "pe-suffix-weighted-ahead",
     "lora-packed",
+    "pe-suffix-weighted-ahead",
 )
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
 KEYWORDS = {

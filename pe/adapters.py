@@ -101,6 +101,11 @@ class LowRankSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
-        of_low = (upstream @ up).mul_(ctx.scale)
+        of_low = scaled_product(upstream, up, ctx.scale)
         of_x = (upstream @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_low.T @ x, (upstream.T @ low).mul_(ctx.scale), None
+        return of_x, None, None, of_low.T @ x, scaled_product(upstream.T, low, ctx.scale), None
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """s a b, scaled as it is taken."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)

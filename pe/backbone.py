@@ -33,7 +33,7 @@ from pe.loading import (
     warn_of_slow_products,
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
-from pe.rms_norm import fuse_norms
+from pe.rms_norm import fuse_norms, stock_norms
 from pe.skip import mean_states
 from pe.token_weights import standardize
 
@@ -408,4 +408,5 @@ class Backbone(nn.Module):
     def stock_forward(self, ids: Sequence[int]) -> Tensor:
         """The unchanged model on one sequence: final hidden states `[L, D]`."""
         self.model.set_attn_implementation(self.stock_attention)
-        return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]
+        with stock_norms(self.model):
+            return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]

@@ -244,8 +244,9 @@ class TrainConfig:
     """On a GPU, in the suffix layout, without dropout: replay the soft tokens' pass and, for prompts of the instruction
     alone, the prompting LLM's, whose many small kernels a processor launches more slowly than a GPU runs them."""
     read_ahead: bool = False
-    """In the suffix layout: read the texts of the next batch while this one trains, on a GPU on a stream of its own;
-    takes its keys and values besides. Not with `micro_batch_size`."""
+    """In the suffix layout: read the texts of the next batch while this one trains, on a GPU on a stream of its own.
+    Takes the keys and values of up to two batches more, and a memory pool of its own for the text pass. Not with
+    `micro_batch_size`."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0

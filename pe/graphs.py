@@ -27,7 +27,7 @@ MOST, TOO_MANY = 64, 256
 """Recorded shapes of one pass, of which the least recently used makes room, and recordings after which none pays."""
 WARM_UPS = 3
 FIRST = -1
-"""Priority of recorded kernels: before those of texts that are read at the same time."""
+"""Priority of recorded kernels: before those of texts that are read at the same time; all others have the lowest."""
 
 
 def recorder(device: torch.device) -> Record:

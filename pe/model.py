@@ -40,7 +40,7 @@ SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 
 MOST_WRITTEN = 256
 """Sets of prompts of a frozen prompting LLM that are kept."""
-Version = tuple[torch.device, torch.dtype, int]
+Version = tuple[frozenset[tuple[torch.device, torch.dtype]], int]
 _optimizer_steps = 0
 
 
@@ -119,9 +119,10 @@ class Truncation:
         return f"{self.cut:,} of {self.texts:,} texts truncated{readings}"
 
 
-def has_dropout(prompter: nn.Module, backbone: Backbone) -> bool:
+def has_dropout(prompter: nn.Module, backbone: Backbone | None = None) -> bool:
     """Whether training draws random numbers: in the prompting LLM, or in the reader; the backbone is in eval mode."""
-    active = [*prompter.modules(), *(part for name, part in backbone.named_modules() if "lora_dropout" in name)]
+    readers = backbone.named_modules() if backbone else ()
+    active = [*prompter.modules(), *(part for name, part in readers if "lora_dropout" in name)]
     config = prompter.model.config.to_dict() if isinstance(prompter, PromptingLLM) else {}
     rates = [value for name, value in config.items() if "dropout" in name or name.endswith("pdrop")]
     rates += [part.p for part in active if isinstance(part, nn.Dropout)]
@@ -136,7 +137,7 @@ def weights_version(module: nn.Module) -> Version | None:
     parameters = list(module.parameters())
     if any(p.is_inference() for p in parameters):
         return None
-    return parameters[0].device, parameters[0].dtype, sum(p._version for p in parameters)
+    return frozenset((p.device, p.dtype) for p in parameters), sum(p._version for p in parameters)
 
 
 def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
@@ -330,11 +331,12 @@ class PromptEmbedder(TrainableModule):
     @torch.no_grad()
     def _frozen_prompts(self, requests: list[list[int]], *, keep: bool) -> SoftPrompts:
         """What a frozen prompting LLM writes; with `keep` once for the same requests, weights and precision."""
-        version, is_drawn = weights_version(self.prompter), self.training and has_dropout(self.prompter, self.backbone)
-        if not keep or version is None or is_drawn or torch.is_inference_mode_enabled():
+        keep = keep and not (self.training and has_dropout(self.prompter)) and not torch.is_inference_mode_enabled()
+        version = weights_version(self.prompter) if keep else None
+        if version is None:
             written: SoftPrompts = self.prompter(requests)
             return written
-        kind = version[0].type
+        kind = self.prompter.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (version, precision, tuple(map(tuple, requests)))
         if key not in self._written:

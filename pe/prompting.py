@@ -23,7 +23,7 @@ from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained
 from pe.packing import fitting, inverse, to_device, token_batches
-from pe.rms_norm import fuse_norms
+from pe.rms_norm import fuse_norms, stock_norms
 
 ADAPTER = "prompter"
 TOLERANCE = 1e-4  # relative, of float32 probes
@@ -211,7 +211,8 @@ class PromptingLLM(nn.Module):
         requests = [[1, 2, 3, 4, 5], [6, 7, 8]]
         with refused_if_it_fails(self.model):
             written = self.generate(requests, 2)
-            plain = [self._plain_hidden(ids, soft[:1]) for ids, soft in zip(requests, written.tokens, strict=True)]
+            with stock_norms(self.model):
+                plain = [self._plain_hidden(ids, soft[:1]) for ids, soft in zip(requests, written.tokens, strict=True)]
         self.model.train(was_training)
         expected = torch.stack(plain)
         difference = ((written.hidden - expected).norm() / expected.norm()).item()

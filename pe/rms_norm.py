@@ -5,9 +5,11 @@ A step's small passes are made of thousands of kernels too short to fill a GPU, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -21,15 +23,32 @@ EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 def fuse_norms(model: nn.Module) -> None:
     """Let every RMS norm of the usual formula run fused on a GPU; others, such as Gemma's, stay."""
     for module in model.modules():
-        if is_rms_norm(module):
+        if "forward" not in vars(module) and is_rms_norm(module):
             module.forward = functools.partial(forward, module)
 
 
-def restore_norms(model: nn.Module) -> None:
-    """Undo `fuse_norms`."""
-    for module in model.modules():
-        if isinstance(own := vars(module).get("forward"), functools.partial) and own.func is forward:
-            del module.forward
+def restore_norms(model: nn.Module) -> list[nn.Module]:
+    """Undo `fuse_norms`; which norms it had fused."""
+    fused = [module for module in model.modules() if is_fused(module)]
+    for module in fused:
+        del module.forward
+    return fused
+
+
+@contextlib.contextmanager
+def stock_norms(model: nn.Module) -> Iterator[None]:
+    """Inside it the model is as transformers has it."""
+    fused = restore_norms(model)
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.forward = functools.partial(forward, module)
+
+
+def is_fused(module: nn.Module) -> bool:
+    own = vars(module).get("forward")
+    return isinstance(own, functools.partial) and own.func is forward
 
 
 def forward(module: nn.Module, x: Tensor) -> Tensor:

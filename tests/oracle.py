@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pe.alignment import LinearAlignment
 from pe.model import PromptEmbedder, Requests
+from pe.rms_norm import stock_norms
 from pe.skip import WeightedSkip
 
 
@@ -30,6 +31,11 @@ def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
 
 def embed(model: PromptEmbedder, requests: Requests) -> Tensor:
     """Embeddings `[B, D]` by the stock backbone's forward over each concatenated sequence."""
+    with stock_norms(model.backbone.model), stock_norms(model.prompter.model):
+        return _embed(model, requests)
+
+
+def _embed(model: PromptEmbedder, requests: Requests) -> Tensor:
     rows = [pooled(model, requests, place) for place in range(len(requests.texts))]
     embeddings = F.normalize(torch.stack(rows), dim=-1)
     if model.config.skip == "none":

@@ -360,6 +360,14 @@ def test_prompts_that_depend_on_texts_or_dropout_are_not_kept(
     assert len(calls) == 2
 
 
+def test_a_backbone_of_another_type_empties_the_bank(make: Maker) -> None:
+    model = make()
+    instruction = [Instruction(FIND)]
+    assert model.prompt_bank(instruction).dtype == torch.float32
+    model.backbone.to(torch.bfloat16)
+    assert model.prompt_bank(instruction).dtype == torch.bfloat16
+
+
 def test_no_bank_where_prompts_depend_on_texts(make: Maker) -> None:
     with pytest.raises(ValueError, match="a prompt bank needs 'instruction', got 'instruction_and_text'"):
         make(conditioning="instruction_and_text").prompt_bank([Instruction(FIND)])

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pe import rms_norm
+from pe.backbone import Backbone, UnsupportedBackbone
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings
-from pe.rms_norm import fuse_norms, is_rms_norm, restore_norms
+from pe.prompting import UnsupportedPrompter
+from pe.rms_norm import fuse_norms, is_rms_norm, restore_norms, stock_norms
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
-from tests.tiny import decoder
+from tests.tiny import byte_tokenizer, decoder
 
 FUSED = {"llama": 5, "qwen3": 9, "phi3": 5, "granite": 5}
 OTHERS = ("gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "gpt_oss")
@@ -124,10 +126,29 @@ def test_copies_and_pickles_are_their_own(calls: list[int]) -> None:
             other.norm.weight.fill_(2.0)
         assert relative_error(other.norm(torch.ones(1, 32)), torch.full((1, 32), 2.0)) < 1e-4
         assert relative_error(model.norm(torch.ones(1, 32)), torch.full((1, 32), 2.0)) > 0.1
-    restore_norms(model)
     calls.clear()
+    with stock_norms(model):
+        model.norm(torch.ones(1, 32))
+        assert not calls
     model.norm(torch.ones(1, 32))
-    assert not calls
+    assert len(calls) == 1
+    fuse_norms(model)
+    assert len(restore_norms(model)) == 5
+    model.norm(torch.ones(1, 32))
+    assert len(calls) == 1
+
+
+def test_a_wrong_fused_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When an embedder is built, its fused norms are compared with those of transformers."""
+    whole = rms_norm.rms_norm
+    monkeypatch.setattr(rms_norm, "is_rms_norm", lambda module: "RMSNorm" in type(module).__name__)
+    monkeypatch.setattr(rms_norm, "is_fused_on", lambda _: True)
+    build("llama", layout="suffix", pooling="mean_prompt")
+    monkeypatch.setattr(rms_norm, "rms_norm", lambda x, weight, eps: 1.01 * whole(x, weight, eps))
+    with pytest.raises(UnsupportedPrompter, match="differs from the plain forward"):
+        build("llama", layout="suffix", pooling="mean_prompt")
+    with pytest.raises(UnsupportedBackbone, match="differs from the stock forward"):
+        Backbone(decoder("llama"), byte_tokenizer(), "llama")
 
 
 @pytest.mark.parametrize(("form", "is_stock"), [("padded", True), ("checkpointed", True), ("packed", False)])
