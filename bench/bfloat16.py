@@ -20,6 +20,7 @@ PRODUCTS = frozenset(
     (
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten.addmm_.default,
         torch.ops.aten.bmm.default,
         torch.ops.aten.baddbmm.default,
     )
@@ -43,9 +44,8 @@ class WideProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, op: Callable[..., Any], _: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        in_place = op is torch.ops.aten.addmm_.default
-        if (op not in PRODUCTS and not in_place) or args[0].dtype != torch.bfloat16:
+        if op not in PRODUCTS or args[0].dtype != torch.bfloat16:
             return op(*args, **(kwargs or {}))
         wide = (x.float() if isinstance(x, Tensor) else x for x in args)
         product = op(*wide, **(kwargs or {}))
-        return args[0].copy_(product) if in_place else product.bfloat16()
+        return args[0].copy_(product) if op is torch.ops.aten.addmm_.default else product.bfloat16()

@@ -31,13 +31,11 @@ class IdTokenizer:
 
     eos_token_id = 0
 
-    def __call__(self, texts: str | Sequence[str], **_: object) -> dict[str, Any]:
-        if isinstance(texts, str):
-            return {"input_ids": [int(number) for number in re.findall(r"\d+", texts)]}
-        return {"input_ids": [self._ids(text) for text in texts]}
-
     def __init__(self) -> None:
         self._known: dict[str, list[int]] = {}
+
+    def __call__(self, texts: str | Sequence[str], **_: object) -> dict[str, Any]:
+        return {"input_ids": self._ids(texts) if isinstance(texts, str) else [self._ids(text) for text in texts]}
 
     def _ids(self, text: str) -> list[int]:
         """Parsed once: a step starts from a batch that is tokenised already."""
@@ -295,18 +293,18 @@ VARIANTS = {
     ),
 }
 BASELINE = "lora-padded"
-GRAPHS = 64
+COMPILED_FORMS = 64
 """Compiled forms of one function, at most: a norm has one for each rank and size of its input, with gradient or not."""
 
 
 def default_variants(device: str) -> tuple[str, ...]:
-    """All of them; on a CPU without the compiled ones, which were slower there (`LOG.md`), and what needs a GPU."""
+    """All of them; a CPU does without the compiled ones, which were slower there (`LOG.md`), and what only a GPU needs."""
     return tuple(name for name, variant in VARIANTS.items() if device != "cpu" or variant.is_for_cpus)
 
 
 def compile_parts(model: nn.Module) -> None:
     """Compile a decoder's norms and MLPs in place; they are the same code in every layer, so a few graphs serve all."""
-    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.recompile_limit = COMPILED_FORMS
     for name, module in model.named_modules():
         if name.endswith(("mlp", "norm")):
             module.compile()

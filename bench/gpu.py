@@ -1,10 +1,10 @@
 """`python -m bench.gpu --quick | --full`: everything that needs a GPU, in one command, from a bare checkout.
 
-Needs torch, triton, transformers, peft, accelerate and pytest. Correctness comes first: the `gpu` tests of every op and
-of packed-equals-stock. Then whole training steps and their memory, and the ops (`bench.kernels`), of which those whose
-tests fail have no figures; with `--full` the largest batches, scaling and encoding besides. Every stage is a process
-group of its own that appends its records as it goes, so what is measured stays when one is stopped. `--quick` ends
-within nine minutes: a step may use its share of what is left.
+Needs torch, triton, transformers, peft, accelerate, rich and pytest. Correctness comes first: the `gpu` tests of every
+op, and of packed passes, graphs and fused norms. Then whole training steps and their memory, and the ops
+(`bench.kernels`), of which those whose tests fail have no figures; with `--full` the largest batches, scaling and
+encoding besides. Every stage is a process group of its own that appends its records as it goes, so what is measured
+stays when one is stopped. `--quick` ends within nine minutes: a step may use its share of what is left.
 Exit code: 0, 1 where a stage failed or was stopped, 2 without a GPU.
 """
 
@@ -38,8 +38,11 @@ QUICK_VARIANTS = (
     "lora-checkpointed",
     "lora-packed",
     "pe-suffix-weighted-ahead",
+    "pe-suffix-weighted-launched",
 )
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
+IN_MEMORY = QUICK_VARIANTS[:4]
+"""Of `--quick`; each takes a process of its own."""
 KEYWORDS = {
     "vocab_mixture": "mixture",
     "prompt_rows": "rows and not mixture",
@@ -115,13 +118,15 @@ def tests(quick: bool) -> list[Stage]:
 
 def plan(quick: bool) -> Plan:
     """Tests, steps, memory, ops, and what `--quick` has no time for."""
-    few = ["--distributions", "fixed", "--variants", *QUICK_VARIANTS] if quick else []
+    few = ["--distributions", "fixed", "--variants"] if quick else []
+    ways, processes = (QUICK_VARIANTS, IN_MEMORY) if quick else ((), ())
     cases = QUICK_CASES if quick else FULL_CASES
 
     def steps(outcomes: Sequence[Outcome]) -> Iterator[Step]:
         yield Step(tests(quick), 0.25)
-        yield module("step", 0.4, "bench.step", "--cases", *cases, *([*few, "--rounds", "3"] if quick else []))
-        yield module("memory", 0.45, "bench.memory", "--cases", *cases, *([*few, "--passes", "1"] if quick else []))
+        rounds, passes = (["--rounds", "3"], ["--passes", "1"]) if quick else ([], [])
+        yield module("step", 0.45, "bench.step", "--cases", *cases, *few, *ways, *rounds)
+        yield module("memory", 0.45, "bench.memory", "--cases", *cases, *few, *processes, *passes)
         failed = {outcome.name for outcome in outcomes if outcome.failed}
         red = [op for op in OPS if tests_of(op) in failed]
         limits = ["--quick", "--seconds", f"{KERNEL_SECONDS:g}"] if quick else []

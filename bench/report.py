@@ -87,7 +87,7 @@ def work(record: Record) -> str:
 
 
 def render_step(folder: Path) -> str:
-    """Step times of every case and distribution, with the ratios to LoRA (a) and (b)."""
+    """Step times of every case and distribution, with the ratios to LoRA (a), (b) and (c)."""
     parts = []
     for group in measured("step", folder):
         rows, by_name = [], {record["variant"]: record for record in group if "ms" in record}

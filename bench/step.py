@@ -1,7 +1,8 @@
 """`python -m bench.step [--cases tiny small] [--distributions fixed long real mixed] [--variants ...] [--rounds N]`
 
 Time of one whole training step: a tokenised batch, loss, backward, clipping, AdamW. Every way to train sees the same
-backbone, texts, batch, type and loss; they take turns round by round, so that a machine that slows down slows all.
+backbone, texts, batch, type and loss. On a CPU they take turns round by round, so that a machine that slows down slows
+all; a GPU may hold one of them alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ Step = Callable[[Batch, Batch], object]
 
 
 class TrainingStep:
-    """One way to train, ready to take steps; with `parts` above 1 representations are cached."""
+    """One way to train, ready to take steps.
+
+    With `parts` above 1 representations are cached; with `ahead` texts are read a batch ahead. Not both.
+    """
 
     def __init__(self, model: Embedder, setting: Setting, parts: int = 1, *, ahead: bool = False) -> None:
         self.model, self.setting, self.device, self.parts = model.train(), setting, setting.device, parts

@@ -38,7 +38,7 @@ def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> N
 
 
 class FusedLinear(lora.Linear):
-    """PEFT's linear layer, x Wᵀ + s (x Aᵀ) Bᵀ, which makes three tensors `[T, E]` besides its output.
+    """In place of PEFT's linear layer, x Wᵀ + s (x Aᵀ) Bᵀ, which makes three tensors `[T, E]` besides its output.
 
     With gradient the second product is added to the first as it is taken. In evaluation, without gradient, many rows
     take one product, x (W + s B A)ᵀ; the merged weight is made for the call, and W never changes.

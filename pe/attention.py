@@ -33,7 +33,7 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and, if asked for, their pooled states.
+    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and what was asked of their states.
 
     Attributes:
         pooled: what the text pass was asked to make of the texts' states before the last layer, such as a mean each.

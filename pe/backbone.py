@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 READER = "reader"
 Pool = Callable[[Tensor, Segments], Tensor]
-"""States `[T, D]` of texts -> a row for each text `[B, D]`."""
+"""States `[T, D]` of texts -> what is kept of them, such as a row `[B, D]` for each text."""
 
 attention.register()
 
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None
     ) -> None:
-        """Take over `model`: freeze it, switch it to packed attention, and check that this changes nothing.
+        """Take over `model`: freeze it, fuse its norms, switch it to packed attention, check that this changes nothing.
 
         Raises:
             UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.

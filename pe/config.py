@@ -221,7 +221,8 @@ class TrainConfig:
     batch_size: int = 64
     """Queries of a step (on each process); their positives and hard negatives come on top."""
     micro_batch_size: int | None = None
-    """Queries at a time: representations are cached, so the negatives stay those of the whole batch."""
+    """Queries at a time: representations are cached, so the negatives stay those of the whole batch. Each text is read
+    twice; in the suffix layout, which keeps little besides keys and values, it pays only where these do not fit."""
     lr: float = 1e-3
     """Peak rate of the prompting LLM."""
     alignment_lr: float | None = None
@@ -229,7 +230,7 @@ class TrainConfig:
     reader_lr: float | None = None
     """Peak rate of the reader's adapters; null: lr."""
     skip_lr: float | None = None
-    """Peak rate of the matrix around the soft prompt; null: lr."""
+    """Peak rate of the skip, its matrix and its tokens' weights; null: lr."""
     weight_decay: float = 0.01
     """AdamW's: times the rate, the share of each weight that a step takes away."""
     warmup: float = 0.1
@@ -239,14 +240,15 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Norm of all gradients together above which they are scaled down to it; .inf: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where the hardware multiplies it faster."""
+    """auto: bfloat16 autocast on a GPU that has it, else float32."""
     cuda_graphs: bool = True
     """On a GPU, in the suffix layout, without dropout: replay the soft tokens' pass and, for prompts of the instruction
-    alone, the prompting LLM's, whose many small kernels a processor launches more slowly than a GPU runs them."""
+    alone, the prompting LLM's, whose many small kernels a processor launches more slowly than a GPU runs them. Holds
+    the gradients and a copy of the texts' keys and values."""
     read_ahead: bool = False
     """In the suffix layout: read the texts of the next batch while this one trains, on a GPU on a stream of its own.
-    Takes the keys and values of up to two batches more, and a memory pool of its own for the text pass. Not with
-    `micro_batch_size`."""
+    Takes the keys, values and states of up to two batches more, and a memory pool of its own for the text pass. Without
+    effect in the prefix layout and with `micro_batch_size`."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe.kernels.pool_normalize import Norm, pool_normalize
+from pe.rms_norm import eps_of
 
 TOLERANCE = 1e-5  # relative, in float32
 
@@ -65,8 +66,8 @@ def find_final_norm(model: PreTrainedModel) -> FinalNorm | None:
     if len(found) != 1:
         return None
     module = copy.deepcopy(getattr(model, found[0])).float().cpu()
-    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(module, name)), 0)
-    if not isinstance(eps, float) or eps <= 0:
+    eps = eps_of(module)
+    if not eps:
         return None
     kinds: tuple[tuple[Norm, float], ...] = (("rms", 0.0), ("rms", 1.0), ("layer", 0.0), ("layer", 1.0))
     for kind, shift in kinds:

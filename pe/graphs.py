@@ -107,7 +107,7 @@ class Graph:
             record: see `recorder`.
 
         Raises:
-            NotRecordedError: the function does, as a mixture of experts does that counts each expert's tokens.
+            NotRecordedError: the function waits for the device, as a mixture of experts does that counts its tokens.
         """
         self.function, self.parameters, self.gradients = function, parameters, gradients
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]

@@ -5,7 +5,7 @@ most tokens among the recipe's first steps. Every system is measured in a proces
 a sampler (the process's RSS on a CPU; NVML, and torch's allocator, on a GPU), then by one more that counts every live
 tensor, which says where the memory goes. The same step is predicted from the models' configurations alone; `--estimate`
 does only that. Without a recipe it takes `recipes/tiny.yaml`. The steps run without CUDA graphs, which hold the
-gradients and a copy of the texts' keys and values besides.
+gradients and a copy of the texts' keys and values besides, and without texts read ahead.
 
 RSS is more than the live tensors at one moment: glibc keeps freed blocks for later. With MALLOC_MMAP_THRESHOLD_=65536
 and MALLOC_TRIM_THRESHOLD_=65536 in the environment it returns them at once, and RSS follows the tensors, more slowly.

@@ -323,7 +323,7 @@ class PromptEmbedder(TrainableModule):
         if not any(p.requires_grad for p in self.prompter.parameters()):
             prompts = self._frozen_prompts(requests, keep=of_instruction)
         else:
-            self._written.clear()  # a fused optimiser's steps, which no version counts, end with it
+            self._written.clear()  # a fused optimiser raises no version: what was written before it must not be found
             captured = self.captured if torch.is_grad_enabled() and of_instruction else None
             prompts = (captured.prompts if captured else self.prompter)(requests)
         return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))

@@ -59,7 +59,7 @@ class PromptingLLM(nn.Module):
         config: PrompterConfig,
         revision: str | None = None,
     ) -> None:
-        """Take over `model` and choose its trainable weights.
+        """Take over `model`, fuse its RMS norms and choose its trainable weights.
 
         Raises:
             UnsupportedPrompter: logits that are not h E_outᵀ times a constant, or a model that padding, a cache or rows
@@ -201,7 +201,8 @@ class PromptingLLM(nn.Module):
 
     @torch.no_grad()
     def check_generation(self) -> None:
-        """Compare two soft tokens for two requests, padded and cached, with the plain forward of each.
+        """Compare two soft tokens for two requests, padded and cached, with the plain forward of each under the model's
+        own norms.
 
         Raises:
             UnsupportedPrompter: they differ, or the model does not run this way.

@@ -1,7 +1,7 @@
 """`python -m pe.train [RECIPE.yaml] [--resume | --fresh] [--section.option=value ...]`
 
-Trains the prompting LLM, the alignment and, where there is one, the reader, by a contrastive loss; the backbone stays
-frozen. Without a recipe it runs `recipes/tiny.yaml`. `--resume` continues the run in the recipe's output folder,
+Trains the prompting LLM, the alignment and, where there are any, reader and skip, by a contrastive loss; the backbone
+stays frozen. Without a recipe it runs `recipes/tiny.yaml`. `--resume` continues the run in the recipe's output folder,
 `--fresh` moves that run aside first.
 """
 
@@ -289,7 +289,7 @@ def restore(
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, precision and TensorBoard by accelerate; bfloat16 where the hardware multiplies it faster."""
+    """Device, precision and TensorBoard by accelerate; `auto` is bfloat16 on a GPU that has it."""
     precision = recipe.train.precision
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

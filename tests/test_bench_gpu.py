@@ -91,7 +91,7 @@ def test_time_that_is_left_goes_to_the_next_steps(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "run_step", skip)
     outcomes = gpu.run(gpu.plan(True), gpu.SECONDS)
     assert all(outcome.passed for outcome in outcomes)
-    shares = [0.25, 0.4, 0.45, 1.0]
+    shares = [0.25, 0.45, 0.45, 1.0]
     assert given == pytest.approx([share * gpu.SECONDS for share in shares], rel=0.01)
     assert gpu.SECONDS < 9 * 60
     given.clear()
@@ -146,6 +146,7 @@ def test_stages_end_with_the_command(tmp_path: Path) -> None:
 
 def test_the_plan_asks_for_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(gpu.QUICK_VARIANTS) <= set(VARIANTS)
+    assert gpu.IN_MEMORY == ("lora-padded", "pe-suffix-weighted", "lora-checkpointed", "lora-packed")
     assert gpu.FULL_CASES == GPU_CASES
     for quick in (True, False):
         command = commands(quick, [gpu.tests_of("pool_normalize")])["kernels"]

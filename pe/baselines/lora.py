@@ -3,8 +3,8 @@
 padded        queries and documents each padded to their longest text, scaled_dot_product_attention, decoder and
               adapters as transformers and PEFT have them: common practice
 checkpointed  the same with activation checkpointing, as for large models (the recipe of arXiv 2509.24291)
-packed        no padding at all: one row of tokens through PromptEmbedder's own attention function, norms and adapters
-              fused
+packed        no padding at all: one row of tokens through PromptEmbedder's own attention function, norms fused, and
+              adapters where they have no dropout
 
 Legend: B texts, L tokens of the longest, D the backbone's width.
 """
