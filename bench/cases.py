@@ -298,7 +298,7 @@ COMPILED_FORMS = 64
 
 
 def default_variants(device: str) -> tuple[str, ...]:
-    """All of them; on a CPU without the compiled ones, slower there (`LOG.md`), and without what only a GPU gains from."""
+    """All of them; on a CPU without the compiled ones, slower there (`LOG.md`), and what only a GPU gains from."""
     return tuple(name for name, variant in VARIANTS.items() if device != "cpu" or variant.is_for_cpus)
 
 
