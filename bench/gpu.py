@@ -118,15 +118,14 @@ def tests(quick: bool) -> list[Stage]:
 
 def plan(quick: bool) -> Plan:
     """Tests, steps, memory, ops, and what `--quick` has no time for."""
-    few = ["--distributions", "fixed", "--variants"] if quick else []
-    ways, processes = (QUICK_VARIANTS, IN_MEMORY) if quick else ((), ())
     cases = QUICK_CASES if quick else FULL_CASES
 
     def steps(outcomes: Sequence[Outcome]) -> Iterator[Step]:
         yield Step(tests(quick), 0.25)
-        rounds, passes = (["--rounds", "3"], ["--passes", "1"]) if quick else ([], [])
-        yield module("step", 0.45, "bench.step", "--cases", *cases, *few, *ways, *rounds)
-        yield module("memory", 0.45, "bench.memory", "--cases", *cases, *few, *processes, *passes)
+        few = ["--distributions", "fixed", "--rounds", "3", "--variants", *QUICK_VARIANTS] if quick else []
+        yield module("step", 0.45, "bench.step", "--cases", *cases, *few)
+        few = ["--distributions", "fixed", "--passes", "1", "--variants", *IN_MEMORY] if quick else []
+        yield module("memory", 0.45, "bench.memory", "--cases", *cases, *few)
         failed = {outcome.name for outcome in outcomes if outcome.failed}
         red = [op for op in OPS if tests_of(op) in failed]
         limits = ["--quick", "--seconds", f"{KERNEL_SECONDS:g}"] if quick else []

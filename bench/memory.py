@@ -49,7 +49,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     before, highest_before = read(), highest_resident()
     with Sampler(read, interval) as sampler:
-        step(load.batches[0], load.batches[0])
+        step(load.batches[0])
         for _ in range(passes):
             for batch, following in load.turns():
                 step(batch, following)

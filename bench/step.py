@@ -66,6 +66,7 @@ class TrainingStep:
         self.ahead: ReadAhead | None = None
         if ahead:
             assert isinstance(model, PromptEmbedder)
+            assert parts == 1
             self.ahead = ReadAhead(model, lambda: setting.autocast)
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda")

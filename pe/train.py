@@ -131,7 +131,6 @@ def fit(
         if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
             ahead = ReadAhead(model, accelerator.autocast)
 
-    @functools.lru_cache(maxsize=2)
     def batch_of(step: int) -> Batch:
         return plan.batch(step, accelerator.process_index, accelerator.num_processes)
 
@@ -139,15 +138,17 @@ def fit(
         if ahead is None:
             return embeddings_of(model, recipe.loss.stepwise, requests)
         embeddings = embeddings_of(model, recipe.loss.stepwise, ahead.take(requests))
-        if step + 1 < options.steps:
-            ahead.start(batch_requests(batch_of(step + 1)))
+        if following:
+            ahead.start(batch_requests(following))
         return embeddings
 
+    following = None
     try:
         for step in range(first, options.steps):
             started = time.perf_counter()
             model.train()
-            batch = batch_of(step)
+            batch = following or batch_of(step)
+            following = batch_of(step + 1) if ahead and step + 1 < options.steps else None
             loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
             loss = average(loss, parameters, accelerator)
             check_gradients(parts, loss, step)
