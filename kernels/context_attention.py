@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -146,11 +147,13 @@ def _by_sequence(
 ) -> Tensor:
     """The reference without padding: S segments of one length, each with U sequences of one length, at a time.
 
-    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone. With
-    gradient S is 1, a view: backward would keep a copy of several. Reads the lengths on the host, so it is for CPUs,
-    where it is several times faster than the padded form once the padded contexts no longer fit the cache.
+    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone, where
+    it can behind a copy of its segment (`_behind_copies`). With gradient S is 1, a view: backward would keep a copy of
+    several. Reads the lengths on the host, so it is for CPUs, where it is several times faster than the padded form
+    once the padded contexts no longer fit the cache.
     """
     H, Hkv, lengths = q.shape[1], k.shape[1], cu_seqlens.diff().tolist()
+    is_plain = window is None and softcap is None and sinks is None
     index = range(len(lengths)) if context_index is None else context_index.tolist()
     context_lengths, context_parts = [0] * len(lengths), None
     if context is not None:
@@ -158,14 +161,22 @@ def _by_sequence(
         context_lengths = context[2].diff().tolist()
         context_parts = [part[: sum(context_lengths)].to(dtype).split(context_lengths) for part in context[:2]]
     users: dict[tuple[int, int, int], list[int]] = {}
+    copied: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for b, (n, segment) in enumerate(zip(lengths, index, strict=True)):
-        alone = b if n >= context_lengths[segment] else -1
-        if n > 0:
-            users.setdefault((n, segment, alone), []).append(b)
+        is_longer = n >= context_lengths[segment]
+        if n > 0 and is_longer and is_plain:
+            copied.setdefault((n, context_lengths[segment]), []).append((segment, b))
+        elif n > 0:
+            users.setdefault((n, segment, b if is_longer else -1), []).append(b)
     alike: dict[tuple[int, int, int, int], list[tuple[int, list[int]]]] = {}
     for (n, segment, alone), members in users.items():
         alike.setdefault((n, context_lengths[segment], len(members), alone), []).append((segment, members))
     own, out = [part.split(lengths) for part in (q, k, v)], dict[int, Tensor]()
+    for pairs in copied.values():
+        behind, places = zip(*pairs, strict=True)
+        rows, *own_kv = (_stacked(part, places) for part in own)
+        context_kv = [_stacked(part, behind).to(q.dtype) for part in context_parts or ()]
+        out.update(zip(places, _behind_copies(rows, own_kv, context_kv, scale), strict=True))
     tensors = (q, k, v, sinks, *(context or ()))
     keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     for (n, n_context, count, _), groups in alike.items():
@@ -185,6 +196,20 @@ def _by_sequence(
             attended = attended.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(0, 1)  # [S·U, n, H, Dv]
             out.update(zip(members, attended.to(q.dtype), strict=True))
     return torch.cat([out[b] for b in sorted(out)])
+
+
+def _behind_copies(rows: Tensor, own: Sequence[Tensor], context: Sequence[Tensor], scale: float) -> Tensor:
+    """torch's causal attention, which keeps no scores, over a copy of the context and what follows.
+
+    rows [S, n, H, D], own keys and values [S, n, Hkv, D], those of a context [S, L, Hkv, D] or none -> [S, n, H, Dv].
+    The context asks nothing: zeros stand for its queries.
+    """
+    n = rows.shape[1]
+    both = [torch.cat([x, y], dim=1) for x, y in zip(context, own, strict=True)] if context else own
+    q, k, v = (x.transpose(1, 2) for x in (rows, *both))
+    q = F.pad(q, (0, 0, k.shape[2] - n, 0))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return attended[:, :, -n:].transpose(1, 2)
 
 
 def _stacked(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:

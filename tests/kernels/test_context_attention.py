@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -93,25 +93,46 @@ def test_sequences_that_share_a_segment_go_together(at_once: int, monkeypatch: A
     assert gradcheck(lambda *_: context_attention(q, k, v, offsets(lengths), **kwargs), leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("parts", [[512] * 8, list(range(508, 516))], ids=["equal", "different"])
-def test_backward_keeps_no_copy_of_the_context(parts: list[int]) -> None:
-    """On a CPU what is saved beside the inputs is smaller than the keys and values before the sequences."""
-    q, k, v = (torch.randn(8 * 2, heads, 64, requires_grad=True) for heads in (4, 4, 4))
-    context_k, context_v = (torch.randn(sum(parts), 4, 64) for _ in range(2))
-    given = {x.untyped_storage().data_ptr() for x in (q, k, v, context_k, context_v)}
-    saved: dict[int, Tensor] = {}
+def kept_bytes(run: Callable[[], object], given: Sequence[Tensor]) -> int:
+    """What autograd saves of `run` beside the tensors it was given."""
+    known, saved = {x.untyped_storage().data_ptr() for x in given}, dict[int, Tensor]()
 
     def note(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        context_attention(
-            q, k, v, offsets([2] * 8), max_seqlen=2, context_k=context_k, context_v=context_v,
-            cu_context=offsets(parts), max_context=max(parts), impl="torch",
-        )  # fmt: skip
-    kept = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in given)
+        run()
+    return sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in known)
+
+
+@pytest.mark.parametrize("parts", [[512] * 8, list(range(508, 516))], ids=["equal", "different"])
+def test_backward_keeps_no_copy_of_the_context(parts: list[int]) -> None:
+    """On a CPU what is saved beside the inputs is smaller than the keys and values before the sequences."""
+    q, k, v = (torch.randn(8 * 2, heads, 64, requires_grad=True) for heads in (4, 4, 4))
+    context_k, context_v = (torch.randn(sum(parts), 4, 64) for _ in range(2))
+    kwargs: Any = {
+        "max_seqlen": 2, "context_k": context_k, "context_v": context_v, "cu_context": offsets(parts),
+        "max_context": max(parts), "impl": "torch",
+    }  # fmt: skip
+    kept = kept_bytes(lambda: context_attention(q, k, v, offsets([2] * 8), **kwargs), (q, k, v, context_k, context_v))
     assert 0 < kept < (context_k.nbytes + context_v.nbytes) / 8
+
+
+def test_backward_keeps_no_scores_of_long_sequences() -> None:
+    """On a CPU what is saved of a sequence behind a short context grows with its length, not with its square."""
+    context_k, context_v = (torch.randn(6, 2, 64, requires_grad=True) for _ in range(2))
+
+    def kept(length: int) -> int:
+        q, k, v = (torch.randn(3 * length, heads, 64, requires_grad=True) for heads in (4, 2, 2))
+        kwargs: Any = {
+            "max_seqlen": length, "context_k": context_k, "context_v": context_v, "cu_context": offsets([6]),
+            "max_context": 6, "context_index": torch.zeros(3, dtype=torch.int32), "impl": "torch",
+        }  # fmt: skip
+        given = (q, k, v, context_k, context_v)
+        return kept_bytes(lambda: context_attention(q, k, v, offsets([length] * 3), **kwargs), given)
+
+    assert 0 < kept(1024) < 4.1 * kept(256)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
