@@ -86,7 +86,9 @@ def build_linear(recipe: Recipe, device: torch.device) -> System:
     return LinearEmbedder.from_config(recipe.model.backbone, device, max_length=recipe.model.max_length)
 
 
-def build_lora(pooling: Pooling, dropout: float = 0.1) -> Callable[[Recipe, torch.device], System]:
+def build_lora(
+    pooling: Pooling, dropout: float = 0.1, upper_layers: int | None = None
+) -> Callable[[Recipe, torch.device], System]:
     """LoRA in its packed form, by default with the published dropout, which costs a third of its time."""
 
     def build(recipe: Recipe, device: torch.device) -> System:
@@ -95,6 +97,7 @@ def build_lora(pooling: Pooling, dropout: float = 0.1) -> Callable[[Recipe, torc
             lora=LoraSettings(rank=16, alpha=64, dropout=dropout),
             form="packed",
             pooling=pooling,
+            upper_layers=upper_layers,
             max_length=recipe.model.max_length,
         )
         return LoraEmbedder.from_config(config, device)
@@ -148,6 +151,9 @@ SYSTEMS = {
     "lora-weighted-dropless": Entry(title="LoRA, weighted mean, no dropout", build=build_lora("weighted", 0.0)),
     "lora-weighted-dropless-longer": Entry(
         title="LoRA, weighted mean, no dropout, 4 times the steps", build=build_lora("weighted", 0.0), times=4
+    ),
+    "lora-last-layers": Entry(
+        title="LoRA, weighted mean, no dropout, last 3 layers", build=build_lora("weighted", 0.0, 3)
     ),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
 }

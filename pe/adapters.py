@@ -5,6 +5,7 @@ Legend: T rows, D and E a layer's input and output size, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,14 @@ from torch.autograd.function import once_differentiable
 from pe.config import LoraSettings
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration for adapters on every linear layer."""
+def lora_config(settings: LoraSettings, *, exclude: Sequence[str] = ()) -> LoraConfig:
+    """PEFT's configuration for adapters on every linear layer but those whose names are excluded."""
     return LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules="all-linear"
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        exclude_modules=list(exclude) or None,
     )
 
 

@@ -64,11 +64,11 @@ def position_limit(config: PreTrainedConfig) -> int | None:
                default=None)  # fmt: skip
 
 
-def last_layer(model: PreTrainedModel, layers: int) -> nn.Module | None:
-    """The last of a decoder's `layers` layers; None where they do not stand in one list."""
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
-    stack = next(stacks, None)
-    return None if stack is None else stack[-1]
+def stacked_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """A decoder's layers, first to last; None where they do not stand in one list."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next(stacks, None)
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -231,10 +231,10 @@ class Backbone(nn.Module):
         def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             states.append(arguments[0] if arguments else options["hidden_states"])
 
-        layer = last_layer(self.model, self.num_layers)
-        if layer is None:
+        layers = stacked_layers(self.model)
+        if layers is None:
             raise ValueError(f"no list of {self.num_layers} layers")
-        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+        handle = layers[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield states
         finally:

@@ -89,6 +89,27 @@ def test_every_form_of_lora_is_the_stock_forward(architecture: str, pooling: str
         assert_close(gradient(model, got), wanted)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_upper_layers_alone_train_and_the_rest_keeps_nothing(architecture: str) -> None:
+    upper, every = (lora("packed", architecture, upper_layers=count) for count in (1, 2))
+    adapted = {name for name, p in upper.named_parameters() if p.requires_grad}
+    assert adapted == {name for name, p in every.named_parameters() if p.requires_grad and ".1." in name}
+    assert 0 < len(adapted) < sum(p.requires_grad for p in every.parameters())
+    oracle = lora("padded", architecture, upper_layers=1).eval()
+    expected = torch.stack([stock_embedding(oracle, *expected_ids(i), "mean") for i in range(len(TEXTS))])
+    got = upper.eval()(REQUESTS)
+    assert_close(got, expected)
+    assert_close(gradient(upper, got), gradient(oracle, expected))
+    (kept, _), (kept_by_all, _) = saved_bytes(upper), saved_bytes(every)
+    assert kept < 0.7 * kept_by_all
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_upper_layers_are_some_of_the_layers(count: int) -> None:
+    with pytest.raises(ValueError, match=f"upper_layers: expected 1 to 2, .*, got {count}"):
+        lora("packed", upper_layers=count)
+
+
 def test_a_weighted_mean_is_attention_of_one_query() -> None:
     """Over the stock forward's final states, whose norm, divided by its weight, gives the standardised states."""
     model = lora("packed", pooling="weighted").eval()

@@ -111,7 +111,7 @@ def test_weights_of_tokens_stay_finite() -> None:
 
 def test_a_backbone_whose_states_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder()
-    monkeypatch.setattr(backbone_module, "last_layer", lambda model, layers: model.layers[0])
+    monkeypatch.setattr(backbone_module, "stacked_layers", lambda model: model.layers[:1])
     other = Backbone(decoder("qwen3"), byte_tokenizer(), "other")
     with pytest.raises(UnsupportedBackbone, match=r"other \(qwen3\): its states before the last layer cannot be read"):
         PromptEmbedder(model.config, model.prompter, model.alignment, other)
@@ -128,16 +128,17 @@ def test_states_near_zero_are_read_too() -> None:
 
 
 def test_only_a_skip_needs_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone_module, "last_layer", lambda model, layers: None)
+    monkeypatch.setattr(backbone_module, "stacked_layers", lambda model: None)
     assert build("qwen3")(REQUESTS).shape == (len(TEXTS), 32)
     with pytest.raises(UnsupportedBackbone, match=r"cannot be read \(ValueError: no list of 2 layers\)"):
         build("qwen3", skip="linear")
 
 
-def test_layers_that_stand_in_no_list_have_no_last() -> None:
+def test_layers_are_found_in_one_list() -> None:
     model = decoder("qwen3")
-    assert backbone_module.last_layer(model, 2) is model.layers[1]
-    assert backbone_module.last_layer(model, 3) is None
+    assert backbone_module.stacked_layers(model) is model.layers
+    model.config.num_hidden_layers = 3
+    assert backbone_module.stacked_layers(model) is None
 
 
 def test_the_control_is_the_way_around_alone() -> None:

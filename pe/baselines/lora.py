@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pe.adapters import lora_config, prepare_adapters
-from pe.backbone import Backbone
+from pe.backbone import Backbone, stacked_layers
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
@@ -48,6 +49,8 @@ class LoraBaselineConfig:
     pooling: Pooling = "mean"
     """mean: over the text's tokens, the instruction left out; last: the last token; weighted: the mean with a learned
     weight for each token, as in PromptEmbedder's `skip: weighted` (packed alone)."""
+    upper_layers: int | None = None
+    """Adapters on this many of the last layers alone: those below run without gradient; None: on all."""
     max_length: int = 256
     """Tokens of a text, its instruction not counted."""
     templates: Templates = field(default_factory=Templates)
@@ -58,7 +61,7 @@ class LoraBaselineConfig:
 
 
 class LoraEmbedder(TrainableModule):
-    """A decoder with LoRA adapters on every linear layer, trained through all text tokens.
+    """A decoder with LoRA adapters on its linear layers, trained through all text tokens.
 
     Attributes:
         config: the options.
@@ -75,7 +78,8 @@ class LoraEmbedder(TrainableModule):
         self.truncation = Truncation()
         is_weighted = config.pooling == "weighted"
         self.token_weights = TokenWeights(backbone.hidden_size, backbone.device) if is_weighted else None
-        backbone.model.add_adapter(lora_config(config.lora), ADAPTER)
+        exclude = [] if config.upper_layers is None else linear_layers_below(backbone, config.upper_layers)
+        backbone.model.add_adapter(lora_config(config.lora, exclude=exclude), ADAPTER)
         prepare_adapters(backbone.model, ADAPTER, fused=config.form == "packed")
         if config.form != "packed":
             restore_norms(backbone.model)
@@ -196,6 +200,21 @@ class LoraEmbedder(TrainableModule):
         (path / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
         if card:
             (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def linear_layers_below(backbone: Backbone, upper: int) -> list[str]:
+    """Names of the linear layers below the `upper` last layers of a decoder.
+
+    Raises:
+        ValueError: there are not as many layers, or they do not stand in one list.
+    """
+    layers = stacked_layers(backbone.model)
+    count = 0 if layers is None else len(layers)
+    if layers is None or not 1 <= upper <= count:
+        raise ValueError(f"upper_layers: expected 1 to {count}, the layers of {backbone.name} in one list, got {upper}")
+    below = {id(part) for layer in layers[: count - upper] for part in layer.modules()}
+    kinds = (nn.Linear, Conv1D)
+    return [name for name, part in backbone.model.named_modules() if isinstance(part, kinds) and id(part) in below]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
