@@ -10,6 +10,7 @@ torch does not hold in tensors: buffers inside one operation, the allocator's ro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
@@ -132,9 +133,12 @@ def noting_key_values(model: nn.Module, live: LiveTensors) -> Iterator[None]:
 
 
 def lora_of(recipe: Recipe, system: System) -> LoraBaselineConfig:
-    """The peer on the recipe's backbone, texts and limit."""
+    """The peer on the recipe's backbone, texts and limit: as published, or packed the best we can build, dropless."""
     form = cast(Form, system.removeprefix("lora-"))
-    return LoraBaselineConfig(backbone=recipe.model.backbone, form=form, max_length=recipe.model.max_length)
+    published = LoraBaselineConfig(backbone=recipe.model.backbone, form=form, max_length=recipe.model.max_length)
+    if form != "packed":
+        return published
+    return dataclasses.replace(published, lora=dataclasses.replace(published.lora, dropout=0.0))
 
 
 def load(recipe: Recipe, system: System, device: torch.device) -> Embedder:

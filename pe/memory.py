@@ -60,7 +60,7 @@ TITLES: dict[System, str] = {
     "pe": "PromptEmbedder",
     "lora-padded": "LoRA, padded",
     "lora-checkpointed": "LoRA, checkpointed",
-    "lora-packed": "LoRA, packed",
+    "lora-packed": "LoRA, packed, no dropout",
 }
 PHASES = ("forward", "backward", "optimiser")
 FILES = ("report.json", "memory.svg", "memory.png")

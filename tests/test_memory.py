@@ -174,6 +174,7 @@ def test_activations_are_what_autograd_saves(tiny_models: Path, tmp_path: Path) 
     recipe = recipe_of(tiny_models, tmp_path)
     batch = heaviest_batch(recipe)
     step, found = measured(recipe, "lora-packed", batch)
+    assert not any(isinstance(part, nn.Dropout) for part in step.model.modules())
     weights = {p.untyped_storage()._cdata for p in (*step.model.parameters(), *step.model.buffers())}
     saved: dict[int, Tensor] = {}
 
