@@ -144,6 +144,11 @@ def tile(size: int, smallest: int, largest: int) -> int:
     return min(largest, max(smallest, triton.next_power_of_2(size)))
 
 
+def floor_power(count: int) -> int:
+    """The largest power of two up to `count`, at least 1: a kernel is compiled for each number of splits."""
+    return 1 << (max(1, count).bit_length() - 1)
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous, else a copy: the kernels take every other stride as it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -38,7 +38,7 @@ from pe.kernels._checks import (
     use_triton,
     values_are_free,
 )
-from pe.kernels._triton import LOG2E, distinct, generation, tile, triton_op, unit_stride, wrap_triton
+from pe.kernels._triton import LOG2E, distinct, floor_power, generation, tile, triton_op, unit_stride, wrap_triton
 
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
 SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together; from 2^17 to 2^23 all measured alike
@@ -67,7 +67,8 @@ def context_attention_ref(
     """Plain torch on a padded [B, Lq] x [B, Lc + Lq] problem: one masked softmax, no host sync."""
     (T, H, D), Hkv, B = q.shape, k.shape[1], cu_seqlens.shape[0] - 1
     if T == 0:
-        return q.new_zeros(0, H, v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        related = [x[:0].sum() for x in (q, k, v, context_k, context_v, sinks) if x is not None]
+        return q.new_zeros(0, H, v.shape[2]) + sum(related)
     scale = D**-0.5 if scale is None else scale
     i = torch.arange(max_seqlen, device=q.device)
     begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
@@ -75,7 +76,7 @@ def context_attention_ref(
     keys, values = [k[own].transpose(1, 2)], [v[own].transpose(1, 2)]  # [B, Hkv, Lq, D]
     visible, position = (i <= i[:, None]).expand(B, -1, -1), i.expand(B, -1)
     key_position = position
-    if context_k is not None and context_v is not None and cu_context is not None and max_context > 0:
+    if context_k is not None and context_v is not None and cu_context is not None and context_k.shape[0] > 0:
         segment = torch.arange(B, device=q.device) if context_index is None else context_index
         begin, end = cu_context[:-1][segment, None], cu_context[1:][segment, None]
         c = torch.arange(max_context, device=q.device)
@@ -366,6 +367,7 @@ def _context_attention_fwd_kernel(
     o_ptr,
     lse_ptr,
     T,
+    n_pairs,
     n_kv_heads,
     window,
     qk_scale,
@@ -398,8 +400,9 @@ def _context_attention_fwd_kernel(
 ):
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
-    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
+    pair, first_row = tl.program_id(0) % n_pairs, tl.program_id(0) // n_pairs * BLOCK_M
+    b, kv_head = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
+    split = tl.program_id(1)
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -604,6 +607,7 @@ def _context_attention_bwd_dq_kernel(
     delta_ptr,
     dq_ptr,
     T,
+    n_pairs,
     n_kv_heads,
     window,
     scale,
@@ -637,8 +641,9 @@ def _context_attention_bwd_dq_kernel(
     """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
-    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    first_row, split = tl.program_id(1) * BLOCK_M, tl.program_id(2)
+    pair, first_row = tl.program_id(0) % n_pairs, tl.program_id(0) // n_pairs * BLOCK_M
+    b, kv_head = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
+    split = tl.program_id(1)
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -950,13 +955,17 @@ def _over_rows(
     max_seqlen: int,
     max_context: int,
     largest_m: int,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid, its last size the splits of the context's keys, and what the kernels that own rows take besides."""
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid, its last size the splits of the context's keys, and what the kernels that own rows take besides.
+
+    Sequences, heads and row tiles share the first axis: the second ends at 65,535, fewer than one long sequence has.
+    """
     B, Hkv, G = cu_seqlens.shape[0] - 1, v.shape[1], q.shape[1] // v.shape[1]
     has_context = context_k is not None and max_context > 0
     block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), largest_m)
     row_tiles, block_own = triton.cdiv(max_seqlen * G, block_m), tile(max_seqlen, 16, block_n)
-    splits = max(1, min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n))) if has_context else 1
+    splits = min(PROGRAMS // (B * Hkv * row_tiles), triton.cdiv(max_context, block_n)) if has_context else 1
+    splits = floor_power(splits)
     ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
     arguments = {
         "q_ptr": q,
@@ -968,6 +977,7 @@ def _over_rows(
         "cu_context_ptr": cu_seqlens if cu_context is None else cu_context,
         "context_index_ptr": cu_seqlens if context_index is None else context_index,
         "T": q.shape[0],
+        "n_pairs": B * Hkv,
         "stride_kt": k.stride(0),
         "stride_kh": k.stride(1),
         "stride_vt": v.stride(0),
@@ -986,7 +996,7 @@ def _over_rows(
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
-    return (B * Hkv, row_tiles, splits), arguments
+    return (B * Hkv * row_tiles, splits), arguments
 
 
 @triton_op("pe::context_attention_fwd")
@@ -1011,7 +1021,7 @@ def _context_attention_fwd(
     common = _common(q, v, scale, window, softcap)
     context = context_k, context_v, cu_context, context_index
     grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 128)
-    o, lse, splits = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32), grid[2]
+    o, lse, splits = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32), grid[1]
     partial, partial_lse = o, lse
     if splits > 1:
         partial = q.new_empty(splits, T, H, Dv, dtype=torch.float32)
@@ -1068,7 +1078,7 @@ def _context_attention_bwd(
     common = _common(q, v, scale, window, softcap)
     context = context_k, context_v, cu_context, context_index
     grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 64)
-    delta, splits = torch.empty_like(lse), grid[2]
+    delta, splits = torch.empty_like(lse), grid[1]
     dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
     wrap_triton(_context_attention_bwd_dq_kernel, CONFIGS)[grid](
         **common, **arguments, o_ptr=o, do_ptr=do, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, scale=scale
@@ -1102,7 +1112,7 @@ def _context_attention_bwd(
             user_begin = torch.searchsorted(key, torch.arange(N + 1, device=q.device, dtype=key.dtype))
         block_m, block_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * H // Hkv, max_context)
         key_tiles = triton.cdiv(max_context, block_n)
-        user_splits = max(1, min(PROGRAMS // max(1, N * Hkv * key_tiles), B // max(1, N)))
+        user_splits = floor_power(min(PROGRAMS // max(1, N * Hkv * key_tiles), B // max(1, N)))
         dtype = torch.float32 if user_splits > 1 else q.dtype
         dck, dcv = q.new_empty(user_splits, C, Hkv, D, dtype=dtype), q.new_empty(user_splits, C, Hkv, Dv, dtype=dtype)
         if key_tiles > 0 and N > 0:
@@ -1202,7 +1212,7 @@ def context_attention(
     Token i of sequence b stands at position len(context b) + i and sees its whole context and its own tokens up to i;
     with `window` only keys less than `window` positions back. Query head h reads key/value head h // (H / Hkv).
     scale: default D ** -0.5. softcap: s tanh(score / s) before masking. sinks [H]: one more logit a head in the
-    denominator. Differentiable in q, k, v, context_k, context_v and sinks; no work without need of it.
+    denominator. Differentiable in q, k, v, context_k, context_v and sinks; what asks for no gradient costs none, but q.
     Raises ValueError on shapes, dtypes or devices that do not fit, and (CPU) on offsets or indices out of range.
     """
     require_float("q", q, 3)
@@ -1223,7 +1233,7 @@ def context_attention(
         require(tuple(context_v.shape) == expected_v, "context_v", f"shape {expected_v}", context_v.shape)
         has_grad = context_k.requires_grad or context_v.requires_grad
         require_offsets("cu_context", cu_context, C, has_rest=not has_grad)
-        require_longest("max_context", max_context, cu_context, C)
+        require_longest("max_context", max_context, cu_context, C if has_grad else 0)
         n_segments = cu_context.shape[0] - 1
         if context_index is None:
             require(n_segments == B, "cu_context", f"shape [{B + 1}] without a context_index", cu_context.shape)
@@ -1249,6 +1259,8 @@ def context_attention(
     require(window is None or window >= 1, "window", "None or an int >= 1", window)
     require(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
     scale = D**-0.5 if scale is None else scale
+    if window is not None and window >= max_seqlen + max_context:
+        window = None
     if use_triton(impl, q) and T > 0:
         require(max(D, v.shape[2]) <= MAX_WIDTH, "q", f"head widths of at most {MAX_WIDTH} for the Triton path", D)
         own = unit_stride(q), unit_stride(k), unit_stride(v), cu_seqlens.contiguous()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import Impl, require, require_float, require_offsets, require_same_device, use_triton
-from pe.kernels._triton import triton_op, unit_stride, wrap_triton
+from pe.kernels._triton import floor_power, triton_op, unit_stride, wrap_triton
 
 L2_EPS = 1e-12  # torch.nn.functional.normalize's
 PROGRAMS = 528  # split segments until about this many programs run: four for each of 132 multiprocessors
@@ -58,6 +58,8 @@ def pool_normalize_ref(
         segment = torch.searchsorted(cu_seqlens[1:], torch.arange(h.shape[0], device=h.device), right=True)
         w = h.new_ones(h.shape[0], dtype=dtype) if token_weights is None else token_weights.to(dtype)
     x = h.to(dtype)
+    if mode == "last" or token_weights is not None:
+        x = x.masked_fill((w == 0)[:, None], 0.0)  # what is left out may be infinite
     if norm == "layer":
         x = x - x.mean(dim=-1, keepdim=True)
     if norm != "none":
@@ -316,7 +318,7 @@ def _tiles(n_rows: int, width: int, n_segments: int, mode: str) -> dict[str, int
     block_d = max(16, triton.next_power_of_2(width))
     block_t = max(1, min(16, TILE_ELEMENTS // block_d)) if mode != "last" else 1
     blocks_each = triton.cdiv(n_rows, n_segments * block_t)
-    splits = 1 if mode == "last" else max(1, min(PROGRAMS // n_segments, blocks_each))
+    splits = 1 if mode == "last" else floor_power(min(PROGRAMS // n_segments, blocks_each))
     num_warps = 8 if block_d * block_t >= 4096 else 4
     return {"SPLITS": splits, "BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_W": 128, "num_warps": num_warps}
 

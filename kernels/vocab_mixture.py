@@ -3,7 +3,8 @@
 Forward, in base 2 with z = h E_outᵀ log2(e) / T: every tile of the vocabulary writes 2^(z - k) with an integer offset k
 a row, so that bringing tiles to a common offset is exact; S = sum 2^(k - k_max) (2^(z - k) E_in) / sum 2^(z - k_max).
 Backward: P = 2^(z - lse) again, dP = dS E_inᵀ, rowsum(P * dP) = rowsum(dS * S), dZ = P * (dP - rowsum) / T,
-dh = dZ E_out, dE_out = dZᵀ h, dE_in = Pᵀ dS. Saved: the inputs, S and the log-sum-exp.
+dh = dZ E_out, dE_out = dZᵀ h, dE_in = Pᵀ dS. Saved: the inputs, and S and the log-sum-exp in float32: where one entry
+holds most of a row, dP - rowsum is a small difference of large numbers, and a rounded S would be most of it.
 
 Chunked form, any shape: two products for each chunk of the vocabulary. [M, chunk] is the largest buffer, and a chunk of
 tied rows up to 1,024 wide is still in the L2 cache when its second product reads it. Floor 4·M·V·D FLOPs forward,
@@ -102,12 +103,12 @@ def _vocab_mixture_fwd_probs_kernel(
     )
     z = tl.where(mask_v[None, :], z * scale, -float("inf"))
     offset = tl.ceil(tl.max(z, axis=1))  # [BM]
-    p = tl.exp2(z - offset[:, None])
+    p = tl.exp2(z - offset[:, None]).to(p_ptr.dtype.element_ty)
     p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_c[None, :]
-    tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_v[None, :])
+    tl.store(p_ptrs, p, mask=mask_m[:, None] & mask_v[None, :])
     tile_ptrs = offs_m * stride_om + v_begin // BLOCK_V + pid_v
     tl.store(offset_ptr + tile_ptrs, offset, mask=mask_m)
-    tl.store(sum_ptr + tile_ptrs, tl.sum(p, axis=1), mask=mask_m)
+    tl.store(sum_ptr + tile_ptrs, tl.sum(p.to(tl.float32), axis=1), mask=mask_m)  # of what is mixed: S stays a mean
 
 
 @triton.jit
@@ -395,11 +396,11 @@ def _vocab_mixture_fused_kernel(
             z = tl.where(mask_v[:, None], z, -float("inf"))
             before = offset
             offset = tl.maximum(before, tl.ceil(tl.max(z, axis=0)))
-            p = tl.exp2(z - offset[None, :])
+            p = tl.exp2(z - offset[None, :]).to(h.dtype)
             shrink = tl.exp2(before - offset)
-            total = total * shrink + tl.sum(p, axis=0)
+            total = total * shrink + tl.sum(p.to(tl.float32), axis=0)
             acc = acc * shrink[None, :, None]
-            factors = tl.broadcast_to(tl.trans(p.to(h.dtype))[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
+            factors = tl.broadcast_to(tl.trans(p)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
             acc = tl.dot(factors, e_in, acc, input_precision="ieee")
     out_ptrs = partial_ptr + split * stride_as + rows * stride_am
     if IS_BACKWARD:
@@ -577,9 +578,9 @@ def _fused(
 def _vocab_mixture_fwd(
     h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """S [M, Din] in h's dtype and the base-2 log-sum-exp of the scaled logits, [M] float32."""
+    """S [M, Din] and the base-2 log-sum-exp of the scaled logits, [M], both float32."""
     (M, D), (V, Din) = h.shape, e_in.shape
-    out, lse = h.new_empty(M, Din), h.new_empty(M, dtype=torch.float32)
+    out, lse = h.new_empty(M, Din, dtype=torch.float32), h.new_empty(M, dtype=torch.float32)
     if M == 0:
         return out, lse
     if fused_rows := _fused_rows(h, Din, is_tied, is_backward=False):
@@ -633,19 +634,20 @@ def _vocab_mixture_bwd(
     needs_h: bool,
     needs_out: bool,
     needs_in: bool,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dE_out and dE_in; an empty tensor for each that is not asked for."""
+    """dh [M, D] float32, dE_out and dE_in, times `scale` [1]; an empty tensor for each that is not asked for."""
     (M, D), (V, Din) = h.shape, e_in.shape
-    dh = h.new_empty(M, D) if needs_h else h.new_empty(0)
+    dh = h.new_empty(M, D, dtype=torch.float32) if needs_h else h.new_empty(0)
     de_out = torch.zeros_like(e_out, memory_format=torch.contiguous_format) if needs_out else h.new_empty(0)
     de_in = torch.zeros_like(e_in, memory_format=torch.contiguous_format) if needs_in else h.new_empty(0)
     if M == 0:
         return dh, de_out, de_in
-    delta = (ds.float() * s.float()).sum(dim=1)
+    delta = (ds.float() * s).sum(dim=1)
     fused_rows = _fused_rows(h, Din, is_tied, is_backward=True)
     if fused_rows and needs_h and not (needs_out or needs_in):
         _fused(h, e_out, e_in, temperature, is_tied, fused_rows, dh, lse, ds=ds, delta=delta)
-        return dh, de_out, de_in
+        return dh if scale is None else dh * scale, de_out, de_in
     chunk, needs_dz = _chunk(M, V), needs_h or needs_out
     dz = h.new_empty(M, chunk) if needs_dz else h
     p = h.new_empty(M, chunk) if needs_in else h
@@ -688,17 +690,20 @@ def _vocab_mixture_bwd(
         if needs_h:
             _mix(dz, e_out[v : v + size], partial, v // BLOCK_V)
         if needs_out:
-            matmul_into(de_out, dz[:, :size].T, h, first_row=v)
+            matmul_into(de_out, dz[:, :size].T, h, first_row=v, scale=scale)
         if needs_in:
-            matmul_into(de_in, p[:, :size].T, ds, first_row=v)
+            matmul_into(de_in, p[:, :size].T, ds, first_row=v, scale=scale)
     if needs_h:
         _merge(partial, dh)
-    return dh, de_out, de_in
+    return dh if scale is None else dh * scale, de_out, de_in
 
 
 def _room(ds: Tensor) -> Tensor:
-    """Power of two, float32, that brings the largest of ds into (4, 8], so that P (dP - delta) does not underflow."""
-    top = ds.abs().amax().float()
+    """Power of two `[1]` float32 that brings the largest of ds into (4, 8], so that P (dP - delta) does not underflow.
+
+    Not a scalar tensor, which a product on a GPU would take to ds's type, where it may be infinite.
+    """
+    top = ds.abs().amax().float()[None]
     return torch.where((top > 0) & top.isfinite(), torch.exp2(3 - torch.ceil(torch.log2(top))), 1.0)
 
 
@@ -710,17 +715,19 @@ class _VocabMixture(torch.autograd.Function):
         s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature, is_tied, eps)
         ctx.save_for_backward(h, e_out, e_in, s, lse)
         ctx.temperature, ctx.is_tied = temperature, is_tied
-        return s
+        return s.to(h.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, ds: Tensor) -> tuple[Tensor | None, ...]:
         h, e_out, e_in, s, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        factor = _room(ds) if ds.dtype == torch.float16 and ds.numel() else None
-        ds = ds.contiguous() if factor is None else (ds * factor).to(ds.dtype)
-        grads = _vocab_mixture_bwd(ds, h, e_out, e_in, s, lse, ctx.temperature, ctx.is_tied, *needs)
-        if factor is not None:
-            grads = tuple((grad / factor).to(grad.dtype) for grad in grads)
+        scale = None
+        if ds.dtype == torch.float16 and ds.numel():
+            factor = _room(ds)
+            ds, scale = (ds.float() * factor).to(ds.dtype), 1 / factor
+        own = ds.contiguous(), h, e_out, e_in, s, lse
+        dh, de_out, de_in = _vocab_mixture_bwd(*own, ctx.temperature, ctx.is_tied, *needs, scale)
+        grads = dh.to(h.dtype), de_out, de_in
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
 
 

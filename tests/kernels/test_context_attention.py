@@ -139,10 +139,11 @@ def test_backward_keeps_no_scores_of_long_sequences() -> None:
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_no_token(impl: str, lengths: list[int]) -> None:
     q, k, v = (torch.randn(0, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
-    out = context_attention(q, k, v, offsets(lengths, DEVICE), max_seqlen=0, impl=impl)
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    out = context_attention(q, k, v, offsets(lengths, DEVICE), max_seqlen=0, sinks=sinks, impl=impl)
     out.sum().backward()
     assert out.shape == (0, 2, 16)
-    assert q.grad is not None
+    assert all(x.grad is not None and not x.grad.any() for x in (q, k, v, sinks))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -221,6 +222,58 @@ def test_a_bad_sequence_stays_alone(impl: str) -> None:
     out = context_attention(q, k, v, offsets(LENGTHS, DEVICE), max_seqlen=3, impl=impl)
     bad = torch.tensor([False, False, False, True, True, False], device=DEVICE)  # tokens 3 and 4 see key 3
     assert torch.equal(out.isfinite().all(dim=2).all(dim=1), ~bad)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_window_of_everything_is_none(impl: str) -> None:
+    """Near 2^31 it would wrap around where it is added to a position."""
+    lengths, parts = [40, 5], [70, 9]
+    q, k, v = (torch.randn(45, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+    context_k, context_v = (torch.randn(79, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    leaves, results = (q, k, v, context_k, context_v), []
+    for window in (None, 2**31 - 1, 110):
+        out = context_attention(
+            q, k, v, offsets(lengths, DEVICE), max_seqlen=40, context_k=context_k, context_v=context_v,
+            cu_context=offsets(parts, DEVICE), max_context=70, window=window, impl=impl,
+        )  # fmt: skip
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for widest in results[1:]:
+        assert all(map(torch.equal, results[0], widest))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_an_empty_context_changes_nothing(impl: str) -> None:
+    q, k, v = (torch.randn(3, 2, 16, device=DEVICE) for _ in range(3))
+    nothing = torch.randn(0, 2, 16, device=DEVICE)
+    own = context_attention(q, k, v, offsets([3], DEVICE), max_seqlen=3, impl=impl)
+    behind = context_attention(
+        q, k, v, offsets([3], DEVICE), max_seqlen=3, context_k=nothing, context_v=nothing,
+        cu_context=offsets([0], DEVICE), max_context=4, impl=impl,
+    )  # fmt: skip
+    torch.testing.assert_close(behind, own)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "width"), [(1 << 20, 64, 8, 128), (1 << 18, 71, 1, 64)])
+def test_a_long_sequence_fits_the_grid(tokens: int, heads: int, kv_heads: int, width: int) -> None:
+    """The first axis of a launch ends at 2^31 - 1, the others at 65,535."""
+    q, k = (torch.empty(tokens, n, width, dtype=torch.bfloat16, device="meta") for n in (heads, kv_heads))
+    for largest in (64, 128):
+        grid, _ = module._over_rows(q, k, k, torch.empty(2), None, None, None, None, tokens, 0, largest)
+        assert grid[0] * 128 >= tokens * heads
+        assert grid[0] < 1 << 31
+        assert grid[1] < 1 << 16
+
+
+def test_rows_behind_the_last_segment_bound_nothing() -> None:
+    """Off a CPU lengths are not read; a buffer of 512 rows may hold one segment of 300."""
+    q, context = torch.empty(3, 2, 16, device="meta"), torch.empty(512, 2, 16, device="meta")
+    kwargs: Any = {
+        "max_seqlen": 3, "context_k": context, "context_v": context, "cu_context": offsets([1]).to("meta"),
+        "max_context": 300, "impl": "torch",
+    }  # fmt: skip
+    assert context_attention(q, q, q, offsets([3]).to("meta"), **kwargs).shape == (3, 2, 16)
+    with pytest.raises(ValueError, match="max_context: expected at least the mean segment, 512, got 300"):
+        context_attention(q, q, q, offsets([3]).to("meta"), **kwargs | {"context_k": context.requires_grad_()})
 
 
 Q, K, V = (torch.randn(6, heads, 8) for heads in (4, 2, 2))

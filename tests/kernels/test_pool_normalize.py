@@ -58,10 +58,12 @@ def test_reference_is_the_modules_segment_by_segment(mode: str, norm: str, norma
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_and_weightless_segments_are_zero(impl: str, mode: str) -> None:
-    h = torch.randn(8, 20, device=DEVICE, requires_grad=True)
+    h = torch.randn(8, 20, device=DEVICE)
     weights = None
     if mode == "weighted":
+        h[6] = torch.nan  # of weight zero: left out
         weights = torch.tensor([0.0, 0, 0, 1, 1, 2, 0, 3], device=DEVICE, requires_grad=True)
+    h.requires_grad_()
     out = pool_normalize(h, offsets(LENGTHS, DEVICE), mode=mode, norm="rms", token_weights=weights, impl=impl)
     out.square().sum().backward()
     zero = torch.tensor([mode == "weighted", True, False, False], device=DEVICE)

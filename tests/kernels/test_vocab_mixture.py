@@ -90,7 +90,7 @@ def test_no_buffer_grows_with_rows_times_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["fused", "chunked"])
-@pytest.mark.parametrize("upstream", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("upstream", [1e-6, 1e-5, 1e-4, 1.0, 100.0])
 def test_half_precision_gradients_of_any_size(upstream: float, frozen: bool) -> None:
     """P (dP - delta) of an entry is far below fp16's smallest number where the upstream gradient is small."""
     h, e, ds = (torch.randn(n, 32, device=DEVICE).half() for n in (3, 2000, 3))
@@ -103,6 +103,44 @@ def test_half_precision_gradients_of_any_size(upstream: float, frozen: bool) -> 
         assert reference.grad is not None
         error = (ours.grad.double() - reference.grad.double()).norm() / reference.grad.double().norm()
         assert error < 5e-3
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["fused", "chunked"])
+@pytest.mark.parametrize(("temperature", "peak"), [(0.12, 0.8), (0.09, 0.97), (0.06, 0.999)])
+def test_gradients_of_a_peaked_row(temperature: float, peak: float, frozen: bool) -> None:
+    """P (dP - delta) is a small difference of large numbers where one entry holds most of the probability."""
+    e = torch.nn.functional.normalize(torch.randn(300, 64, device=DEVICE), dim=1).half()
+    h, ds = e[:6].clone(), torch.randn(6, 64, device=DEVICE).half()
+    wide, leaves = h.double().requires_grad_(), (h.requires_grad_(), e.clone().requires_grad_(not frozen))
+    vocab_mixture_ref(wide, e.double(), e.double(), temperature).backward(ds.double())
+    highest = torch.softmax(wide @ e.double().T / temperature, dim=1).amax(1)
+    assert (highest > peak).all()
+    vocab_mixture(leaves[0], leaves[1], leaves[1], temperature, impl="triton").backward(ds)
+    assert h.grad is not None
+    assert wide.grad is not None
+    errors = (h.grad.double() - wide.grad).norm(dim=1) / wide.grad.norm(dim=1)
+    assert errors.max() < 0.01
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["fused", "chunked"])
+def test_a_transposed_upstream(frozen: bool) -> None:
+    h, e, ds = (torch.randn(n, 32, device=DEVICE).half() for n in (6, 300, 6))
+    grads = []
+    for upstream in (ds, ds.T.contiguous().T):
+        leaves = h.clone().requires_grad_(), e.clone().requires_grad_(not frozen)
+        vocab_mixture(leaves[0], leaves[1], leaves[1], impl="triton").backward(upstream)
+        grads.append(leaves[0].grad)
+    assert torch.equal(*grads)
+
+
+def test_sums_over_rows_keep_their_room() -> None:
+    """The gradient of an embedding is a sum over rows that fits fp16, but not at the scale of its summands."""
+    h, e_in = torch.zeros(1600, 16, device=DEVICE).half(), torch.randn(40, 16, device=DEVICE).half()
+    h[:, 0] = 60.0
+    e_out = (1e-3 * torch.randn(40, 16, device=DEVICE)).half().requires_grad_()
+    vocab_mixture(h, e_out, e_in, impl="triton").backward(torch.full((1600, 16), 1e-3, device=DEVICE).half())
+    assert e_out.grad is not None
+    assert 8 < e_out.grad.abs().max() < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["chunked", "fused"])
