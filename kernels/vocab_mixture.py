@@ -396,10 +396,10 @@ def _vocab_mixture_fused_kernel(
             z = tl.where(mask_v[:, None], z, -float("inf"))
             before = offset
             offset = tl.maximum(before, tl.ceil(tl.max(z, axis=0)))
-            p = tl.exp2(z - offset[None, :]).to(h.dtype)
             shrink = tl.exp2(before - offset)
-            total = total * shrink + tl.sum(p.to(tl.float32), axis=0)
             acc = acc * shrink[None, :, None]
+            p = tl.exp2(z - offset[None, :]).to(h.dtype)  # here, not before acc: of 32 rows something would spill
+            total = total * shrink + tl.sum(p.to(tl.float32), axis=0)
             factors = tl.broadcast_to(tl.trans(p)[None, :, :], [SLICES, BLOCK_M, BLOCK_V])
             acc = tl.dot(factors, e_in, acc, input_precision="ieee")
     out_ptrs = partial_ptr + split * stride_as + rows * stride_am

@@ -1,4 +1,4 @@
-"""How every command ends when its input cannot be used: one message on stderr and exit code 2."""
+"""How every command ends when its input cannot be used, or on Ctrl-C: one message on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
-    """End the program with code 2 and the error's message where the input is at fault.
+    """End the program with code 2 and the error's message where the input is at fault, with 130 on Ctrl-C.
 
     Every other error keeps its traceback, an error of CUDA or of torch among them: it is a fault of ours or of the
     machine.
@@ -28,3 +28,6 @@ def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
         damaged = "a .safetensors file cannot be read; is it whole? " if isinstance(error, SafetensorError) else ""
         print(f"{command}: {damaged}{error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        sys.exit(130)

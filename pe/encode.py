@@ -144,10 +144,10 @@ def encode_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, dtype=dtype, device=device)
-    embeddings = embedder.encode_many(
-        texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
-    )
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+        embeddings = embedder.encode_many(
+            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
+        )
         whole = Path(folder) / target.name
         WRITERS[target.suffix](whole, texts, embeddings, instructions)
         os.replace(whole, target)

@@ -29,6 +29,7 @@ from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
+from pe.records import RecordError, check_unicode
 from pe.saving import Parts, find, read, write
 from pe.skip import LinearSkip, around, as_they_are, build_skip
 from pe.trainable import TrainableModule
@@ -130,7 +131,7 @@ def has_dropout(prompter: nn.Module, backbone: Backbone | None = None) -> bool:
 
 
 def weights_version(module: nn.Module) -> Version | None:
-    """Where the weights are, and a number that grows with every change of one but a fused optimiser's.
+    """Where the weights are, and a number that grows with their changes but a fused optimiser's and those of `.data`.
 
     None for tensors of inference mode, which count no changes.
     """
@@ -140,16 +141,28 @@ def weights_version(module: nn.Module) -> Version | None:
     return frozenset((p.device, p.dtype) for p in parameters), sum(p._version for p in parameters)
 
 
-def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str) -> None:
-    """Refuse a bare string for a sequence, whose characters would be texts, and an unknown side.
+def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str, batch_tokens: int = 1) -> None:
+    """Refuse what is no sequence of texts, an unknown side, and batches of nothing.
+
+    A bare string is a sequence too, but its characters would be texts.
 
     Raises:
         ValueError: what to give instead.
     """
-    if isinstance(texts, str) or isinstance(instructions, str):
-        raise ValueError("texts, instructions: expected sequences of strings, got a single string; wrap it in a list")
+    for name, given in (("texts", texts), ("instructions", instructions)):
+        if isinstance(given, str):
+            raise ValueError(f"{name}: expected a sequence of strings, got a single string; wrap it in a list")
+        for place, text in enumerate(given):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: expected strings, got {type(text).__name__} at place {place}: {text!r:.80}")
+            try:
+                check_unicode(f"{name}, place {place}", text)
+            except RecordError as bad:
+                raise ValueError(str(bad)) from bad
     if side not in SIDES:
         raise ValueError(f"side: expected {' or '.join(map(repr, SIDES))}, got {side!r}")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
 
 
 class PromptEmbedder(TrainableModule):
@@ -190,7 +203,7 @@ class PromptEmbedder(TrainableModule):
         self.truncation = Truncation()
         self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
-        self._bank_version: tuple[Version | None, int] | None = None
+        self._bank_version: tuple[Version | None, int, tuple[float, ...]] | None = None
         self._written: dict[Hashable, SoftPrompts] = {}
 
     @classmethod
@@ -497,9 +510,10 @@ class PromptEmbedder(TrainableModule):
         In the suffix layout each further instruction costs K tokens a text.
 
         Raises:
-            ValueError: a bare string where a sequence is expected, or an unknown side.
+            ValueError: anything but strings, an unknown side, or batches of less than a token.
         """
-        check_arguments(texts, instructions, side)
+        check_arguments(texts, instructions, side, batch_tokens)
+        texts, instructions = list(texts), list(instructions)
         was_training = self.training
         self.eval()
         try:
@@ -511,21 +525,25 @@ class PromptEmbedder(TrainableModule):
         everything = Requests(texts, wanted[:1], [0] * len(texts))
         ids = self.tokenize(everything) if wanted else []
         embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
+        bank = self.prompt_bank(wanted) if ids and self.config.conditioning == "instruction" else None
         with tqdm(total=len(texts), unit="text", disable=not progress, desc="encode") as bar:
             for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
                 places = to_device(batch, self.device)
-                embeddings[:, places] = self._encode_batch([texts[i] for i in batch], [ids[i] for i in batch], wanted)
+                part = [texts[i] for i in batch], [ids[i] for i in batch]
+                embeddings[:, places] = self._encode_batch(*part, wanted, bank)
                 bar.update(len(batch))
         return embeddings
 
-    def _encode_batch(self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction]) -> Tensor:
-        """`[I, B, D]` of one packed batch, sorted by length already."""
+    def _encode_batch(
+        self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction], bank: Tensor | None
+    ) -> Tensor:
+        """`[I, B, D]` of one batch, sorted by length already; `bank` `[I, K, D]` where texts change no prompt."""
         count = len(texts)
         if self.config.layout == "prefix":
             parts = []
-            for item in wanted:
+            for place, item in enumerate(wanted):
                 requests = Requests(texts, [item], [0] * count)
-                prompts, index = self._encode_prompts(requests)
+                prompts, index = self._encode_prompts(requests, None if bank is None else bank[place : place + 1])
                 parts.append(self._embed_behind_prefix(requests, ids, prompts, index))
             return torch.stack(parts)
         context, skipped = self.read(ids)
@@ -535,15 +553,15 @@ class PromptEmbedder(TrainableModule):
         for first in range(0, len(wanted), at_once):
             group = wanted[first : first + at_once]
             requests = Requests(list(texts) * len(group), group, [n for n in range(len(group)) for _ in texts])
-            prompts, index = self._encode_prompts(requests)
+            prompts, index = self._encode_prompts(requests, None if bank is None else bank[first : first + at_once])
             states = self.prompt_states(context, prompts, index, list(range(count)) * len(group))
             parts.append(around(self.pool_prompt(states).unflatten(0, (len(group), count)), skipped))
         return torch.cat(parts)
 
-    def _encode_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
-        if self.config.conditioning == "instruction_and_text":
+    def _encode_prompts(self, requests: Requests, bank: Tensor | None) -> tuple[AlignedPrompts, list[int]]:
+        if bank is None:
             return self.write_prompts(requests)
-        return AlignedPrompts(self.prompt_bank(requests.instructions), None), list(requests.index)
+        return AlignedPrompts(bank, None), list(requests.index)
 
     @torch.no_grad()
     def prompt_bank(self, instructions: Sequence[Instruction]) -> Tensor:
@@ -554,7 +572,7 @@ class PromptEmbedder(TrainableModule):
         """
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
-        version = weights_version(self), _optimizer_steps
+        version = weights_version(self), _optimizer_steps, self._norms()
         if version[0] is None or version != self._bank_version:
             self._bank, self._bank_version = {}, version
         for item in instructions:
@@ -564,6 +582,11 @@ class PromptEmbedder(TrainableModule):
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
+
+    def _norms(self) -> tuple[float, ...]:
+        """Of the weights that write a prompt: written through `.data`, as averages are, they raise no version."""
+        weights = [p.detach() for part in (self.prompter, self.alignment) for p in part.parameters()]
+        return tuple(torch.stack([norm.float() for norm in torch._foreach_norm(weights)]).tolist())
 
     # Training.
 

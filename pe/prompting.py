@@ -9,6 +9,7 @@ Legend: N prompts, K soft tokens, L tokens of the longest request, D hidden size
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,6 +286,8 @@ def logit_scale(model: PreTrainedModel) -> float:
     model.train(was_training)
     scale = ((logits * plain).sum() / (plain * plain).sum()).item()
     error = ((logits - scale * plain).norm() / logits.norm()).item()
+    if not math.isfinite(error):
+        raise UnsupportedPrompter(f"{name}: its logits are not finite; are its weights those of a diverged training?")
     if not error < TOLERANCE or scale <= 0:
         raise UnsupportedPrompter(
             f"{name}: its logits differ from a linear map of the hidden state by {error:.1e}; a soft cap or a bias on"

@@ -110,7 +110,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     node = read_yaml(path, Recipe)
     parser = build_parser(Recipe)
-    for override in overrides:
+    for before, override in zip(["", *overrides], overrides, strict=False):
+        if not override.startswith("--") and not (before.startswith("--") and "=" not in before):
+            raise RecipeError(f"unexpected {override!r}; expected the recipe first, then --option=value")
         option = override.partition("=")[0]
         known = [name for action in parser._actions for name in action.option_strings]
         if option.startswith("--") and option not in known:

@@ -89,11 +89,12 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     yield from _lines(path)
 
 
-def read_jsonl(path: str | Path, keys: Sequence[str] = ()) -> list[Record]:
-    """All records of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file.
+def read_jsonl(path: str | Path, keys: Sequence[str] = (), *, checked: bool = False) -> list[Record]:
+    """All records of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file; with `checked` their values are what `VALUES` says.
 
     Raises:
-        DataError: the file is missing, damaged or empty, a line is no JSON object, or one of `keys` is missing in it.
+        DataError: the file is missing, damaged or empty, a line is no JSON object, or one of `keys` is missing in it or
+            of another type.
     """
     records = []
     for number, line in jsonl_lines(Path(path)):
@@ -102,6 +103,8 @@ def read_jsonl(path: str | Path, keys: Sequence[str] = ()) -> list[Record]:
             for key in keys:
                 if key not in record:
                     raise RecordError("missing key", f"expected the key {key!r}, got {braced(record)}")
+                if checked:
+                    VALUES[key](key, record[key])
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
         records.append(record)
@@ -177,12 +180,16 @@ def hub_rows(path: str) -> Iterator[tuple[int, Record]]:
     yield from enumerate(table, start=1)
 
 
-def _text(key: str, value: Any) -> None:
+def _string(key: str, value: Any) -> None:
     if not isinstance(value, str):
         raise RecordError("wrong type", f"{key}: expected a string, got {_short(value)}")
+    check_unicode(key, value)
+
+
+def _text(key: str, value: Any) -> None:
+    _string(key, value)
     if not value.strip():
         raise RecordError("empty text", f"{key}: expected a text, got {_short(value)}")
-    check_unicode(key, value)
 
 
 def check_unicode(key: str, value: str) -> None:
@@ -202,6 +209,13 @@ def _texts(key: str, value: Any) -> None:
         _text(f"{key}[{number}]", item)
 
 
+def _strings(key: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise RecordError("wrong type", f"{key}: expected a list of strings, got {_short(value)}")
+    for number, item in enumerate(value):
+        _string(f"{key}[{number}]", item)
+
+
 def _label(key: str, value: Any) -> None:
     if isinstance(value, str):
         _text(key, value)
@@ -219,6 +233,13 @@ PAIRS: Kind = {"query": _text, "positive": _text, "negatives": _texts}
 LABELLED: Kind = {"text": _text, "label": _label}
 SCORED: Kind = {"sentence1": _text, "sentence2": _text, "score": _score}
 KINDS = (PAIRS, LABELLED, SCORED)
+VALUES: Kind = {
+    **dict.fromkeys(("_id", "title", "text", "sentence1", "sentence2", "query"), _string),
+    **dict.fromkeys(("positive", "negative"), _strings),
+    "label": _label,
+    "score": _score,
+}
+"""What stands under a key of an evaluation file."""
 
 
 def braced(names: Any) -> str:

@@ -31,12 +31,13 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        conditions: what must be the same beside the recipe when the run is resumed; every checkpoint keeps it.
+        conditions: what must be the same beside the recipe when the run is resumed, None for one that never is; every
+            checkpoint keeps it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.conditions: dict[str, Any] = {}
+        self.conditions: dict[str, Any] | None = {}
 
     @property
     def model(self) -> Path:
@@ -49,7 +50,13 @@ class RunFolder:
         return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
     def start(
-        self, recipe: Recipe, *, resume: bool, fresh: bool, conditions: Mapping[str, Any] | None = None
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool,
+        fresh: bool,
+        conditions: Mapping[str, Any] | None = None,
+        resumable: bool = True,
     ) -> list[str]:
         """Prepare the folder and write the resolved recipe.
 
@@ -60,32 +67,37 @@ class RunFolder:
             resume: go on from the newest checkpoint.
             fresh: move what is there aside.
             conditions: see `conditions_of`.
+            resumable: whether the run may go on from a checkpoint one day.
 
         Returns:
             a sentence for each damaged checkpoint that was set aside for an older one.
 
         Raises:
             RunError: a file instead of a folder; a run is there and neither `resume` nor `fresh` was asked for, or both
-                were; nothing to resume; another recipe or other conditions than those of the run to resume.
+                were; nothing to resume; another recipe or other conditions than those of the run to resume; a folder
+                that cannot be moved aside.
         """
         recipe_file = self.path / "recipe.yaml"
         if resume and fresh:
             raise RunError(f"{self.path}: --resume continues the run, --fresh moves it aside; expected one of them")
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: expected a folder, got a file; --output=FOLDER writes elsewhere")
-        self.conditions = dict(conditions or {})
+        self.conditions = dict(conditions or {}) if resumable else None
         if fresh and self.path.exists():
-            self._move_aside()
+            self._move_aside(recipe)
         notes = []
         if resume:
             self._check_same(recipe, recipe_file)
             notes = self._set_damaged_aside()
         elif not self._may_start():
+            going_on = "--resume continues that run, " if resumable else ""
             raise RunError(
-                f"{self.path}: holds files already; --resume continues that run, --fresh moves it aside and starts"
-                " anew, --output=FOLDER writes elsewhere"
+                f"{self.path}: holds files already; {going_on}--fresh moves it aside and starts anew, --output=FOLDER"
+                " writes elsewhere"
             )
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for partial in (self.path / "checkpoints").glob("*.part"):
+            partial.unlink()
         write_yaml(recipe, recipe_file)
         return notes
 
@@ -94,16 +106,30 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         return not names or ("checkpoints" in names and names <= LEFT_OVER and not self.checkpoints)
 
-    def _move_aside(self) -> None:
-        number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+    def _move_aside(self, recipe: Recipe) -> None:
+        """Rename the folder.
+
+        Raises:
+            RunError: the working directory or a model that the recipe starts from is in it.
+        """
+        path, number = self.path.resolve(), 1
+        if Path.cwd().is_relative_to(path):
+            raise RunError(f"{self.path}: --fresh would move the working directory; --output=FOLDER writes elsewhere")
+        for name in (recipe.model.backbone.model, recipe.model.prompter.model):
+            if Path(name).exists() and Path(name).resolve().is_relative_to(path):
+                raise RunError(
+                    f"{self.path}: --fresh would move {name}, which the run starts from; --output=FOLDER writes"
+                    " elsewhere"
+                )
+        while (target := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
-        self.path.rename(target)
+        path.rename(target)
 
     def _check_same(self, recipe: Recipe, file: Path) -> None:
         if not file.exists() or not self.checkpoints:
             raise RunError(f"{self.path}: nothing to resume (no recipe.yaml with a checkpoint); run without --resume")
-        if changed := differences(flatten(to_dict(load_recipe(file))), flatten(to_dict(recipe))):
+        before, now = (flatten(to_dict(found)) for found in (load_recipe(file), recipe))
+        if changed := differences(before, now | {"output": before["output"]}):  # the folder may have been moved
             raise RunError(f"{self.path}: --resume needs the same recipe; changed: {', '.join(changed)}")
 
     def _set_damaged_aside(self) -> list[str]:
@@ -122,18 +148,31 @@ class RunFolder:
         else:
             reasons = "\n".join(str(error) for _, error in damaged)
             raise RunError(f"{reasons}\n{self.path}: no other checkpoint is left; --fresh starts anew")
-        if changed := differences(state.get("conditions", self.conditions), self.conditions):
+        now = self.conditions or {}
+        before = state.get("conditions", now)
+        if before is None:
+            raise RunError(f"{self.path}: the run of a move (pe.transfer), which is never resumed; start it anew")
+        if changed := differences(before, now):
             raise RunError(f"{self.path}: --resume needs what the run had; changed: {', '.join(changed)}")
         for bad, _ in damaged:
             os.replace(bad, bad.with_suffix(".damaged"))
         return [f"{error}; going on from {path.name}" for _, error in damaged]
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write the state after `step` steps, whole or not at all, and remove all but the newest `keep`."""
+        """Write the state after `step` steps, whole or not at all, and remove all but the newest `keep`.
+
+        Raises:
+            RunError: the disk is full, or the file cannot be written for another reason.
+        """
         path = self.path / "checkpoints" / f"step-{step:06d}.pt"
         temporary = path.with_suffix(".part")
-        torch.save({**state, "conditions": self.conditions}, temporary)
-        os.replace(temporary, path)
+        try:
+            torch.save({**state, "conditions": self.conditions}, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer has no error of its own for a full disk
+            temporary.unlink(missing_ok=True)
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"{path}: the checkpoint cannot be written; is the disk full? ({reason})") from error
         for old in self.checkpoints[:-keep]:
             old.unlink()
 
@@ -161,9 +200,16 @@ def read_checkpoint(path: Path, device: torch.device, *, mmap: bool = False) -> 
         raise RunError(f"{path}: expected a checkpoint, got a file that cannot be read ({reason})") from error
 
 
-def conditions_of(recipe: Recipe, processes: int) -> dict[str, Any]:
-    """What must be the same beside the recipe when a run is resumed: processes, and the content of local data files."""
+def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dict[str, Any]:
+    """What must be the same beside the recipe when a run is resumed.
+
+    Args:
+        recipe: whose local data files count by their content.
+        processes: how many train.
+        contents: what else counts, by name: the models' revisions.
+    """
     found: dict[str, Any] = {"processes": processes}
+    found |= {f"content of the {name}": revision for name, revision in contents.items()}
     for path in dict.fromkeys(item.path for item in recipe.data if not item.path.startswith(HUB)):
         with Path(path).open("rb") as file:
             found[f"content of {path}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]

@@ -63,12 +63,19 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
     """
     if path.exists() and not _may_be_replaced(path):
         raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
-    include_backbone |= Path(parts.backbone.name).resolve().is_relative_to(path.resolve())
+    source = Path(parts.backbone.name)
+    include_backbone |= source.is_dir() and source.resolve().is_relative_to(path.resolve())
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path.parent))
+    is_empty = path.is_dir() and not any(path.iterdir())
+    own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path if is_empty else path.parent))
     new, former = own / "new", own / "former"
     try:
         _write_parts(parts, new, include_backbone, card)
+        _open_to_others(new)
+        if is_empty:  # it stays where it is: a mount point cannot be replaced
+            for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
+                entry.rename(path / entry.name)
+            return
         if path.exists():
             path.rename(former)
         new.rename(path)
@@ -76,6 +83,14 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
         if os.path.lexists(former) and not path.exists():
             former.rename(path)
         shutil.rmtree(own, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give every file the mode that new files have; safetensors writes for its owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) -> None:
@@ -248,7 +263,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
+        inner = next((found.parent for found in path.glob("*_PromptModule/config.json")), None)
+        hint = f"; {inner} is one, which sentence-transformers has saved" if inner else " (no config.json)"
+        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there{hint}")
     saved = _read_json(file)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         got = saved.get("format") if isinstance(saved, dict) else type(saved).__name__

@@ -221,7 +221,7 @@ def _columns(path: Path, *keys: str) -> Any:
     """A `datasets.Dataset` of these keys of a file's records."""
     from datasets import Dataset
 
-    records = read_jsonl(path, keys)
+    records = read_jsonl(path, keys, checked=True)
     return Dataset.from_dict({key: [record[key] for record in records] for key in keys})
 
 
@@ -265,7 +265,7 @@ def _read_reranking(paths: Sequence[Path], split: str) -> dict[str, dict[str, Re
     documents: dict[str, str] = {}
     relevant: dict[str, dict[str, int]] = {}
     candidates: dict[str, list[str]] = {}
-    for i, record in enumerate(read_jsonl(paths[0], ("query", "positive", "negative"))):
+    for i, record in enumerate(read_jsonl(paths[0], ("query", "positive", "negative"), checked=True)):
         query, texts = f"q{i}", [*record["negative"], *record["positive"]]
         queries[query] = record["query"]
         candidates[query] = [f"{query}-{n}" for n in range(len(texts))]

@@ -111,7 +111,8 @@ def fit(
         evaluate: the mean score now; called every `eval_every` steps.
 
     Raises:
-        TrainingError: a part without gradient, outputs that stay the same, a loss that is not finite.
+        TrainingError: a part without gradient, outputs that stay the same, a loss or embeddings that are not finite.
+        RunError: a checkpoint cannot be written.
     """
     options, history = recipe.train, History()
     parts = model.trainable_parameters()
@@ -172,12 +173,11 @@ def fit(
             if evaluate and options.eval_every and (step + 1) % options.eval_every == 0:
                 history.scores.append((step + 1, history.seconds, evaluate()))
                 accelerator.log({"score": history.scores[-1][2]}, step=step + 1)
-            if (
-                run
-                and accelerator.is_main_process
-                and ((step + 1) % options.save_every == 0 or step + 1 == options.steps)
-            ):
-                save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
+            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+                if not detached(model, probe).isfinite().all():
+                    raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
+                if run and accelerator.is_main_process:
+                    save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
     finally:
         if isinstance(model, PromptEmbedder):
             model.use_graphs(False)
@@ -229,6 +229,11 @@ def check_gradients(parts: dict[str, list[nn.Parameter]], loss: Tensor, step: in
         raise TrainingError(f"step {step + 1}: the loss is {loss.item()}; lower the rates, or check the data")
     if step == 0 and not parts:
         raise TrainingError("nothing to train: no parameter requires a gradient")
+    if step == 0 and not loss:
+        raise TrainingError(
+            "step 1: the loss is 0, no query has a negative; expected a batch of at least two documents that differ in"
+            " text and label (train.batch_size, data)"
+        )
     for name, group in parts.items() if step == 0 else ():
         if not any(p.grad is not None and bool(p.grad.any()) for p in group):
             raise TrainingError(f"step 1: no parameter of the {name} got a gradient; it would not train")
@@ -390,7 +395,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     model.name = run.path.name
     check_widths(recipe, model)
     if accelerator.is_main_process:
-        conditions = conditions_of(recipe, accelerator.num_processes)
+        contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}
+        conditions = conditions_of(recipe, accelerator.num_processes, **contents)
         for note in run.start(recipe, resume=resume, fresh=fresh, conditions=conditions):
             console.print(note, highlight=False)
     accelerator.wait_for_everyone()
@@ -402,7 +408,12 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
     evaluate = (lambda: measure(model).mean) if recipe.evaluate.tasks else None
-    history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
+    try:
+        history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
+    except KeyboardInterrupt:
+        kept = f"--resume goes on from {run.checkpoints[-1].name}" if run.checkpoints else "no checkpoint was due yet"
+        console.print(f"interrupted; {kept}", highlight=False)
+        raise
     accelerator.end_training()
     console.print(
         f"{len(history.losses)} steps in {history.seconds:.0f} s, {history.tokens / history.seconds:,.0f} tokens/s,"

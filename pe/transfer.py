@@ -168,7 +168,7 @@ def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fres
         )
     check_widths(recipe, target)
     measure = measurer(recipe)
-    run.start(recipe, resume=False, fresh=fresh)
+    run.start(recipe, resume=False, fresh=fresh, resumable=False)
     scores = {"source": measure(source)} if recipe.evaluate.tasks else {}
     started = time.perf_counter()
     if plan and fits_skip:

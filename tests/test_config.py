@@ -183,7 +183,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         ("--train.batch_size=0", "--train.batch_size=0: train.batch_size: expected at least 1, got 0"),
         ("--model.max_length=0", "--model.max_length=0: max_length: expected at least 1, got 0"),
         ("--train.steps", "--train.steps: "),
-        ("train.steps=7", "unrecognized arguments: train.steps=7"),
+        ("train.steps=7", "unexpected 'train.steps=7'; expected the recipe first, then --option=value"),
     ],
 )
 def test_error_in_an_override(recipe: Path, override: str, said: str) -> None:

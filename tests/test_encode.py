@@ -91,6 +91,21 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
         encode.read_texts(bad, "text")
 
 
+def test_an_output_that_cannot_be_written_is_known_before_encoding(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError("no writing here")
+
+    monkeypatch.setattr(encode.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(PromptEmbedder, "encode_many", lambda *_, **__: pytest.fail("encoded in vain"))
+    (tmp_path / "in.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        encode.main([str(run / "model"), str(tmp_path / "in.txt"), str(tmp_path / "o.npy"), f"--instruction=[{TASK}]"])
+    assert stopped.value.code == 2
+    assert "no writing here" in capsys.readouterr().err
+
+
 def test_only_a_line_feed_ends_a_text(tmp_path: Path) -> None:
     texts = ["one\u2028still one", "two\x85\x0c\x1c\x0b", "", "three\r four", "last"]
     source = tmp_path / "in.txt"

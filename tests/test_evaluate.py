@@ -347,6 +347,20 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("task", "file", "row", "message"),
+    [
+        ("PE-STS12", "sts12", {"sentence1": "a", "sentence2": "b", "score": "high"}, "score: expected a finite number"),
+        ("PE-STS12", "sts12", {"sentence1": "a", "sentence2": None, "score": 1}, "sentence2: expected a string"),
+        ("PE-WikiQA", "wikiqa_test", {"query": "a", "positive": "b", "negative": []}, "positive: expected a list"),
+    ],
+)
+def test_values_of_another_type(task: str, file: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path / f"eval/{file}.jsonl", [row])
+    with pytest.raises(DataError, match=rf"{file}\.jsonl:1: {message}"):
+        score(Trigrams(), [task], data=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"PE-XQuaD": "Find"}, r"no task 'PE-XQuaD' here; did you mean 'PE-XQuAD'\?"),

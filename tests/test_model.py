@@ -219,6 +219,27 @@ def test_a_single_string_is_no_sequence_for_baselines_either(models: Path) -> No
             baseline.encode("the cat", instruction=FIND)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": ["a", None]}, "texts: expected strings, got NoneType at place 1: None"),
+        ({"texts": ["\ud800"]}, "texts, place 0: expected Unicode text, got half a surrogate pair"),
+        ({"instruction": None}, "instructions: expected strings, got NoneType at place 0"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(make: Maker, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().encode(**{"texts": TEXTS, "instruction": FIND} | changes)
+
+
+def test_texts_of_any_sequence(make: Maker) -> None:
+    model = make()
+    expected = model.encode(TEXTS, instruction=FIND)
+    assert np.array_equal(model.encode(np.array(TEXTS), instruction=FIND), expected)  # type: ignore[arg-type]
+    assert np.array_equal(model.encode(tuple(TEXTS), instruction=FIND), expected)
+
+
 def test_an_unknown_side_is_refused(make: Maker) -> None:
     with pytest.raises(ValueError, match="side: expected 'query' or 'document', got 'doc'"):
         make().encode(["a"], instruction=FIND, side="doc")  # type: ignore[arg-type]
@@ -245,8 +266,13 @@ def test_what_the_prompting_model_cuts_is_counted(make: Maker) -> None:
 
 def test_an_error_leaves_the_mode_as_it_was(make: Maker) -> None:
     model = make().train()
-    with pytest.raises(TypeError):
-        model.encode([None], instruction=FIND)  # type: ignore[list-item]
+
+    def fail(*_: object) -> None:
+        raise OSError("no such luck")
+
+    model._encode = fail  # type: ignore[assignment,method-assign]
+    with pytest.raises(OSError, match="no such luck"):
+        model.encode(TEXTS, instruction=FIND)
     assert model.training
     assert model.prompter.training
 
@@ -313,6 +339,17 @@ def test_loaded_weights_empty_the_bank(make: Maker) -> None:
     np.testing.assert_allclose(
         model.encode(TEXTS, instruction=FIND), model(requests(*TEXTS)).numpy(force=True), atol=ROUNDING
     )
+
+
+def test_weights_written_through_data_empty_the_bank(make: Maker) -> None:
+    """As averages of weights are, which raises no version."""
+    model = make()
+    before = model.encode(TEXTS, instruction=FIND)
+    for parameter in model.prompter.parameters():
+        parameter.data.mul_(1.2)
+    after = model.encode(TEXTS, instruction=FIND)
+    np.testing.assert_allclose(after, model(requests(*TEXTS)).numpy(force=True), atol=ROUNDING)
+    assert np.abs(after - before).max() > 1e-3
 
 
 def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,9 +633,37 @@ def test_a_file_is_not_overwritten(make: Maker, tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_may_be_used(make: Maker, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    make().save_pretrained(tmp_path / "x")
-    assert (tmp_path / "x" / "config.json").exists()
+    """And stays where it is: it may be a mount point, or stand where nothing else may be written."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    inode = folder.stat().st_ino
+    make(reader="activated_lora").save_pretrained(folder)
+    assert folder.stat().st_ino == inode
+    make(reader="activated_lora").save_pretrained(tmp_path / "y")
+    names = [
+        sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*")) for saved in (folder, tmp_path / "y")
+    ]
+    assert names[0] == names[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
+
+
+def test_saved_files_are_open_to_others(make: Maker, tmp_path: Path) -> None:
+    make(reader="activated_lora", skip="weighted").save_pretrained(tmp_path / "x")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_backbone_that_is_no_folder_here_is_not_included(
+    make: Maker, moving: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative name means nothing after the working directory has changed."""
+    model = make()
+    model.backbone.name = "models/backbone"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model.save_pretrained(".")
+    assert not (tmp_path / "here" / "backbone").exists()
 
 
 @pytest.mark.parametrize("where", ["weights", "last rename"])

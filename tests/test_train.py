@@ -224,9 +224,10 @@ def test_checkpoints_are_pruned_and_atomic(recipe: Recipe, tmp_path: Path, monke
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"step-000004\.pt: the checkpoint cannot be written.*\(disk full\)"):
         run.save_checkpoint(4, {"step": 4}, keep=2)
     assert run.load_checkpoint(torch.device("cpu"))["step"] == 3
+    assert not list((run.path / "checkpoints").glob("*.part"))
 
 
 def test_a_run_is_never_overwritten(recipe: Recipe, tmp_path: Path) -> None:
@@ -274,6 +275,9 @@ def test_resume_needs_the_same_data_and_processes(recipe: Recipe, tmp_path: Path
     data.write_text(data.read_text(encoding="utf-8").replace("moon", "noon"), encoding="utf-8")
     with pytest.raises(RunError, match=rf"changed: content of {data} \(was"):
         run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 1))
+    torch.save({"step": 1, "conditions": conditions_of(recipe, 1, backbone="a")}, run.checkpoints[-1])
+    with pytest.raises(RunError, match=r"changed: content of the backbone \(was a, now b\)"):
+        run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 1, backbone="b"))
     torch.save({"step": 1}, run.checkpoints[-1])
     run.start(recipe, resume=True, fresh=False, conditions=conditions_of(recipe, 2))
 
@@ -321,6 +325,41 @@ def test_what_no_checkpoint_followed_blocks_nothing(recipe: Recipe, tmp_path: Pa
         hand_written.start(recipe, resume=False, fresh=False)
 
 
+def test_a_run_that_was_moved_is_resumed(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(recipe.output)
+    run.start(recipe, resume=False, fresh=False)
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    run.path.rename(tmp_path / "moved")
+    moved = dataclasses.replace(recipe, output=str(tmp_path / "moved"))
+    RunFolder(moved.output).start(moved, resume=True, fresh=False)
+    assert load_recipe(tmp_path / "moved" / "recipe.yaml").output == moved.output
+
+
+def test_the_run_of_a_move_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False, resumable=False)
+    run.save_checkpoint(1, {"step": 1}, keep=1)
+    with pytest.raises(RunError, match="holds files already; --fresh moves it aside"):
+        run.start(recipe, resume=False, fresh=False, resumable=False)
+    with pytest.raises(RunError, match=r"the run of a move \(pe.transfer\), which is never resumed"):
+        run.start(recipe, resume=True, fresh=False)
+
+
+def test_fresh_moves_neither_the_working_directory_nor_a_model(
+    recipe: Recipe, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "r")
+    shutil.copytree(tiny_models / "one", run.path / "backbone")
+    backbone = dataclasses.replace(recipe.model.backbone, model=str(run.path / "backbone"))
+    own = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, backbone=backbone))
+    with pytest.raises(RunError, match=r"--fresh would move .*backbone, which the run starts from"):
+        run.start(own, resume=False, fresh=True)
+    monkeypatch.chdir(run.path)
+    with pytest.raises(RunError, match="--fresh would move the working directory"):
+        RunFolder(".").start(recipe, resume=False, fresh=True)
+    assert (run.path / "backbone" / "config.json").exists()
+
+
 def test_a_file_is_no_run_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "r").write_text("precious")
     for fresh in (False, True):
@@ -352,6 +391,37 @@ def test_stops_when_nothing_trains_or_the_loss_is_not_finite(recipe: Recipe, mon
         fit(model, plan_of(recipe), recipe, accelerator())
     with pytest.raises(TrainingError, match="nothing to train"):
         training.check_gradients({}, torch.tensor(1.0), 0)
+    with pytest.raises(TrainingError, match="step 1: the loss is 0, no query has a negative"):
+        training.check_gradients({"skip": []}, torch.tensor(0.0), 0)
+
+
+def test_a_diverged_model_is_not_saved(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    diverging = dataclasses.replace(recipe, train=TrainConfig(steps=1, batch_size=6, lr=1e30, warmup=0.0))
+    with pytest.raises(TrainingError, match="step 1: the embeddings are not finite; lower the rates"):
+        fit(new_model(recipe), plan_of(recipe), diverging, accelerator(), run)
+    assert not run.checkpoints
+
+
+def test_ctrl_c_is_one_sentence(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = iter(range(100))
+
+    def interrupted(*arguments: object) -> Tensor:
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return backward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "backward", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(write_recipe(tiny_models, tmp_path))])
+    assert stopped.value.code == 130
+    error = capsys.readouterr().err
+    assert "--resume goes on from step-000003.pt" in error
+    assert "pe.train: interrupted" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])

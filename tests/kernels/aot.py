@@ -98,7 +98,8 @@ def vocab_mixture(
     e_in = e_out if d == d_in else empty(v, d_in, dtype=dtype)
     s, lse = module._vocab_mixture_fwd(h, e_out, e_in, 1.0, d == d_in, eps)
     if not eps:
-        module._vocab_mixture_bwd(s, h, e_out, e_in, s, lse, 1.0, d == d_in, True, not frozen, not frozen)
+        ds, scale = s.to(dtype), empty(1, dtype=torch.float32) if dtype == torch.float16 else None
+        module._vocab_mixture_bwd(ds, h, e_out, e_in, s, lse, 1.0, d == d_in, True, not frozen, not frozen, scale)
 
 
 def prompt_rows(module: Any, dtype: torch.dtype, t: int, de: int, n_soft: int, dp: int) -> None:

@@ -46,7 +46,7 @@ def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "vocab_mixture_fwd": (vocab_mixture._vocab_mixture_fwd, (h, e_out, e_in, 0.8, False, 0.0)),
         "vocab_mixture_bwd": (
-            vocab_mixture._vocab_mixture_bwd, (s, h, e_out, e_in, s, lse, 0.8, False, True, False, True)
+            vocab_mixture._vocab_mixture_bwd, (s, h, e_out, e_in, s, lse, 0.8, False, True, False, True, rand(1))
         ),
         "prompt_rows_fwd": (prompt_rows._prompt_rows_fwd, (ids, embedding, soft, weight, 1.0)),
         "prompt_rows_bwd": (prompt_rows._prompt_rows_bwd, (x, ids, soft, weight, True, True)),
