@@ -22,7 +22,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from pe.kernels._checks import Impl, require, require_float, require_offsets, require_same_device, use_triton
+from pe.kernels._checks import (
+    Impl,
+    require,
+    require_float,
+    require_offsets,
+    require_same_device,
+    use_triton,
+    values_are_free,
+)
 from pe.kernels._triton import floor_power, triton_op, unit_stride, wrap_triton
 
 L2_EPS = 1e-12  # torch.nn.functional.normalize's
@@ -58,8 +66,9 @@ def pool_normalize_ref(
         segment = torch.searchsorted(cu_seqlens[1:], torch.arange(h.shape[0], device=h.device), right=True)
         w = h.new_ones(h.shape[0], dtype=dtype) if token_weights is None else token_weights.to(dtype)
     x = h.to(dtype)
-    if mode == "last" or token_weights is not None:
-        x = x.masked_fill((w == 0)[:, None], 0.0)  # what is left out may be infinite
+    left_out = w == 0
+    if not values_are_free(w) or bool(left_out.any()):
+        x = x.masked_fill(left_out[:, None], 0.0)  # what is left out may be infinite
     if norm == "layer":
         x = x - x.mean(dim=-1, keepdim=True)
     if norm != "none":
@@ -68,7 +77,7 @@ def pool_normalize_ref(
         x = x * weight.to(dtype)
     if bias is not None:
         x = x + bias.to(dtype)
-    w = torch.where(w == 0, 0.0, w)  # without a gradient where a row is left out
+    w = torch.where(left_out, 0.0, w)  # without a gradient where a row is left out
     total = w.new_zeros(n_segments).index_add(0, segment, w)
     share = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))[segment] * w  # [T]
     rows = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
