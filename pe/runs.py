@@ -112,11 +112,11 @@ class RunFolder:
         Raises:
             RunError: the working directory or a model that the recipe starts from is in it.
         """
-        path, number = self.path.resolve(), 1
-        if Path.cwd().is_relative_to(path):
+        path, content, number = self.path.absolute(), self.path.resolve(), 1
+        if Path.cwd().is_relative_to(content):
             raise RunError(f"{self.path}: --fresh would move the working directory; --output=FOLDER writes elsewhere")
         for name in (recipe.model.backbone.model, recipe.model.prompter.model):
-            if Path(name).exists() and Path(name).resolve().is_relative_to(path):
+            if Path(name).exists() and Path(name).resolve().is_relative_to(content):
                 raise RunError(
                     f"{self.path}: --fresh would move {name}, which the run starts from; --output=FOLDER writes"
                     " elsewhere"

@@ -360,6 +360,16 @@ def test_fresh_moves_neither_the_working_directory_nor_a_model(
     assert (run.path / "backbone" / "config.json").exists()
 
 
+def test_fresh_moves_a_link_and_not_what_it_points_to(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("mine")
+    (tmp_path / "r").symlink_to("elsewhere")
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=True)
+    assert (tmp_path / "r.1" / "notes.txt").exists()
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "recipe.yaml"]
+
+
 def test_a_file_is_no_run_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "r").write_text("precious")
     for fresh in (False, True):
