@@ -376,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(COMPARED))
     options.add_argument("--points", type=int, help="of each axis, from the smallest on; default: all")
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--budget", type=float, default=20.0, help="seconds that a variant may take at a point")
+    options.add_argument("--budget", type=float, default=120.0, help="seconds that a variant may take at a point")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     options.add_argument("--dry", action="store_true", help="print only, add no records")
