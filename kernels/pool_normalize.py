@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import (
@@ -67,7 +68,8 @@ def pool_normalize_ref(
         w = h.new_ones(h.shape[0], dtype=dtype) if token_weights is None else token_weights.to(dtype)
     x = h.to(dtype)
     left_out = w == 0
-    if not values_are_free(w) or bool(left_out.any()):
+    is_whole = token_weights is None and mode == "mean"
+    if not (is_whole or is_fake(w) or (values_are_free(w) and not left_out.any())):
         x = x.masked_fill(left_out[:, None], 0.0)  # what is left out may be infinite
     if norm == "layer":
         x = x - x.mean(dim=-1, keepdim=True)

@@ -134,7 +134,7 @@ def test_training_is_the_same(recipe: Recipe, stepwise: bool, reads: list[int]) 
     for on in (False, True):
         changed = dataclasses.replace(
             recipe,
-            train=dataclasses.replace(recipe.train, read_ahead=on),
+            train=dataclasses.replace(recipe.train, read_ahead=on, save_every=recipe.train.steps),
             loss=dataclasses.replace(recipe.loss, stepwise=stepwise),
         )
         model = new_model(changed)
@@ -145,7 +145,7 @@ def test_training_is_the_same(recipe: Recipe, stepwise: bool, reads: list[int]) 
     assert ahead.losses == plain.losses
     assert (ahead.texts, ahead.truncated, ahead.tokens) == (plain.texts, plain.truncated, plain.tokens)
     assert all(torch.equal(value, ahead_weights[name]) for name, value in weights.items())
-    # A probe of two texts goes before all steps and behind the fifth, here behind the texts of the sixth
-    assert texts == [2, *texts[1:6], 2, *texts[7:]]
-    assert ahead_texts == [2, *texts[1:6], texts[7], 2]
-    assert len(texts) == recipe.train.steps + 2
+    # A probe of two texts goes before all steps, behind the fifth, here behind the texts of the sixth, and behind all
+    assert texts == [2, *texts[1:6], 2, texts[7], 2]
+    assert ahead_texts == [2, *texts[1:6], texts[7], 2, 2]
+    assert recipe.train.steps == 6
