@@ -28,6 +28,7 @@ from bench import bfloat16, plots, records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, origins
 from bench.plots import Panel, Series
+from pe.backbone import Backbone
 from pe.baselines.common import Pooling, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
@@ -92,15 +93,16 @@ def build_lora(
     """LoRA in its packed form, by default with the published dropout, which costs a third of its time."""
 
     def build(recipe: Recipe, device: torch.device) -> System:
+        backbone = Backbone.from_pretrained(recipe.model.backbone, device)
         config = LoraBaselineConfig(
             backbone=recipe.model.backbone,
             lora=LoraSettings(rank=16, alpha=64, dropout=dropout),
             form="packed",
             pooling=pooling,
-            upper_layers=upper_layers,
+            upper_layers=None if upper_layers is None else min(upper_layers, backbone.num_layers),
             max_length=recipe.model.max_length,
         )
-        return LoraEmbedder.from_config(config, device)
+        return LoraEmbedder(config, backbone)
 
     return build
 

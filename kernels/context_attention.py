@@ -43,6 +43,7 @@ from pe.kernels._triton import LOG2E, distinct, floor_power, generation, tile, t
 BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
 SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together; from 2^17 to 2^23 all measured alike
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
+LARGEST_AXIS = 65_535  # of a grid, but its first
 MAX_WIDTH = 256
 CONFIGS = ({"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 1})
 
@@ -367,7 +368,6 @@ def _context_attention_fwd_kernel(
     o_ptr,
     lse_ptr,
     T,
-    n_pairs,
     n_kv_heads,
     window,
     qk_scale,
@@ -400,9 +400,9 @@ def _context_attention_fwd_kernel(
 ):
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
-    pair, first_row = tl.program_id(0) % n_pairs, tl.program_id(0) // n_pairs * BLOCK_M
-    b, kv_head = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
-    split = tl.program_id(1)
+    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    first_row = (tl.program_id(2) // SPLITS * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M
+    split = tl.program_id(2) % SPLITS
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -607,7 +607,6 @@ def _context_attention_bwd_dq_kernel(
     delta_ptr,
     dq_ptr,
     T,
-    n_pairs,
     n_kv_heads,
     window,
     scale,
@@ -641,9 +640,9 @@ def _context_attention_bwd_dq_kernel(
     """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
-    pair, first_row = tl.program_id(0) % n_pairs, tl.program_id(0) // n_pairs * BLOCK_M
-    b, kv_head = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
-    split = tl.program_id(1)
+    b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    first_row = (tl.program_id(2) // SPLITS * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M
+    split = tl.program_id(2) % SPLITS
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -955,10 +954,10 @@ def _over_rows(
     max_seqlen: int,
     max_context: int,
     largest_m: int,
-) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid, its last size the splits of the context's keys, and what the kernels that own rows take besides.
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid, and what the kernels that own rows take besides, such as the splits of the context's keys.
 
-    Sequences, heads and row tiles share the first axis: the second ends at 65,535, fewer than one long sequence has.
+    The second axis ends at 65,535, fewer row tiles than one long sequence has: what is left goes to the third.
     """
     B, Hkv, G = cu_seqlens.shape[0] - 1, v.shape[1], q.shape[1] // v.shape[1]
     has_context = context_k is not None and max_context > 0
@@ -977,7 +976,6 @@ def _over_rows(
         "cu_context_ptr": cu_seqlens if cu_context is None else cu_context,
         "context_index_ptr": cu_seqlens if context_index is None else context_index,
         "T": q.shape[0],
-        "n_pairs": B * Hkv,
         "stride_kt": k.stride(0),
         "stride_kh": k.stride(1),
         "stride_vt": v.stride(0),
@@ -996,7 +994,8 @@ def _over_rows(
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
-    return (B * Hkv * row_tiles, splits), arguments
+    layers = triton.cdiv(row_tiles, LARGEST_AXIS)
+    return (B * Hkv, triton.cdiv(row_tiles, layers), splits * layers), arguments
 
 
 @triton_op("pe::context_attention_fwd")
@@ -1021,7 +1020,7 @@ def _context_attention_fwd(
     common = _common(q, v, scale, window, softcap)
     context = context_k, context_v, cu_context, context_index
     grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 128)
-    o, lse, splits = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32), grid[1]
+    o, lse, splits = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32), arguments["SPLITS"]
     partial, partial_lse = o, lse
     if splits > 1:
         partial = q.new_empty(splits, T, H, Dv, dtype=torch.float32)
@@ -1078,7 +1077,7 @@ def _context_attention_bwd(
     common = _common(q, v, scale, window, softcap)
     context = context_k, context_v, cu_context, context_index
     grid, arguments = _over_rows(q, k, v, cu_seqlens, *context, max_seqlen, max_context, 64)
-    delta, splits = torch.empty_like(lse), grid[1]
+    delta, splits = torch.empty_like(lse), arguments["SPLITS"]
     dq = q.new_empty(splits, T, H, D, dtype=torch.float32 if splits > 1 else q.dtype)
     wrap_triton(_context_attention_bwd_dq_kernel, CONFIGS)[grid](
         **common, **arguments, o_ptr=o, do_ptr=do, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, scale=scale

@@ -68,8 +68,8 @@ def pool_normalize_ref(
         w = h.new_ones(h.shape[0], dtype=dtype) if token_weights is None else token_weights.to(dtype)
     x = h.to(dtype)
     left_out = w == 0
-    is_whole = token_weights is None and mode == "mean"
-    if not (is_whole or is_fake(w) or (values_are_free(w) and not left_out.any())):
+    may_leave_out = token_weights is not None or mode == "last"
+    if may_leave_out and not (values_are_free(w) and (is_fake(w) or not left_out.any())):
         x = x.masked_fill(left_out[:, None], 0.0)  # what is left out may be infinite
     if norm == "layer":
         x = x - x.mean(dim=-1, keepdim=True)

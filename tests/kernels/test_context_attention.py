@@ -259,9 +259,25 @@ def test_a_long_sequence_fits_the_grid(tokens: int, heads: int, kv_heads: int, w
     q, k = (torch.empty(tokens, n, width, dtype=torch.bfloat16, device="meta") for n in (heads, kv_heads))
     for largest in (64, 128):
         grid, _ = module._over_rows(q, k, k, torch.empty(2), None, None, None, None, tokens, 0, largest)
-        assert grid[0] * 128 >= tokens * heads
-        assert grid[0] < 1 << 31
-        assert grid[1] < 1 << 16
+        rows = tokens * heads // kv_heads
+        assert grid[0] == kv_heads
+        assert rows <= grid[1] * grid[2] * largest < rows + 8 * largest
+        assert max(grid[1:]) < 1 << 16
+
+
+@pytest.mark.parametrize("largest", [1, 2])
+def test_row_tiles_on_two_axes_change_nothing(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(150, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+    context = [torch.randn(90, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
+    results = []
+    for axis in (module.LARGEST_AXIS, largest):
+        monkeypatch.setattr(module, "LARGEST_AXIS", axis)
+        out = context_attention(
+            q, k, v, offsets([140, 10], DEVICE), max_seqlen=140, context_k=context[0], context_v=context[1],
+            cu_context=offsets([50, 40], DEVICE), max_context=50, impl="triton",
+        )  # fmt: skip
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, *context))])
+    assert all(map(torch.equal, *results))
 
 
 def test_rows_behind_the_last_segment_bound_nothing() -> None:
