@@ -391,6 +391,7 @@ def _context_attention_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IS_LONG: tl.constexpr,
+    IS_FOLDED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -401,8 +402,10 @@ def _context_attention_fwd_kernel(
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    first_row = (tl.program_id(2) // SPLITS * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M
-    split = tl.program_id(2) % SPLITS
+    row_tile, split = tl.program_id(1), tl.program_id(2)
+    if IS_FOLDED:
+        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
+    first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -630,6 +633,7 @@ def _context_attention_bwd_dq_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_LONG: tl.constexpr,
+    IS_FOLDED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -641,8 +645,10 @@ def _context_attention_bwd_dq_kernel(
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    first_row = (tl.program_id(2) // SPLITS * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M
-    split = tl.program_id(2) % SPLITS
+    row_tile, split = tl.program_id(1), tl.program_id(2)
+    if IS_FOLDED:
+        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
+    first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
     begin = begin.to(tl.int64)
@@ -987,6 +993,7 @@ def _over_rows(
         "HAS_CONTEXT": has_context,
         "HAS_INDEX": context_index is not None,
         "IS_LONG": max_seqlen > block_own,
+        "IS_FOLDED": row_tiles > LARGEST_AXIS,
         "SPLITS": splits,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
