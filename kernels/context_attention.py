@@ -237,6 +237,15 @@ def _visible(distance, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _row_tile_and_split(SPLITS: tl.constexpr, IS_FOLDED: tl.constexpr):
+    """Which rows a program owns and which split of the keys; where IS_FOLDED the third axis counts row tiles too."""
+    row_tile, split = tl.program_id(1), tl.program_id(2)
+    if IS_FOLDED:
+        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
+    return row_tile, split
+
+
+@triton.jit
 def _rows(begin, length, kv_head, first_row, BLOCK_M: tl.constexpr, G: tl.constexpr):
     """Of a block of packed rows: token in the sequence, packed token, head and mask."""
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -402,9 +411,7 @@ def _context_attention_fwd_kernel(
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    row_tile, split = tl.program_id(1), tl.program_id(2)
-    if IS_FOLDED:
-        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
+    row_tile, split = _row_tile_and_split(SPLITS, IS_FOLDED)
     first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
@@ -645,9 +652,7 @@ def _context_attention_bwd_dq_kernel(
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    row_tile, split = tl.program_id(1), tl.program_id(2)
-    if IS_FOLDED:
-        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
+    row_tile, split = _row_tile_and_split(SPLITS, IS_FOLDED)
     first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin

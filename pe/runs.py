@@ -22,6 +22,10 @@ LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
 """What a run that ended before its first checkpoint leaves."""
 
 
+FILE_WRITER = "inline_container"
+"""In what torch's writer says of a full disk, for which it has no error of its own."""
+
+
 class RunError(ValueError):
     """A run folder that cannot be used as asked."""
 
@@ -169,8 +173,10 @@ class RunFolder:
         try:
             torch.save({**state, "conditions": self.conditions}, temporary)
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's writer has no error of its own for a full disk
+        except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and FILE_WRITER not in str(error):
+                raise
             reason = str(error).partition("\n")[0]
             raise RunError(f"{path}: the checkpoint cannot be written; is the disk full? ({reason})") from error
         for old in self.checkpoints[:-keep]:

@@ -219,13 +219,19 @@ def test_checkpoints_are_pruned_and_atomic(recipe: Recipe, tmp_path: Path, monke
         run.save_checkpoint(step, {"step": step}, keep=2)
     assert [path.name for path in run.checkpoints] == ["step-000002.pt", "step-000003.pt"]
 
-    def torn(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def stop(error: Exception, expected: type[Exception], message: str) -> None:
+        def torn(state: object, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise error
 
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(RunError, match=r"step-000004\.pt: the checkpoint cannot be written.*\(disk full\)"):
-        run.save_checkpoint(4, {"step": 4}, keep=2)
+        monkeypatch.setattr(torch, "save", torn)
+        with pytest.raises(expected, match=message):
+            run.save_checkpoint(4, {"step": 4}, keep=2)
+
+    refused = r"step-000004\.pt: the checkpoint cannot be written"
+    stop(OSError("disk full"), RunError, rf"{refused}.*\(disk full\)")
+    stop(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), RunError, refused)
+    stop(torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory")
     assert run.load_checkpoint(torch.device("cpu"))["step"] == 3
     assert not list((run.path / "checkpoints").glob("*.part"))
 
