@@ -330,7 +330,7 @@ def test_every_process_gets_its_own_random_state_back(recipe: Recipe, tmp_path: 
     states = [[torch.Generator().manual_seed(seed).get_state()] for seed in (1, 2)]
     training.save(run, 1, model, optimizer, scheduler, History(), states, keep=1)
     for number, (state,) in enumerate(states):
-        process = SimpleNamespace(device=torch.device("cpu"), process_index=number)
+        process = SimpleNamespace(device=torch.device("cpu", 0), process_index=number)  # as accelerate has it
         training.restore(run, model, optimizer, scheduler, History(), cast(Accelerator, process))
         assert torch.equal(torch.get_rng_state(), state)
 
