@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,18 +69,21 @@ class Requests:
         texts: B texts.
         instructions: the distinct instructions.
         index: for each text the place of its instruction.
+        read: what the model reads of each text, where it has been tokenised already (see `PromptEmbedder.tokenized`).
     """
 
     texts: Sequence[str]
     instructions: Sequence[Instruction]
     index: Sequence[int]
+    read: Sequence[Any] | None = field(default=None, compare=False)
 
     def instruction(self, place: int) -> Instruction:
         return self.instructions[self.index[place]]
 
     def part(self, places: Sequence[int]) -> Requests:
         """The requests at some places, in that order."""
-        return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places])
+        read = None if self.read is None else [self.read[i] for i in places]
+        return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places], read)
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,10 @@ class PromptEmbedder(TrainableModule):
         self.truncation.cut += sum(len(row) > self.config.max_length for row in ids)
         return [row[: self.config.max_length] for row in ids]
 
+    def tokenized(self, requests: Requests) -> Requests:
+        """The requests with what the backbone reads of each text, so that no pass tokenises them again."""
+        return replace(requests, read=self.tokenize(requests))
+
     def write_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
         """Prompts for the requests, and which one each text uses.
 
@@ -453,7 +460,7 @@ class PromptEmbedder(TrainableModule):
         return (-1 - (prompts[:, None] * k + torch.arange(k, device=self.device))).flatten()
 
     def _sorted(self, requests: Requests) -> tuple[list[int], list[list[int]], Requests]:
-        ids = self.tokenize(requests)
+        ids = self.tokenize(requests) if requests.read is None else requests.read
         order = by_length(ids)
         return order, [ids[i] for i in order], requests.part(order)
 
