@@ -1,4 +1,4 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT --instruction TEXT`, or `--instruction '["TEXT", ...]'` for several.
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT]`, or `--instruction '["TEXT", ...]'` for several.
 
 INPUT: `.txt` (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the
 field named by --field). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and
@@ -110,7 +110,7 @@ def encode_file(
     input: str,
     output: str,
     *,
-    instruction: list[str] | str,
+    instruction: list[str] | str | None = None,
     side: Literal["query", "document"] = "query",
     field: str = "text",
     batch_tokens: int = 16_384,
@@ -124,7 +124,8 @@ def encode_file(
         model: folder of a saved PromptEmbedder, or its name on the hub.
         input: `.txt` or `.jsonl[.xz|.gz]`.
         output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
-        instruction: a sentence, or a JSON list of sentences, which share the text pass.
+        instruction: a sentence, or a JSON list of sentences, which share the text pass; where none is given, the side's
+            default, the one that training weighted most.
         side: whose templates are used.
         field: the text's key in a `.jsonl` input.
         batch_tokens: tokens of a packed batch.
@@ -139,11 +140,14 @@ def encode_file(
         raise ValueError(f"output: expected a file, got the folder {output}")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; give --overwrite=true, or another name")
-    instructions = sentences(instruction)
+    instructions = None if instruction is None else sentences(instruction)
     texts = read_texts(Path(input), field)
     target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, dtype=dtype, device=device)
+    if instructions is None:
+        instructions = [embedder.default_instruction(side)]
+        print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True

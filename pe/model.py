@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
+from pe.instructions import default_instruction
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.records import RecordError, check_unicode
@@ -43,6 +45,7 @@ MOST_WRITTEN = 256
 """Sets of prompts of a frozen prompting LLM that are kept."""
 Version = tuple[frozenset[tuple[torch.device, torch.dtype]], int]
 _optimizer_steps = 0
+logger = logging.get_logger(__name__)
 
 
 def _count_step(*_: object) -> None:
@@ -176,6 +179,8 @@ class PromptEmbedder(TrainableModule):
         name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
         skip: what goes around the soft prompt, where anything does; it trains too.
+        instructions: those it was trained under, by name (see `pe.instructions`), `query` and `document` the sides'
+            defaults; saved with it.
         truncation: counts since the model was made.
         captured: its small passes as CUDA graphs, by which they run with gradient; None: launched one by one. Its
             weights must stay where they are until it is None again.
@@ -188,6 +193,7 @@ class PromptEmbedder(TrainableModule):
         alignment: Alignment,
         backbone: Backbone,
         skip: LinearSkip | None = None,
+        instructions: Mapping[str, str] | None = None,
     ) -> None:
         """Put the parts together; where the options ask for a skip and none is given, a fresh one goes in.
 
@@ -203,6 +209,7 @@ class PromptEmbedder(TrainableModule):
         if config.skip != "none":
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
+        self.instructions = dict(instructions or {})
         self.truncation = Truncation()
         self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
@@ -470,7 +477,7 @@ class PromptEmbedder(TrainableModule):
         self,
         texts: Sequence[str],
         *,
-        instruction: str,
+        instruction: str | None = None,
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
@@ -479,14 +486,35 @@ class PromptEmbedder(TrainableModule):
 
         Args:
             texts: what to embed.
-            instruction: the task, in a sentence; use the one of training for a task seen there.
+            instruction: the task, in a sentence; use the one of training for a task seen there. None: the side's
+                default, which a warning names once.
             side: whose templates are used.
             batch_tokens: tokens of a packed batch, fewer on a CPU; a longer text stands alone.
             progress: show a progress bar.
+
+        Raises:
+            ValueError: no instruction and no default, or see `encode_tensor`.
         """
+        if instruction is None:
+            instruction = self.default_instruction(side)
+            logger.warning_once(f"{self.name}: no instruction given, so {side} texts go under {instruction!r}")
         return self.encode_many(
             texts, instructions=[instruction], side=side, batch_tokens=batch_tokens, progress=progress
         )[0]
+
+    def default_instruction(self, side: Side = "query") -> str:
+        """What a side's texts are embedded under where no instruction is given.
+
+        Raises:
+            ValueError: there is none, as in an embedder that no recipe has trained.
+        """
+        default = default_instruction(self.instructions, side)
+        if default is None:
+            raise ValueError(
+                f"instruction: expected a sentence, got none, and {self.name} has no default (`pe.train` sets one); say"
+                " what the texts are embedded for, or set the embedder's `instructions`"
+            )
+        return default
 
     def encode_many(
         self,
@@ -634,7 +662,7 @@ class PromptEmbedder(TrainableModule):
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
-        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip)
+        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions)
         write(parts, Path(path), include_backbone=include_backbone, card=card)
 
     @classmethod

@@ -32,6 +32,7 @@ from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
+from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests, random_state, set_random_state
 from pe.model import PromptEmbedder, Requests, Texts, Truncation
@@ -412,7 +413,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     plan = build_plan(recipe, console)
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, accelerator.device)
-    model.name = run.path.name
+    model.name, model.instructions = run.path.name, trained_instructions(recipe.data)
     check_widths(recipe, model)
     if accelerator.is_main_process:
         contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}

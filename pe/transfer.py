@@ -110,7 +110,7 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     alignment = build_alignment(prompter, target, config.alignment)
     if config.reader == "activated_lora":
         target.add_reader(config.reader_lora)
-    return PromptEmbedder(config, prompter, alignment, target)
+    return PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
 
 
 def reached(curve: Sequence[tuple[int, float, float]], source: float) -> list[Reached]:

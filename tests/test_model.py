@@ -224,7 +224,8 @@ def test_a_single_string_is_no_sequence_for_baselines_either(models: Path) -> No
     [
         ({"texts": ["a", None]}, "texts: expected strings, got NoneType at place 1: None"),
         ({"texts": ["\ud800"]}, "texts, place 0: expected Unicode text, got half a surrogate pair"),
-        ({"instruction": None}, "instructions: expected strings, got NoneType at place 0"),
+        ({"instruction": 3}, "instructions: expected strings, got int at place 0"),
+        ({"instruction": None}, "instruction: expected a sentence, got none, and PromptEmbedder has no default"),
         ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
     ],
 )
