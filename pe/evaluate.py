@@ -288,7 +288,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder, or its name on the hub")
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
-    parser.add_argument("--output", type=Path | None, default=None, help="JSON file for the scores")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the scores")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument(
         "--instruction",
@@ -297,9 +297,9 @@ def _parser() -> ArgumentParser:
         default=[],
         help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
     )
-    parser.add_argument("--backbone", type=str | None, default=None, help="where the backbone is, if it has moved")
-    parser.add_argument("--dtype", type=Dtype | None, default=None, help="of the backbone (default: as trained)")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is, if it has moved")
+    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone (default: as trained)")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     return parser
 
 

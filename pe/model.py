@@ -161,6 +161,8 @@ def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str
         for place, text in enumerate(given):
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected strings, got {type(text).__name__} at place {place}: {text!r:.80}")
+            if name == "instructions" and not text.strip():
+                raise ValueError(f"instructions: expected a sentence, got {text!r} at place {place}")
             try:
                 check_unicode(f"{name}, place {place}", text)
             except RecordError as bad:
@@ -603,8 +605,9 @@ class PromptEmbedder(TrainableModule):
         """Finished prompts `[N, K, D]` in the backbone's input space, written once for each instruction.
 
         Raises:
-            ValueError: the prompts also depend on the text.
+            ValueError: an instruction without a sentence, or the prompts also depend on the text.
         """
+        check_arguments((), [item.text for item in instructions], SIDES[0])
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
         version = weights_version(self), _optimizer_steps, self._norms()

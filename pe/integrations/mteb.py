@@ -71,6 +71,8 @@ class MtebEncoder(AbsEncoder):
     ) -> None:
         self.model = encoder
         self.instructions = dict(instructions or {})
+        if empty := [name for name, sentence in self.instructions.items() if not sentence.strip()]:
+            raise ValueError(f"instructions: {empty[0]}: expected a sentence, got {self.instructions[empty[0]]!r}")
         self.batch_tokens = batch_tokens
         self._seen: dict[str, Floats] = {}
         self._seen_under: tuple[str, str, str] = ("", "", "")
