@@ -265,7 +265,7 @@ def detect(record: Record) -> Kind:
 def check(record: Record, kind: Kind, strict: bool) -> None:
     """Raise RecordError unless a record is a good one of this kind; `strict` forbids further keys."""
     missing = _missing(record, kind)
-    if missing and any(not _missing(record, other) for other in KINDS):
+    if missing and kind in KINDS and any(not _missing(record, other) for other in KINDS):
         raise RecordError("mixed kinds", f"expected {braced(kind)} as in the first record, got {braced(record)}")
     if strict and (unknown := [key for key in record if key not in kind]):
         hint = nearest(unknown[0], list(kind))
