@@ -380,7 +380,7 @@ def check(record: Record, kind: Kind, strict: bool) -> Record:
         RecordError: it is no good one, or has a further key: any with `strict`, else one like those of training data.
     """
     missing = _missing(record, kind)
-    if missing and any(not _missing(record, other) for other in KINDS):
+    if missing and kind in KINDS and any(not _missing(record, other) for other in KINDS):
         raise RecordError("mixed kinds", f"expected {braced(kind)} as in the first record, got {braced(record)}")
     record = _gather_negatives(record) if kind is PAIRS else record
     for key in record:

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from pe.config import nearest
 from pe.records import DataError, read_jsonl, read_qrels
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what builds t
     from mteb.abstasks.abstask import AbsTask
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
+Floats = npt.NDArray[np.float32]
 Kind = Literal["STS", "Retrieval", "Reranking", "Classification", "PairClassification", "Clustering"]
 
 PASSAGE = "Represent the passage for retrieval"
@@ -32,6 +36,20 @@ SIMILAR = "Retrieve semantically similar text"
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be run; the message says what was asked for, what was expected, what is known."""
+
+
+def check_embeddings(name: str, rows: Floats, count: int) -> Floats:
+    """Rows of the encoder `name`, as they came.
+
+    Raises:
+        ValueError: they are not `[count, D]`, or not finite.
+    """
+    if rows.ndim != 2 or len(rows) != count:
+        raise ValueError(f"{name}: encode: expected [{count}, D], got {list(rows.shape)}")
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows).all(axis=1)).sum())
+        raise ValueError(f"{name}: encode: {bad} of {count} embeddings are not finite")
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
