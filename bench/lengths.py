@@ -115,7 +115,7 @@ def measure(recipe_file: Path) -> dict[str, object]:
     found = []
     for item in recipe.data:
         batch = BatchPlan([load_dataset(item)], [1.0], 1, ROWS, recipe.train.seed, hard_negatives=0).batch(0)
-        heads = [f"Instruct: {text}\nQuery:" for text in (batch.instruction, batch.document_instruction)]
+        heads = [f"Instruct: {text}\nQuery:" for text in (batch.instructions[0], batch.document_instruction)]
         instruction, document_instruction = tokens(heads, None)
         found.append(
             SetLengths(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pe.data import Dataset, Ints
+from pe.data import Ints, TrainingSet
 from pe.records import DataError
 
 
@@ -33,7 +33,10 @@ class Batch:
 
     dataset: int
     """Place of the data set in the plan."""
-    instruction: str
+    instructions: list[str]
+    """Of the queries; several where the set asks for several things."""
+    asked: list[int]
+    """[B] which of them each query is under."""
     document_instruction: str
     queries: list[str]
     """B texts."""
@@ -47,6 +50,8 @@ class Batch:
     """[B] `text_id` of the texts before their template, so a query can be compared with a document."""
     document_ids: Ints
     """[N]"""
+    counterparts: Ints
+    """[B] place of the document that is right under the contradicting instruction instead; -1: there is none."""
 
 
 def _later(order: Ints, avoid: Ints, head: int) -> Ints:
@@ -72,7 +77,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        datasets: Sequence[Dataset],
+        datasets: Sequence[TrainingSet],
         weights: Sequence[float],
         steps: int,
         batch_size: int,
@@ -89,7 +94,7 @@ class BatchPlan:
         self.datasets = tuple(datasets)
         self.steps, self.batch_size, self.seed, self.hard_negatives = steps, batch_size, seed, hard_negatives
         for which in range(len(self.datasets)):
-            self._require_rows(which, batch_size)
+            self._rows(which, batch_size)
         shares = np.asarray(weights, dtype=np.float64)
         self.sets: Ints = np.random.default_rng((seed, 0)).choice(len(shares), size=steps, p=shares / shares.sum())
         """Place of each step's data set, [steps]."""
@@ -99,13 +104,25 @@ class BatchPlan:
             self._turns[mine] = np.arange(mine.sum())
         self._orders: dict[tuple[int, int], dict[int, Ints]] = {}
 
-    def _require_rows(self, which: int, size: int) -> None:
+    def _rows(self, which: int, size: int) -> int:
+        """Rows of a data set that `size` queries are made of.
+
+        Raises:
+            DataError: it has fewer, or a row's queries would be parted.
+        """
         dataset = self.datasets[which]
-        if len(dataset) < size:
+        rows, left = divmod(size, dataset.queries_of_a_row)
+        if left:
             raise DataError(
-                f"{dataset.config.path}: expected at least {size} examples, one for each query of a batch, got "
+                f"{dataset.config.path}: expected a batch_size that {dataset.queries_of_a_row} divides, the queries of"
+                f" a row, got {size}"
+            )
+        if len(dataset) < rows:
+            raise DataError(
+                f"{dataset.config.path}: expected at least {rows} examples for the queries of a batch, got "
                 f"{len(dataset)}; lower batch_size or drop this data set"
             )
+        return rows
 
     def _order(self, which: int, epoch: int, size: int) -> Ints:
         """Row order of an epoch for batches of `size`.
@@ -127,15 +144,15 @@ class BatchPlan:
         return known[epoch]
 
     def rows(self, step: int, process_index: int = 0, process_count: int = 1) -> tuple[Ints, Ints]:
-        """Epochs and row numbers of one process's queries, both [B]."""
+        """Epochs and row numbers that one process's queries are made of, both [B], or fewer."""
         if not 0 <= step < self.steps:
             raise ValueError(f"step: expected a value in [0, {self.steps}), got {step}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index: expected a value in [0, {process_count}), got {process_index}")
-        which, size = int(self.sets[step]), self.batch_size * process_count
-        self._require_rows(which, size)
-        start = int(self._turns[step]) * size + process_index * self.batch_size
-        epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.datasets[which]))
+        which = int(self.sets[step])
+        size, own = self._rows(which, self.batch_size * process_count), self._rows(which, self.batch_size)
+        start = int(self._turns[step]) * size + process_index * own
+        epochs, places = np.divmod(np.arange(start, start + own), len(self.datasets[which]))
         chosen = [self._order(which, int(epoch), size)[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return epochs, np.concatenate(chosen)
 
@@ -148,25 +165,34 @@ class BatchPlan:
         epochs, rows = self.rows(step, process_index, process_count)
         which = int(self.sets[step])
         dataset = self.datasets[which]
+        sentences = dataset.instructions(np.random.default_rng((self.seed, 3, step)))
         examples, negatives = [], []
         for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True):
             rng = np.random.default_rng((self.seed, 2, which, epoch, row))
-            example = dataset.draw(row, rng)
-            examples.append(example)
-            negatives += self._cut(example.negatives, rng)
-        documents = [example.positive for example in examples] + negatives
+            for example in dataset.examples(row, rng):
+                examples.append(example)
+                negatives += self._cut(example.negatives, rng)
+        documents = [example.positive for example in examples]
+        if dataset.contradicts:  # what is wrong for one side is right for the other, and stands there already
+            known = set(documents)
+            negatives = [text for text in dict.fromkeys(negatives) if text not in known]
+        documents += negatives
+        places = {text: place for place, text in reversed(list(enumerate(documents)))}
+        counterparts = [places[example.negatives[0]] if dataset.contradicts else -1 for example in examples]
         labels = np.array([example.label for example in examples], dtype=np.int64)
-        instruction, document_instruction = dataset.config.instruction, dataset.config.document_instruction
+        names = list(sentences)
         return Batch(
             dataset=which,
-            instruction=instruction,
-            document_instruction=instruction if document_instruction is None else document_instruction,
+            instructions=list(sentences.values()),
+            asked=[names.index(example.asked) for example in examples],
+            document_instruction=dataset.document_instruction,
             queries=[dataset.query_text(example.query) for example in examples],
             documents=[dataset.document_text(text) for text in documents],
             labels=labels,
             document_labels=np.concatenate([labels, np.full(len(negatives), -1, dtype=np.int64)]),
             query_ids=_ids([example.query for example in examples]),
             document_ids=_ids(documents),
+            counterparts=np.array(counterparts, dtype=np.int64),
         )
 
     def _cut(self, negatives: tuple[str, ...], rng: np.random.Generator) -> list[str]:

@@ -165,10 +165,13 @@ class DatasetConfig:
 
     path: str
     """`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, or `hf://owner/name[:config][@split]`."""
-    instruction: str
+    instruction: str = ""
     """Instruction of the queries."""
     document_instruction: str | None = None
     """Instruction of the documents; null: the same as the queries'."""
+    instruct: str | None = None
+    """File of tasks that contradict each other, in place of `instruction`: rows then have both sides of a contradiction
+    (see `pe/instruct.py`), and wordings are drawn from the file."""
     weight: float = 1.0
     """Share of the training batches, relative to the other sets."""
     query_template: str = "{text}"
@@ -183,10 +186,17 @@ class DatasetConfig:
     """A record that does not fit stops the run with file and line, or is left out, counted and reported."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.instruction.strip()), f"{self.path}: instruction", "a sentence", self.instruction)
-        documents = self.document_instruction
-        is_said = documents is None or bool(documents.strip())
-        _require(is_said, f"{self.path}: document_instruction", "a sentence, or null for the queries'", documents)
+        if self.instruct is None:
+            _require(bool(self.instruction.strip()), f"{self.path}: instruction", "a sentence", self.instruction)
+            documents = self.document_instruction
+            is_said = documents is None or bool(documents.strip())
+            _require(is_said, f"{self.path}: document_instruction", "a sentence, or null for the queries'", documents)
+        else:
+            for name in ("instruction", "document_instruction", "positive_from"):
+                given = getattr(self, name)
+                _require(not given, f"{self.path}: {name}", "none beside `instruct`, whose file has its own", given)
+            is_strict = self.on_bad_record == "error"
+            _require(is_strict, f"{self.path}: on_bad_record", "'error' beside `instruct`", self.on_bad_record)
         _require_positive(f"{self.path}: weight", self.weight)
         for name in ("query_template", "document_template"):
             _require("{text}" in getattr(self, name), f"{self.path}: {name}", "{text} in it", getattr(self, name))
@@ -200,6 +210,9 @@ class LossConfig:
     """What cosine similarities are divided by."""
     hard_negatives: int = 1
     """Hard negatives of a query, at most."""
+    counterpart: float = 4.0
+    """Weight of each query's preference for its positive over what is right under the contradicting instruction, where
+    a data set has one; 0: none."""
     mask_false_negatives: bool = True
     """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
     symmetric: bool = False
@@ -211,6 +224,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require_positive("loss.temperature", self.temperature)
+        _require(0 <= self.counterpart < math.inf, "loss.counterpart", "a non-negative number", self.counterpart)
         _require(self.hard_negatives >= 0, "loss.hard_negatives", "0 or more", self.hard_negatives)
         _require(all(d >= 1 for d in self.matryoshka), "loss.matryoshka", "sizes of 1 or more", self.matryoshka)
 

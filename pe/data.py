@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,46 @@ class Example:
     positive: str
     negatives: tuple[str, ...]
     label: int
+    asked: str = ""
+    """Which of the set's instructions it is under, by name; plain sets have one, without a name."""
+
+
+class TrainingSet(Protocol):
+    """What batches are made of.
+
+    Attributes:
+        queries_of_a_row: examples that a row gives to a batch.
+        contradicts: whether a query stands under several instructions, each of which makes the others' positives wrong.
+    """
+
+    queries_of_a_row: ClassVar[int]
+    contradicts: ClassVar[bool]
+
+    @property
+    def config(self) -> DatasetConfig: ...
+
+    @property
+    def report(self) -> Report: ...
+
+    @property
+    def document_instruction(self) -> str:
+        """Instruction of the documents."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
+        """Instructions of a batch's queries, by name."""
+        ...
+
+    def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
+        """What row `index` gives to a batch."""
+        ...
+
+    def query_text(self, text: str) -> str: ...
+    def document_text(self, text: str) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +150,24 @@ class Dataset:
     labels: Ints
     """Ascending; -1 where there is none."""
 
+    queries_of_a_row: ClassVar[int] = 1
+    contradicts: ClassVar[bool] = False
+
     def __len__(self) -> int:
         return len(self.queries)
+
+    @property
+    def document_instruction(self) -> str:
+        of_documents = self.config.document_instruction
+        return self.config.instruction if of_documents is None else of_documents
+
+    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
+        """The instruction of a batch's queries, by name."""
+        return {"": self.config.instruction}
+
+    def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
+        """What row `index` gives to a batch."""
+        return [self.draw(index, rng)]
 
     def draw(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` as it stands in the file; a labelled text's positive is another text of its label."""

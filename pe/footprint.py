@@ -176,7 +176,8 @@ def longest_batch(recipe: Recipe) -> Batch:
     document_instruction = data.document_instruction if data else None
     return Batch(
         dataset=0,
-        instruction=instruction,
+        instructions=[instruction],
+        asked=[0] * count,
         document_instruction=document_instruction or instruction,
         queries=[text] * count,
         documents=[text] * total,
@@ -184,6 +185,7 @@ def longest_batch(recipe: Recipe) -> Batch:
         document_labels=np.full(total, -1),
         query_ids=np.arange(count),
         document_ids=np.arange(count, count + total),
+        counterparts=np.full(count, -1),
     )
 
 

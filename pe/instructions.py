@@ -17,7 +17,11 @@ from pe.records import HUB
 
 
 def trained_instructions(data: Sequence[DatasetConfig]) -> dict[str, str]:
-    """Name -> instruction of a recipe's training sets, `query` and `document` first; none without sets."""
+    """Name -> instruction of a recipe's training sets, `query` and `document` first; none without sets.
+
+    Sets under tasks that contradict each other have no one instruction and are left out.
+    """
+    data = [item for item in data if item.instruct is None]
     if not data:
         return {}
     query = heaviest((item.instruction, item.weight) for item in data)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -27,9 +28,10 @@ Embed = Callable[[Requests], Tensor]
 
 def batch_requests(batch: Batch) -> Requests:
     """The queries and then the documents of a batch, each side under its instruction."""
-    instructions = [Instruction(batch.instruction, "query"), Instruction(batch.document_instruction, "document")]
+    instructions = [Instruction(text, "query") for text in batch.instructions]
     texts = [*batch.queries, *batch.documents]
-    return Requests(texts, instructions, [0] * len(batch.queries) + [1] * len(batch.documents))
+    index = batch.asked + [len(instructions)] * len(batch.documents)
+    return Requests(texts, [*instructions, Instruction(batch.document_instruction, "document")], index)
 
 
 def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accelerator: Accelerator) -> Tensor:
@@ -82,6 +84,28 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
                 )
             )
     return torch.stack(losses).mean()
+
+
+def counterpart_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """How much a query prefers what is right under the contradicting instruction; scalar, 0 where nothing contradicts.
+
+    -log softmax over two documents alone, the query's positive and its counterpart: among all documents of a batch the
+    subject decides, and what an instruction changes is hardly learned.
+
+    Args:
+        embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
+        batch: whose `counterparts` are not -1 where there is one.
+        temperature: what cosine similarities are divided by.
+    """
+    places = np.flatnonzero(batch.counterparts >= 0)
+    if not len(places):
+        return embeddings.new_zeros(())
+    count, device = len(batch.queries), embeddings.device
+    queries, right, wrong = (
+        embeddings[:, to_device(torch.from_numpy(rows), device)]
+        for rows in (places, count + places, count + batch.counterparts[places])
+    )
+    return F.softplus((queries * (wrong - right)).sum(-1) / temperature).mean()
 
 
 def cut(embeddings: Tensor, width: int) -> Tensor:
@@ -143,7 +167,10 @@ def backward(
     requests = batch_requests(batch) if requests is None else requests
 
     def loss_of(embeddings: Tensor) -> Tensor:
-        return contrastive_loss(embeddings, batch, config, accelerator)
+        loss = contrastive_loss(embeddings, batch, config, accelerator)
+        if config.counterpart:
+            loss = loss + config.counterpart * counterpart_loss(embeddings, batch, config.temperature)
+        return loss
 
     if micro_batch_size is None or micro_batch_size >= len(batch.queries):
         with accelerator.autocast():

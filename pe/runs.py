@@ -217,7 +217,8 @@ def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dic
     """
     found: dict[str, Any] = {"processes": processes}
     found |= {f"content of the {name}": revision for name, revision in contents.items()}
-    for path in dict.fromkeys(item.path for item in recipe.data if not item.path.startswith(HUB)):
+    files = [file for item in recipe.data for file in (item.path, item.instruct) if file and not file.startswith(HUB)]
+    for path in dict.fromkeys(files):
         with Path(path).open("rb") as file:
             found[f"content of {path}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     return found

@@ -32,6 +32,7 @@ from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
+from pe.instruct_set import first_wordings, load_instruct_set
 from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests, random_state, set_random_state
@@ -380,7 +381,7 @@ def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
         raise RecipeError("data: expected at least one data set, got none")
     if not recipe.train.steps:
         raise RecipeError("train.steps: expected at least 1, got 0; only pe.transfer does without training")
-    datasets = [load_dataset(item) for item in recipe.data]
+    datasets = [load_instruct_set(item) if item.instruct else load_dataset(item) for item in recipe.data]
     for dataset in datasets:
         console.print(str(dataset.report), highlight=False)
     train = recipe.train
@@ -413,7 +414,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     plan = build_plan(recipe, console)
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, accelerator.device)
-    model.name, model.instructions = run.path.name, trained_instructions(recipe.data)
+    model.name = run.path.name
+    model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
     check_widths(recipe, model)
     if accelerator.is_main_process:
         contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}

@@ -610,7 +610,7 @@ def test_batches_are_homogeneous_and_laid_out_as_said(three: list[Dataset]) -> N
         batch = plan.batch(step)
         assert len(batch.queries) == len(batch.labels) == len(batch.query_ids) == 8
         assert len(batch.documents) == len(batch.document_labels) == len(batch.document_ids)
-        assert batch.instruction == "Find the answer."
+        assert batch.instructions == ["Find the answer."]
         assert {array.dtype for array in (batch.labels, batch.document_labels)} == {np.dtype(np.int64)}
         np.testing.assert_array_equal(batch.document_labels[:8], batch.labels)
         assert (batch.document_labels[8:] == -1).all()
@@ -743,7 +743,7 @@ def test_text_id_is_stable_and_63_bits() -> None:
 
 
 def test_plan_refuses_what_it_cannot_do(three: list[Dataset]) -> None:
-    message = "b.jsonl: expected at least 22 examples, one for each query of a batch, got 21; lower batch_size or drop"
+    message = "b.jsonl: expected at least 22 examples for the queries of a batch, got 21; lower batch_size or drop"
     with pytest.raises(DataError, match=message):
         three_plan(three, batch_size=22)
     plan = three_plan(three)

@@ -1,0 +1,90 @@
+"""A training set whose queries stand under instructions that contradict each other; see `pe/instruct.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pe.config import DatasetConfig
+from pe.data import Example, Report
+from pe.instruct import InstructRow, InstructTask, read_instructions, read_rows
+from pe.records import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructSet:
+    """Rows whose query asks for one document under one task and for another under the task that contradicts it.
+
+    A batch holds both sides of each of its rows, so that one's positive is the other's negative. Build it with
+    `load_instruct_set`.
+    """
+
+    config: DatasetConfig
+    report: Report
+    tasks: tuple[InstructTask, InstructTask]
+    rows: list[InstructRow]
+    labels: list[int]
+    """A number for each row's query: another row of the same query is none of its negatives."""
+
+    queries_of_a_row: ClassVar[int] = 2
+    contradicts: ClassVar[bool] = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def document_instruction(self) -> str:
+        return self.tasks[0].document
+
+    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
+        """One of the wordings of each task, by its name."""
+        return {task.name: task.train[rng.integers(len(task.train))] for task in self.tasks}
+
+    def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
+        """Row `index` under both tasks."""
+        row, found = self.rows[index], []
+        for place, task in enumerate(self.tasks):
+            side = row.sides[task.name]
+            label = 2 * self.labels[index] + place
+            found.append(Example(row.query, side.positive, side.negatives, label, task.name))
+        return found
+
+    def query_text(self, text: str) -> str:
+        return self.config.query_template.replace("{text}", text)
+
+    def document_text(self, text: str) -> str:
+        return self.config.document_template.replace("{text}", text)
+
+
+def load_instruct_set(config: DatasetConfig) -> InstructSet:
+    """Read the rows of `config.path` under the tasks of `config.instruct`.
+
+    Raises:
+        DataError: a damaged file or row, a row with other sides than the rest, or tasks without wordings for training.
+    """
+    assert config.instruct is not None
+    known = read_instructions(config.instruct)
+    rows = read_rows(config.path, known)[: config.max_rows]
+    names = tuple(rows[0].sides)
+    for number, row in enumerate(rows, start=1):
+        if set(row.sides) != set(names) or len(names) != 2:
+            raise DataError(
+                f"{config.path}: row {number}: expected the two sides of one contradiction, the same in every row, got"
+                f" {', '.join(row.sides)}"
+            )
+    first, second = (known[name] for name in names)
+    if not first.train or not second.train:
+        raise DataError(f"{config.path}: {first.name}: expected wordings to train on, got none in {config.instruct}")
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(row.query for row in rows))}
+    report = Report(path=config.path, keys=("query", *names), rows=len(rows), examples=2 * len(rows))
+    labels = [numbers[row.query] for row in rows]
+    return InstructSet(config=config, report=report, tasks=(first, second), rows=rows, labels=labels)
+
+
+def first_wordings(datasets: Sequence[object]) -> dict[str, str]:
+    """The first wording of every task that is trained on, by name."""
+    tasks = [task for dataset in datasets if isinstance(dataset, InstructSet) for task in dataset.tasks]
+    return {task.name: task.train[0] for task in tasks}
