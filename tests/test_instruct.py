@@ -592,6 +592,7 @@ def test_scores_of_instructions_stand_apart(folder: Path, monkeypatch: pytest.Mo
     lines = [row for row in cells if row]
     assert ["PE-Instruct-NLI", "right_unseen", "50.00", "50.00"] in lines
     assert ["", "contradicts_unseen", "100.00", "100.00"] in lines
+    assert ["", "right_unseen", "50.00", "50.00"] not in lines, "it is the main score"
     assert ["All but Instruct", "mean", "80.00", "50.00"] in lines
 
 
