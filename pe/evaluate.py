@@ -129,7 +129,7 @@ def comparison(columns: Mapping[str, Scores], title: str | None = None) -> Table
             row = cells([scores.by_task.get(name) for scores in columns.values()])
             table.add_row(f"  {name}", tasks[name].metric, *row)
             parts = [scores.tasks[name].parts if name in scores.tasks else {} for scores in columns.values()]
-            for part in tasks[name].parts:
+            for part in (part for part in tasks[name].parts if part != tasks[name].metric):
                 table.add_row("", part, *cells([found.get(part) for found in parts]), style="dim")
         table.add_section()
     types = {task.type for task in tasks.values()}

@@ -22,6 +22,7 @@ from pe import encode
 from pe.batches import Batch, BatchPlan, text_id
 from pe.config import DatasetConfig
 from pe.data import Count, Dataset, Report, load_dataset
+from pe.instruct import read_instructions, read_rows
 from pe.records import DataError, read_jsonl, read_lines, read_qrels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -792,6 +793,8 @@ def test_shipped_file_loads(name: str, rows: int) -> None:
         records = read_jsonl(path, keys=("_id", "text"))
         assert len({record["_id"] for record in records}) == len(records) == rows
         assert all(record["text"].strip() for record in records)
+    elif name.startswith("instruct/"):
+        assert len(read_rows(path, read_instructions(SHIPPED / "instruct/instructions.yaml"))) == rows
     else:
         report = load_dataset(config(path, positive_from=4.0 if "stsb" in name else None)).report
         assert report.rows == rows
