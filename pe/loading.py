@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AddedToken,
@@ -206,11 +207,6 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
         FileNotFoundError: with the path tried and what to do.
         ValueError: a model that needs code of its own, an adapter, quantised weights.
     """
-    if is_adapter(name, revision):
-        raise ValueError(
-            f"{name}: expected a whole model, got an adapter of PEFT (adapter_config.json); load it with PEFT, merge it"
-            " into its base by merge_and_unload(), save that with save_pretrained() and name its folder"
-        )
     stored: dict[str, Any] = {}
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
@@ -218,10 +214,14 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         if "auto_map" in stored:
             raise own_code(name) from error
+        if not isinstance(error.__cause__, LocalEntryNotFoundError) and is_adapter(name, revision):
+            raise adapter_alone(name) from error
         raise FileNotFoundError(
-            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({error}). Name a"
-            " folder that holds config.json, or a hub model that can be reached or is in the cache"
+            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({one_line(error)})."
+            " Name a folder that holds config.json, or a hub model that can be reached or is in the cache"
         ) from error
+    if Path(name).is_dir() and is_adapter(name, revision):
+        raise adapter_alone(name)
     if kind := stored.get("quantization_config"):
         method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
         raise ValueError(
@@ -232,11 +232,18 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
 
 
 def is_adapter(name: str, revision: str | None) -> bool:
-    """Whether a folder or a repository of the hub holds an adapter of PEFT; no where there is neither."""
+    """Whether a folder or a repository of the hub holds an adapter of PEFT."""
     try:
         return find_adapter_config_file(name, revision=revision) is not None
     except (OSError, ValueError):  # `load_config` goes on to say what is wrong
         return False
+
+
+def adapter_alone(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a whole model, got an adapter of PEFT (adapter_config.json); load it with PEFT, merge it"
+        " into its base by merge_and_unload(), save that with save_pretrained() and name its folder"
+    )
 
 
 def own_code(name: str) -> ValueError:
@@ -264,9 +271,13 @@ def load_pretrained(
             check_weights(file)
         raise ValueError(f"{name}: the weights cannot be read ({error}); copy or download them again") from error
     except OSError as error:
-        raise FileNotFoundError(f"{name}: {missing_weights(name)} ({error})") from error
+        raise FileNotFoundError(f"{name}: {missing_weights(name)} ({one_line(error)})") from error
     except ValueError as error:
-        raise own_code(name) if getattr(config, "auto_map", None) else error from error
+        if getattr(config, "auto_map", None):
+            raise own_code(name) from error
+        raise
+    if getattr(model, "peft_config", None):  # transformers has found one on the hub
+        raise adapter_alone(name)
     tokenizer = load_tokenizer(name, revision)
     own = None if Path(name).is_dir() else find_file(name, "config.json", revision)
     model.config._commit_hash = own.parent.name if own else None  # transformers 5.17 notes it no more
@@ -294,10 +305,13 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         files = "tokenizer.json, tokenizer_config.json"
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{name}: missing or damaged tokenizer: {files} ({reason}); copy or download them again"
+            f"{name}: missing or damaged tokenizer: {files} ({one_line(error)}); copy or download them again"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def check_weights(file: Path) -> None:

@@ -236,6 +236,13 @@ def as_adapter(folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+def with_adapter(folder: Path) -> None:
+    """Its own base stands in the same folder."""
+    whole = shutil.copytree(folder, folder.parent / "whole")
+    as_adapter(folder)
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+
+
 def quantised(folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
@@ -248,6 +255,7 @@ NO_MODELS: dict[str, tuple[Change, str]] = {
     "pickle": (as_pickle, r"expected weights in model\.safetensors, got pytorch_model\.bin, a pickle, .*never read"),
     "nothing": (without_weights, r"expected weights in model\.safetensors, or in the parts .*; copy or download"),
     "adapter": (as_adapter, r"expected a whole model, got an adapter of PEFT .*merge_and_unload\(\), save that"),
+    "adapter, base": (with_adapter, r"expected a whole model, got an adapter of PEFT"),
     "quantised": (quantised, r".*got quantised ones \(quantization_config .* method bitsandbytes\); name the check"),
 }
 
