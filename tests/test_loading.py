@@ -22,7 +22,7 @@ from pe.backbone import Backbone
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig, Recipe
 from pe.loading import Filled, TextTokenizer
-from pe.model import Instruction, PromptEmbedder
+from pe.model import PromptEmbedder
 from pe.prompting import PromptingLLM
 from pe.recipes import write_yaml
 from pe.runs import RunError, RunFolder
@@ -470,10 +470,3 @@ def test_a_run_from_before_tokenizers_counted_goes_on(tmp_path: Path) -> None:
     run.save_checkpoint(2, {}, keep=1)
     with pytest.raises(RunError, match="changed: content of the backbone's tokenizer"):
         run.start(recipe, resume=True, fresh=False, conditions=now | {"content of the backbone's tokenizer": "y"})
-
-
-def test_an_instruction_is_what_a_prompt_is_written_for(models: Path) -> None:
-    """What is read is a template and what fills it, so that a bank tells instructions apart by both."""
-    model = embedder(models)
-    texts = [str(model.prompter_text(Instruction(text))) for text in ("{text}", "a")]
-    assert texts == ["Instruct: {text}\nQuery:", "Instruct: a\nQuery:"]
