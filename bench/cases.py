@@ -29,10 +29,16 @@ ROOT = Path(__file__).parent.parent
 class IdTokenizer:
     """Reads a text as the numbers in it: `"12 7"` is the tokens 12 and 7. Batches are made of token ids by it."""
 
+    name_or_path = "numbers"
     eos_token_id = 0
 
     def __init__(self) -> None:
         self._known: dict[str, list[int]] = {}
+        self.added_tokens_decoder: dict[int, Any] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        """None that is known by name: every number is a token."""
+        return {}
 
     def __call__(self, texts: str | Sequence[str], **_: object) -> dict[str, Any]:
         return {"input_ids": self._ids(texts) if isinstance(texts, str) else [self._ids(text) for text in texts]}
@@ -65,14 +71,14 @@ class Shape:
 
     def config(self) -> Any:
         if self.path:
-            return AutoConfig.from_pretrained(self.path)
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         return AutoConfig.for_model(self.kind, tie_word_embeddings=self.tied, **self.sizes)
 
     def load(self, auto: type, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The model as `auto` (AutoModel, AutoModelForCausalLM) builds it."""
         with torch.device(device):
             if self.path and list(self.path.glob("*.safetensors")):
-                return auto.from_pretrained(self.path, dtype=dtype)  # type: ignore[attr-defined]
+                return auto.from_pretrained(self.path, dtype=dtype, trust_remote_code=False)  # type: ignore[attr-defined]
             return auto.from_config(self.config(), dtype=dtype)  # type: ignore[attr-defined]
 
 

@@ -68,7 +68,7 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        revision = {"revision": config.backbone.revision}
+        revision = {"revision": config.backbone.revision, "trust_remote_code": False}
         decoder = Transformer(
             config.backbone.model,
             max_seq_length=config.max_length,

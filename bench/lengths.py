@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer
 
 from bench.cases import ROOT, Case
 from pe.batches import BatchPlan
 from pe.data import load_dataset
-from pe.loading import TextTokenizer
+from pe.loading import TextTokenizer, load_config, load_tokenizer
 from pe.model import Instruction, Requests
 
 FILE = Path(__file__).parent / "lengths.json"
@@ -107,7 +106,8 @@ def measure(recipe_file: Path) -> dict[str, object]:
 
     recipe = load_recipe(recipe_file)
     name = recipe.model.backbone.model
-    tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(name))
+    vocabulary = load_config(name, None).get_text_config().vocab_size
+    tokenizer = TextTokenizer(load_tokenizer(name, None), vocabulary)
 
     def tokens(texts: Sequence[str], limit: int | None = recipe.model.max_length) -> list[int]:
         return [len(ids[:limit]) for ids in tokenizer(texts)]

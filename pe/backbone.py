@@ -93,10 +93,11 @@ class Backbone(nn.Module):
 
         Raises:
             UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.
+            ValueError: see `TextTokenizer`.
         """
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.text_tokenizer = TextTokenizer(tokenizer, len(self.embedding))
         self.name, self.revision = name, revision
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         options = model.config.get_text_config()
@@ -114,7 +115,7 @@ class Backbone(nn.Module):
 
         Raises:
             FileNotFoundError: neither a folder nor a name that the hub or its cache has.
-            UnsupportedBackbone: see `__init__`.
+            UnsupportedBackbone, ValueError: see `__init__` and `load_pretrained`.
         """
         automatic = torch.float32 if device.type == "cpu" else "auto"
         dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]

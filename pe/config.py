@@ -99,7 +99,10 @@ class AlignmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SideTemplates:
-    """What is read for one side (query or document). `{instruction}` and `{text}` are filled in."""
+    """What is read for one side (query or document). `{instruction}` and `{text}` are filled in.
+
+    A special token's name, such as `<|endoftext|>`, is the token in a template, and text in what is filled in.
+    """
 
     prompter: str = "Instruct: {instruction}\nQuery: {text}"
     """Read by the prompting LLM; it ends before `{text}` where it is conditioned on the instruction alone."""

@@ -123,6 +123,7 @@ def encode_file(
     field: str = "text",
     batch_tokens: int = 16_384,
     backbone: str | None = None,
+    prompter: str | None = None,
     dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -138,6 +139,7 @@ def encode_file(
         field: the text's key in a `.jsonl` input.
         batch_tokens: tokens of a packed batch.
         backbone: where the backbone is now, if not where it was.
+        prompter: where the base of a prompting LLM with adapters is now, if not where it was.
         dtype: type of the backbone's weights; as in training where it is not given.
         overwrite: replace an existing output.
     """
@@ -153,7 +155,7 @@ def encode_file(
     texts = read_texts(Path(input), field)
     target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, dtype=dtype, device=device)
+    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=device)
     if instructions is None:
         instructions = [embedder.default_instruction(side)]
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)

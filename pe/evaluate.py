@@ -312,7 +312,12 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def load_encoder(
-    path: Path, *, backbone: str | None = None, dtype: Dtype | None = None, device: str | None = None
+    path: Path,
+    *,
+    backbone: str | None = None,
+    prompter: str | None = None,
+    dtype: Dtype | None = None,
+    device: str | None = None,
 ) -> TextEncoder:
     """A saved PromptEmbedder, on `device` or on the GPU where there is one.
 
@@ -323,7 +328,7 @@ def load_encoder(
     from pe.model import PromptEmbedder
 
     found = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return PromptEmbedder.from_pretrained(path, backbone=backbone, dtype=dtype, device=found)
+    return PromptEmbedder.from_pretrained(path, backbone=backbone, prompter=prompter, dtype=dtype, device=found)
 
 
 def _parser() -> ArgumentParser:
@@ -341,6 +346,7 @@ def _parser() -> ArgumentParser:
         help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
     )
     parser.add_argument("--backbone", type=str, default=None, help="where the backbone is, if it has moved")
+    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone (default: as trained)")
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     return parser
@@ -369,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise EvaluationError(f"--output: expected a file, got the folder {options.output}")
             if options.output.exists() and not options.overwrite:
                 raise EvaluationError(f"--output: {options.output} exists already; give --overwrite, or another name")
-        encoder = load_encoder(options.model, backbone=options.backbone, dtype=options.dtype, device=options.device)
+        moved = {"backbone": options.backbone, "prompter": options.prompter}
+        encoder = load_encoder(options.model, **moved, dtype=options.dtype, device=options.device)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:

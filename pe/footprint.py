@@ -22,14 +22,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import DTYPES, Backbone
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.batches import Batch
 from pe.config import BackboneConfig, PrompterConfig, Recipe
-from pe.loading import TextTokenizer
+from pe.loading import TextTokenizer, load_config, load_tokenizer
 from pe.losses import backward, batch_requests
 from pe.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases
 from pe.model import PromptEmbedder
@@ -159,7 +159,8 @@ def heaviest_batch(recipe: Recipe) -> Batch:
         DataError, FileNotFoundError: no data, or no tokenizer there.
     """
     plan, limit = build_plan(recipe, Console(quiet=True)), recipe.model.max_length
-    tokenizer = TextTokenizer(tokenizer_of(recipe.model.backbone))
+    vocabulary = config_of(recipe.model.backbone).get_text_config().vocab_size
+    tokenizer = TextTokenizer(tokenizer_of(recipe.model.backbone), vocabulary)
 
     def tokens(step: int) -> int:
         return sum(min(len(row), limit) for row in tokenizer(batch_requests(plan.batch(step)).texts))
@@ -215,17 +216,14 @@ def config_of(models: BackboneConfig | PrompterConfig) -> Any:
     """The model's `config.json`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError, ValueError: see `load_config`.
     """
-    try:
-        return AutoConfig.from_pretrained(models.model, revision=models.revision)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{models.model}: no model configuration there ({error})") from error
+    return load_config(models.model, models.revision)
 
 
 def tokenizer_of(models: BackboneConfig | PrompterConfig) -> PreTrainedTokenizerBase:
     config_of(models)
-    return AutoTokenizer.from_pretrained(models.model, revision=models.revision)
+    return load_tokenizer(models.model, models.revision)
 
 
 def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedder:

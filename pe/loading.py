@@ -5,42 +5,148 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
 
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 """Whether a processor has instructions for products of these types, as torch's library for them says."""
+FIELD = re.compile(r"\{instruction\}|\{text\}")
+PROBES = (
+    "a",
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces,\ta tab\nand a line",
+    "def f(x): return x + 10 * 2.5  # NOTE!?",
+    "naïve café, Straße, Москва, 日本語, مرحبا",
+    "UPPER lower 1234567890",
+)
+"""Texts by whose ids a tokenizer is known."""
+
+
+class Filled(NamedTuple):
+    """A template and what goes into its fields; what reads like a special token is one in the template alone."""
+
+    template: str
+    instruction: str = ""
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.fill(self.template)
+
+    def fill(self, part: str) -> str:
+        """A part of the template with its fields filled in; braces in what goes in are plain characters."""
+        if part == "{text}":  # most templates of texts are no more than that
+            return self.text
+        return FIELD.sub(lambda found: self.instruction if found[0] == "{instruction}" else self.text, part)
 
 
 class TextTokenizer:
-    """Token ids with the special tokens that the tokenizer puts in front, and none behind."""
+    """Token ids with the special tokens that the tokenizer puts in front, and none behind.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+    Text is text: `<|endoftext|>` in it is read letter by letter. In the template of a `Filled` it is the token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Take over a tokenizer of a model whose embedding has this many rows.
+
+        Raises:
+            ValueError: texts become nothing, all the same token, or tokens that the embedding has no row for.
+        """
+        self.tokenizer, self.rows = tokenizer, rows
+        known = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content}
+        self._special: dict[str, int] = {token.content: i for i, token in known.items()}
+        longest_first = sorted(known.values(), key=lambda token: -len(token.content))
+        self._cut = re.compile(f"({'|'.join(map(pattern, longest_first))})") if known else None
+        self._parts: dict[str, list[str | int]] = {}
+        plain, special = (self._ids(["a"], add_special_tokens=flag)[0] for flag in (False, True))
         self.lead: list[int] = next(
             (special[:i] for i in range(len(special)) if special[i : i + len(plain)] == plain), []
         )
         eos = tokenizer.eos_token_id
-        self.filler: int = eos if isinstance(eos, int) else 0
+        self.filler: int = eos if isinstance(eos, int) and eos < rows else 0
+        self._check()
 
-    def __call__(self, texts: Sequence[str], *, lead: bool = True) -> list[list[int]]:
-        """Ids of each text, at least one; `lead=False` for texts that continue a sequence."""
-        if not texts:
-            return []
-        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [(self.lead + row if lead else row) or [self.filler] for row in ids]
+    def _check(self) -> None:
+        name = self.tokenizer.name_or_path or "tokenizer"
+        read = {number for row in self._ids(PROBES) for number in row}
+        if len(read) < 2:
+            raise ValueError(
+                f"{name}: the tokenizer reads every text as {'the same token' if read else 'nothing'}; its files"
+                " (tokenizer.json, tokenizer_config.json) are missing or damaged: copy them from where the model is"
+            )
+        special = set(self._special.values()) - set(self.lead)
+        beyond = {i: token for token, i in self.tokenizer.get_vocab().items() if i >= self.rows and i not in special}
+        if beyond:
+            raise ValueError(
+                f"{name}: the tokenizer knows {len(beyond)} tokens, {beyond[min(beyond)]!r} first, that the model has"
+                f" no row for (its embedding has {self.rows}); take the tokenizer that the model was trained with, or"
+                " save the model after resize_token_embeddings"
+            )
+
+    def __call__(self, texts: Sequence[str | Filled], *, lead: bool = True) -> list[list[int]]:
+        """Ids of each text, at least one; `lead=False` for texts that continue a sequence.
+
+        Raises:
+            ValueError: a special token of a template that the embedding has no row for.
+        """
+        cut = [[text] if isinstance(text, str) else self._filled(text) for text in texts]
+        ids = iter(self._ids([part for parts in cut for part in parts if isinstance(part, str)]))
+        before = self.lead if lead else []
+        return [
+            [*before, *chain.from_iterable([part] if isinstance(part, int) else next(ids) for part in parts)]
+            or [self.filler]
+            for parts in cut
+        ]
+
+    @property
+    def behaviour(self) -> str:
+        """A hash of what a few texts of many kinds become."""
+        return hashlib.blake2b(repr(self(PROBES)).encode(), digest_size=8).hexdigest()
+
+    def _ids(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(list(texts), **options)["input_ids"] if texts else []
+
+    def _filled(self, filled: Filled) -> list[str | int]:
+        """A template's special tokens by id, and the filled text between them."""
+        if filled.template not in self._parts:
+            parts = self._cut.split(filled.template) if self._cut else [filled.template]
+            cut: list[str | int] = [self._special.get(part.strip(), part) for part in parts if part]
+            for number in cut:
+                if isinstance(number, int) and number >= self.rows:
+                    raise ValueError(
+                        f"templates: expected tokens that the model knows, got {self.tokenizer.decode([number])!r} in"
+                        f" {filled.template!r}: its embedding has {self.rows} rows; save the model after"
+                        " resize_token_embeddings, or leave the token out"
+                    )
+            self._parts[filled.template] = cut
+        return [part if isinstance(part, int) else filled.fill(part) for part in self._parts[filled.template]]
+
+
+def pattern(token: AddedToken) -> str:
+    """Matches a special token in a template, with the blanks around it that it swallows."""
+    return r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
 
 
 def quiet() -> None:
@@ -94,36 +200,118 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def load_config(name: str, revision: str | None) -> PreTrainedConfig:
+    """The configuration of a model that can be loaded; code of the model's own is not run.
+
+    Raises:
+        FileNotFoundError: with the path tried and what to do.
+        ValueError: a model that needs code of its own, an adapter, quantised weights.
+    """
+    stored: dict[str, Any] = {}
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "auto_map" in stored:
+            raise own_code(name) from error
+        if not isinstance(error.__cause__, LocalEntryNotFoundError) and is_adapter(name, revision):
+            raise adapter_alone(name) from error
+        raise FileNotFoundError(
+            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({one_line(error)})."
+            " Name a folder that holds config.json, or a hub model that can be reached or is in the cache"
+        ) from error
+    if Path(name).is_dir() and is_adapter(name, revision):
+        raise adapter_alone(name)
+    if kind := stored.get("quantization_config"):
+        method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
+        raise ValueError(
+            f"{name}: expected weights in bfloat16, float16 or float32, got quantised ones (quantization_config in"
+            f" config.json, method {method}); name the checkpoint that they were made of"
+        )
+    return config
+
+
+def is_adapter(name: str, revision: str | None) -> bool:
+    """Whether a folder or a repository of the hub holds an adapter of PEFT."""
+    try:
+        return find_adapter_config_file(name, revision=revision) is not None
+    except (OSError, ValueError):  # `load_config` goes on to say what is wrong
+        return False
+
+
+def adapter_alone(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a whole model, got an adapter of PEFT (adapter_config.json); load it with PEFT, merge it"
+        " into its base by merge_and_unload(), save that with save_pretrained() and name its folder"
+    )
+
+
+def own_code(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected an architecture that transformers has, got one that brings code of its own (auto_map in"
+        " config.json), which is never run; choose another model, or a conversion of it without code"
+    )
+
+
 def load_pretrained(
     auto: type, name: str, revision: str | None, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, safetensors only, no remote code.
 
     Raises:
-        FileNotFoundError: with the path tried and what to do.
-        ValueError: a weights file or a tokenizer that is cut short or damaged, with its name.
+        FileNotFoundError: with the path tried and what to do; no weights, or pickled ones alone.
+        ValueError: see `load_config`; a weights file or a tokenizer that is cut short or damaged, with its name.
     """
+    config = load_config(name, revision)
+    options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "trust_remote_code": False}
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({error}). Name a"
-            " folder that holds config.json, or a hub model that can be reached or is in the cache"
-        ) from error
-    try:
-        model = auto.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)  # type: ignore[attr-defined]
+        model = auto.from_pretrained(name, dtype=dtype, **options)  # type: ignore[attr-defined]
     except SafetensorError as error:
         for file in checkpoint_files(name, revision)[1:]:
             check_weights(file)
         raise ValueError(f"{name}: the weights cannot be read ({error}); copy or download them again") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(f"{name}: {missing_weights(name)} ({one_line(error)})") from error
     except ValueError as error:
-        files = "tokenizer.json, tokenizer_config.json"
-        raise ValueError(f"{name}: damaged tokenizer: {files} ({error}); copy or download them again") from error
-    config = None if Path(name).is_dir() else find_file(name, "config.json", revision)
-    model.config._commit_hash = config.parent.name if config else None  # transformers 5.17 notes it no more
+        if getattr(config, "auto_map", None):
+            raise own_code(name) from error
+        raise
+    if getattr(model, "peft_config", None):  # transformers has found one on the hub
+        raise adapter_alone(name)
+    tokenizer = load_tokenizer(name, revision)
+    own = None if Path(name).is_dir() else find_file(name, "config.json", revision)
+    model.config._commit_hash = own.parent.name if own else None  # transformers 5.17 notes it no more
     return model, tokenizer
+
+
+def missing_weights(name: str) -> str:
+    """Why a model has no weights that can be read, and what to do."""
+    pickled = sorted(file.name for file in Path(name).glob("*.bin")) if Path(name).is_dir() else []
+    if pickled:
+        return (
+            f"expected weights in model.safetensors, got {pickled[0]}, a pickle, which may run code and is never read;"
+            " if you trust it, load it with transformers and write it with save_pretrained()"
+        )
+    return "expected weights in model.safetensors, or in the parts that its index names; copy or download them again"
+
+
+def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; code of its own is not run.
+
+    Raises:
+        ValueError: damaged, missing or with code of its own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        files = "tokenizer.json, tokenizer_config.json"
+        raise ValueError(
+            f"{name}: missing or damaged tokenizer: {files} ({one_line(error)}); copy or download them again"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def check_weights(file: Path) -> None:

@@ -10,7 +10,6 @@ Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, I in
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from pe.backbone import Backbone
 from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
 from pe.instructions import default_instruction
+from pe.loading import Filled
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.records import RecordError, check_unicode
@@ -246,7 +246,8 @@ class PromptEmbedder(TrainableModule):
     @property
     def revision(self) -> str:
         """Content hash of all that training changes, and of the options."""
-        digest = hashlib.blake2b(repr((self.config, self.backbone.revision)).encode(), digest_size=8)
+        tokenizers = [part.text_tokenizer.behaviour for part in (self.prompter, self.backbone)]
+        digest = hashlib.blake2b(repr((self.config, self.backbone.revision, tokenizers)).encode(), digest_size=8)
         for name, tensor in self._own_state().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
@@ -294,7 +295,7 @@ class PromptEmbedder(TrainableModule):
         """What the backbone reads of each text, cut to `max_length` tokens and counted."""
         templates = self.config.templates
         texts = [
-            getattr(templates, requests.instruction(place).side).text.replace("{text}", text)
+            Filled(getattr(templates, requests.instruction(place).side).text, text=text)
             for place, text in enumerate(requests.texts)
         ]
         ids = self.backbone.text_tokenizer(texts, lead=self.config.layout == "suffix")
@@ -316,25 +317,23 @@ class PromptEmbedder(TrainableModule):
         for i, text in enumerate(requests.texts):
             instruction = requests.instruction(i)
             head = self.prompter_text(instruction)
-            before = self.prefix_text(instruction) if self.config.layout == "prefix" else ""
+            before = self.prefix_text(instruction) if self.config.layout == "prefix" else None
             read.append((head, self.prompter_text(instruction, text) if with_text else head, before))
         place = {key: number for number, key in enumerate(dict.fromkeys(read))}
         return self._align([(head, whole) for head, whole, _ in place]), [place[key] for key in read]
 
-    def prompter_text(self, instruction: Instruction, text: str | None = None) -> str:
+    def prompter_text(self, instruction: Instruction, text: str | None = None) -> Filled:
         """What the prompting LLM reads."""
         template: str = getattr(self.config.templates, instruction.side).prompter
         if text is None:
             template = template.partition("{text}")[0].rstrip()
-        fields = {"{instruction}": instruction.text, "{text}": text or ""}
-        return re.sub(r"\{instruction\}|\{text\}", lambda found: fields[found[0]], template)
+        return Filled(template, instruction.text, text or "")
 
-    def prefix_text(self, instruction: Instruction) -> str:
+    def prefix_text(self, instruction: Instruction) -> Filled:
         """What the backbone reads before the soft prompt in the prefix layout."""
-        template: str = getattr(self.config.templates, instruction.side).prefix
-        return template.replace("{instruction}", instruction.text)
+        return Filled(getattr(self.config.templates, instruction.side).prefix, instruction.text)
 
-    def prompter_ids(self, readings: Sequence[tuple[str, str]]) -> list[list[int]]:
+    def prompter_ids(self, readings: Sequence[tuple[Filled, Filled]]) -> list[list[int]]:
         """Token ids that the prompting LLM reads, for pairs of an instruction alone and of it with a text.
 
         The instruction is read whole, the text up to `max_length` tokens.
@@ -346,7 +345,7 @@ class PromptEmbedder(TrainableModule):
         self.truncation.prompter_cut += sum(len(row) > limit for row, limit in zip(read, limits, strict=True))
         return [row[:limit] for row, limit in zip(read, limits, strict=True)]
 
-    def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
+    def _align(self, readings: Sequence[tuple[Filled, Filled]]) -> AlignedPrompts:
         requests = self.prompter_ids(readings)
         of_instruction = self.config.conditioning == "instruction"
         if not any(p.requires_grad for p in self.prompter.parameters()):
@@ -657,10 +656,11 @@ class PromptEmbedder(TrainableModule):
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write the embedder to a folder: whole or not at all.
 
-        The backbone is stored by name and revision; its weights only with `include_backbone`, or where they are in the
-        folder that is written anew. An earlier saved embedder in `path` is replaced with all that stands in its folder,
-        files of yours too; until the new one is whole it stays, and a process that is killed between the two moves
-        leaves it in `NAME.saving-*/former`.
+        The backbone, and the base of a prompting LLM with adapters, are stored by name and revision; their weights only
+        with `include_backbone`, or where they are in the folder that is written anew. An earlier saved embedder in
+        `path` is replaced with all that stands in its folder, files of yours too; a link is replaced, what it leads to
+        stays as it is. Until the new one is whole the earlier one stays. On Linux they change places at once; elsewhere
+        a process that is killed between two moves leaves the earlier one in `NAME.saving-*/former`.
 
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
@@ -675,23 +675,28 @@ class PromptEmbedder(TrainableModule):
         *,
         revision: str | None = None,
         backbone: str | None = None,
+        prompter: str | None = None,
         dtype: Dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> PromptEmbedder:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` wrote, also where sentence-transformers has saved it since.
 
         Args:
             path: the folder, or a name of the hub.
             revision: branch, tag or commit on the hub; a folder has none.
-            backbone: where the backbone is now, if not where it was.
+            backbone: where the backbone is now, if it is neither where it was nor at the same place as seen from the
+                embedder's folder or from one above.
+            prompter: the same of the base model of a prompting LLM with adapters; any other is in the folder.
             dtype: type of its weights, as in `BackboneConfig`; None: as in training.
             device: where everything goes.
 
         Raises:
             FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
-            ValueError: another format, a damaged file, an unknown dtype, or a backbone whose content has changed.
+            ValueError: another format, a damaged file, an unknown dtype, a backbone or base whose content has changed,
+                or a `prompter` for a prompting LLM that needs none.
         """
         folder = find(Path(path), revision)
-        model = cls(*read(folder, backbone=backbone, dtype=dtype, device=torch.device(device))).eval()
+        parts = read(folder, backbone=backbone, prompter=prompter, dtype=dtype, device=torch.device(device))
+        model = cls(*parts).eval()
         model.name = Path(path).name
         return model

@@ -65,10 +65,11 @@ class PromptingLLM(nn.Module):
         Raises:
             UnsupportedPrompter: logits that are not h E_outᵀ times a constant, or a model that padding, a cache or rows
                 of embeddings in place of token ids would change.
+            ValueError: see `TextTokenizer`.
         """
         super().__init__()
         self.model, self.config, self.revision = model, config, revision
-        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.text_tokenizer = TextTokenizer(tokenizer, len(self.embedding))
         self._cast: dict[torch.dtype, tuple[object, tuple[Tensor, Tensor]]] = {}
         self.logit_scale = logit_scale(model)
         fuse_norms(model)
@@ -117,6 +118,7 @@ class PromptingLLM(nn.Module):
         """Replace the fresh adapter by a saved one."""
         self.model.delete_adapter(ADAPTER)
         self.model.load_adapter(str(folder), adapter_name=ADAPTER, is_trainable=True)
+        self.model.peft_config[ADAPTER].base_model_name_or_path = self.config.model  # PEFT looks it up when it saves
 
     def forward(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
         """Write one prompt for each request.

@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pe.config import ModelConfig, Recipe, RecipeError, nearest, to_dict
+from pe.files import write_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -141,7 +142,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def write_yaml(config: Any, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a recipe whole or not at all."""
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:

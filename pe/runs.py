@@ -156,7 +156,8 @@ class RunFolder:
         before = state.get("conditions", now)
         if before is None:
             raise RunError(f"{self.path}: the run of a move (pe.transfer), which is never resumed; start it anew")
-        if changed := differences(before, now):
+        known = {key: value for key, value in now.items() if key in before}  # an older checkpoint kept less
+        if changed := differences(before, known):
             raise RunError(f"{self.path}: --resume needs what the run had; changed: {', '.join(changed)}")
         for bad, _ in damaged:
             os.replace(bad, bad.with_suffix(".damaged"))

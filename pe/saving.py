@@ -2,8 +2,8 @@
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
 came from a hub; and the instructions of its training. `prompter/`, `reader/`, `alignment.safetensors` and
-`skip.safetensors` hold what trains, `backbone/` the frozen weights where they are asked for. sentence-transformers
-loads the same folder, by two files of its own, whose prompts are those instructions.
+`skip.safetensors` hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights where they are
+asked for. sentence-transformers loads the same folder, by two files of its own, whose prompts are those instructions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,22 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import Backbone
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
+from pe.files import exchange
 from pe.instructions import as_prompts, trained_instructions
-from pe.loading import check_weights, commit_of, has_content, load_pretrained
+from pe.loading import (
+    TextTokenizer,
+    check_weights,
+    checkpoint_files,
+    commit_of,
+    fingerprint,
+    has_content,
+    load_pretrained,
+)
 from pe.prompting import PromptingLLM
 from pe.skip import LinearSkip, build_skip
 
@@ -40,6 +49,11 @@ SENTENCE_TRANSFORMERS: dict[str, Any] = {
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
 """Files by which sentence-transformers knows how to load the folder, and their contents but for the prompts."""
+MODULE = "sentence_transformers.PromptModule"
+"""How the type of our module ends in the `modules.json` of sentence-transformers."""
+CURE = "give the folder where it is now as {}, or save the embedder with include_backbone=True where it can be loaded"
+HERE = {"backbone": "backbone=, --backbone (of pe.transfer: --source-backbone)", "prompter": "prompter=, --prompter"}
+"""By what a caller, or a command, says where a model is."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 OLD_CONTENT = (
     " (it was saved when a backbone of the hub had its commit for content: load it by the hub's name and save it again,"
@@ -64,22 +78,22 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
     Raises:
         FileExistsError: the folder holds something other than a saved PromptEmbedder.
     """
-    if path.exists() and not _may_be_replaced(path):
+    if os.path.lexists(path) and not _may_be_replaced(path):
         raise FileExistsError(f"{path}: not empty and not a saved PromptEmbedder; choose another folder")
-    source = Path(parts.backbone.name)
-    include_backbone |= source.is_dir() and source.resolve().is_relative_to(path.resolve())
     path.parent.mkdir(parents=True, exist_ok=True)
     is_empty = path.is_dir() and not any(path.iterdir())
     own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path if is_empty else path.parent))
     new, former = own / "new", own / "former"
     try:
-        _write_parts(parts, new, include_backbone, card)
+        _write_parts(parts, new, path, include_backbone, card)
         _open_to_others(new)
         if is_empty:  # it stays where it is: a mount point cannot be replaced
             for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
                 entry.rename(path / entry.name)
             return
         if path.exists():
+            if exchange(new, path):
+                return
             path.rename(former)
         new.rename(path)
     finally:
@@ -96,7 +110,8 @@ def _open_to_others(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) -> None:
+def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool, card: str) -> None:
+    """Write the parts to a new folder, which will stand at `path`."""
     config, prompter, alignment, backbone, skip, instructions = parts
     folder.mkdir()
     prompter.model.save_pretrained(folder / "prompter")
@@ -108,21 +123,18 @@ def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) 
             save_file(tensors, folder / f"{name}.safetensors")
     if backbone.has_reader:
         backbone.model.save_pretrained(folder / "reader")
+    base = prompter.config
+    has_base = base.trainable == "lora" and (include_backbone or _is_inside(base.model, path))
+    include_backbone |= _is_inside(backbone.name, path)
+    if has_base:
+        _write_checkpoint(AutoModelForCausalLM, base.model, base.revision, prompter.model, folder / "prompter-base")
     if include_backbone:
-        _write_backbone(backbone, config, folder / "backbone")
+        _write_checkpoint(AutoModel, backbone.name, config.backbone.revision, backbone.model, folder / "backbone")
     saved = {
         "format": FORMAT,
         "model": to_dict(config),
-        "prompter": {
-            "revision": prompter.revision,
-            "commit": commit_of(prompter.model),
-        },
-        "backbone": {
-            "name": backbone.name,
-            "revision": backbone.revision,
-            "commit": commit_of(backbone.model),
-            "included": include_backbone,
-        },
+        "prompter": _reference(base.model, prompter, path, included=has_base),
+        "backbone": _reference(backbone.name, backbone, path, included=include_backbone),
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
         "instructions": dict(instructions),
@@ -139,11 +151,30 @@ def sentence_transformers_files(instructions: Mapping[str, str]) -> dict[str, An
     return SENTENCE_TRANSFORMERS | {name: SENTENCE_TRANSFORMERS[name] | chosen}
 
 
-def _write_backbone(backbone: Backbone, config: ModelConfig, folder: Path) -> None:
-    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry a reader."""
-    name = backbone.name
-    revision = None if Path(name).is_dir() else commit_of(backbone.model) or config.backbone.revision
-    model, tokenizer = load_pretrained(AutoModel, name, revision, "auto")
+def _is_inside(name: str, path: Path) -> bool:
+    """Whether a model's folder is in the folder `path`, or looks so through a link."""
+    source = Path(name)
+    places = (source.absolute(), path.absolute()), (source.resolve(), path.resolve())
+    return source.is_dir() and any(inner.is_relative_to(outer) for inner, outer in places)
+
+
+def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included: bool) -> dict[str, Any]:
+    """How `config.json` in `path` speaks of a checkpoint that a part was loaded from, and of what that contained."""
+    source = Path(name)
+    return {
+        "name": name,
+        "path": os.path.relpath(source.resolve(), path.resolve()) if source.is_dir() else None,
+        "revision": part.revision,
+        "commit": commit_of(part.model),
+        "tokenizer": part.text_tokenizer.behaviour,
+        "included": included,
+    }
+
+
+def _write_checkpoint(auto: type, name: str, revision: str | None, loaded: PreTrainedModel, folder: Path) -> None:
+    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry adapters."""
+    revision = None if Path(name).is_dir() else commit_of(loaded) or revision
+    model, tokenizer = load_pretrained(auto, name, revision, "auto")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -153,23 +184,47 @@ def find(path: Path, revision: str | None) -> Path:
 
     Raises:
         FileNotFoundError: neither is there.
+        ValueError: see `_embedder_in`.
     """
     if path.exists() or not HUB_NAME.fullmatch(path.as_posix()):
-        return path
+        return _embedder_in(path)
     try:
-        return Path(snapshot_download(path.as_posix(), revision=revision))
+        return _embedder_in(Path(snapshot_download(path.as_posix(), revision=revision)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{path}: no saved PromptEmbedder there; tried the folder {path.resolve()} and the model hub ({error})"
         ) from error
 
 
-def read(path: Path, *, backbone: str | None, dtype: Dtype | None, device: torch.device) -> Parts:
+def _embedder_in(folder: Path) -> Path:
+    """The folder itself, or its module's where sentence-transformers has saved it.
+
+    Raises:
+        ValueError: there are further modules, through which the embeddings go.
+    """
+    file = folder / "modules.json"
+    if (folder / "config.json").exists() or not file.exists():
+        return folder
+    modules = [module for module in _read_json(file) if isinstance(module, dict)]
+    types = [str(module.get("type")) for module in modules]
+    ours = [module.get("path", "") for module, kind in zip(modules, types, strict=True) if kind.endswith(MODULE)]
+    if ours and len(modules) > 1:
+        raise ValueError(
+            f"{folder}: expected an embedder alone, got the modules {', '.join(types)}; load it with"
+            " SentenceTransformer, which runs them all"
+        )
+    return folder / ours[0] if ours else folder
+
+
+def read(
+    path: Path, *, backbone: str | None, prompter: str | None = None, dtype: Dtype | None, device: torch.device
+) -> Parts:
     """The parts that `write` wrote; see `PromptEmbedder.from_pretrained`.
 
     Raises:
         FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
-        ValueError: another format, a damaged file, or a backbone whose content differs from the one trained on.
+        ValueError: another format, a damaged file, a backbone or a base of the prompting LLM whose content differs from
+            the one trained on, or a `prompter` for a prompting LLM that is whole in the folder.
     """
     from pe.recipes import model_config_from_dict  # its parser is a package that training steps do without
 
@@ -177,24 +232,24 @@ def read(path: Path, *, backbone: str | None, dtype: Dtype | None, device: torch
     config = model_config_from_dict(saved["model"], str(path / "config.json"))
     if dtype is not None:
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, dtype=dtype))
-    prompter = _read_prompter(path, config, device, saved.get("prompter", {}))
+    prompting = _read_prompter(path, config, device, saved.get("prompter", {}), prompter)
     frozen = _read_backbone(path, config, device, saved["backbone"], backbone)
     if config.reader == "activated_lora":
         _check_adapter(path / "reader")
         frozen.load_reader(path / "reader")
     alignment: Alignment
     if config.alignment.kind == "linear":
-        size = (prompter.hidden_size, frozen.hidden_size)
+        size = (prompting.hidden_size, frozen.hidden_size)
         weight = _read_tensors(path / "alignment.safetensors", {"weight": torch.Size(size)})["weight"].to(device)
         found = saved["alignment"]
         alignment = LinearAlignment(weight, AlignmentReport(found["shared_tokens"], found["residual"]))
     else:
-        alignment = VocabularyAlignment(prompter, frozen)
+        alignment = VocabularyAlignment(prompting, frozen)
     skip = build_skip(config.skip, frozen.hidden_size, device)
     if skip is not None:
         sizes = {name: tensor.shape for name, tensor in skip.state_dict().items()}
         skip.load_state_dict(_read_tensors(path / "skip.safetensors", sizes))
-    return Parts(config, prompter, alignment, frozen, skip, _read_instructions(path, saved))
+    return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved))
 
 
 def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
@@ -262,17 +317,42 @@ def _read_backbone(
 ) -> Backbone:
     """The backbone in the folder, where `given` says it is now, or where it was; its content is checked."""
     own = saved["included"] and given is None
-    name = str(path / "backbone") if own else given or saved["name"]
+    name = str(path / "backbone") if own else given or _locate(saved, path)
     commit = saved.get("commit", saved["revision"]) if name == saved["name"] else None
     revision = None if Path(name).is_dir() else commit or config.backbone.revision
-    frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
+    try:
+        frozen = Backbone.from_pretrained(dataclasses.replace(config.backbone, model=name, revision=revision), device)
+    except FileNotFoundError as error:
+        cure = CURE.format(HERE["backbone"])
+        raise FileNotFoundError(f"{path}: its backbone cannot be had: {error}; {cure}") from error
     if not (own or has_content(frozen.model, name, frozen.revision, saved)):
         raise ValueError(
             f"{path}: trained on backbone {saved['name']} with content {saved['revision']}, but {name} has content"
             f" {frozen.revision}; give the right folder as backbone=, or move the embedder with `python -m pe.transfer`"
             f"{'' if 'commit' in saved else OLD_CONTENT}"
         )
+    _check_tokenizer(path, name, frozen.text_tokenizer, saved)
     return frozen
+
+
+def _locate(saved: Mapping[str, Any], path: Path) -> str:
+    """Where a model that was saved by its name is now: as it is called, or seen from the embedder's folder `path` or a
+    folder above, if its content is the saved one there.
+    """
+    name, starts = saved["name"], (path.absolute(), path.resolve())
+    above = [folder / name for start in starts for folder in (start, *start.parents)]
+    places = [Path(name), path.resolve() / (saved.get("path") or name), *above]
+    here = (str(place) for place in places if os.access(place / "config.json", os.R_OK))
+    return next((place for place in here if fingerprint(checkpoint_files(place, None)) == saved["revision"]), name)
+
+
+def _check_tokenizer(path: Path, name: str, tokenizer: TextTokenizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model's tokenizer reads texts otherwise than in training; old folders do not say."""
+    if saved.get("tokenizer", tokenizer.behaviour) != tokenizer.behaviour:
+        raise ValueError(
+            f"{path}: expected the tokenizer that it was trained with, got one in {name} that reads texts otherwise;"
+            " copy the former tokenizer.json and tokenizer_config.json there"
+        )
 
 
 def _may_be_replaced(path: Path) -> bool:
@@ -296,9 +376,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     if not file.exists():
-        inner = next((found.parent for found in path.glob("*_PromptModule/config.json")), None)
-        hint = f"; {inner} is one, which sentence-transformers has saved" if inner else " (no config.json)"
-        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there{hint}")
+        raise FileNotFoundError(f"{path}: no saved PromptEmbedder there (no config.json)")
     saved = _read_json(file)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         got = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
@@ -311,25 +389,40 @@ def read_config(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _read_prompter(path: Path, config: ModelConfig, device: torch.device, saved: dict[str, Any]) -> PromptingLLM:
+def _read_prompter(
+    path: Path, config: ModelConfig, device: torch.device, saved: dict[str, Any], given: str | None
+) -> PromptingLLM:
     """The trained prompting LLM of a saved embedder: whole weights, or its base model with the saved adapter.
 
     Raises:
-        ValueError: the base model's content is not the `saved` one, on which the adapter was trained.
+        FileNotFoundError: its base model is not found.
+        ValueError: the base model's content is not the `saved` one, on which the adapter was trained; or one is `given`
+            to whole weights.
     """
     folder, options, revision = path / "prompter", config.prompter, saved.get("revision")
     if options.trainable == "full":
+        if given is not None:
+            raise ValueError(f"prompter: expected none, since {folder} holds the whole prompting LLM, got {given!r}")
         prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, model=str(folder), revision=None), device)
         prompter.config = options
+        _check_tokenizer(path, str(folder), prompter.text_tokenizer, saved)
         return prompter
     _check_adapter(folder)
-    commit = saved.get("commit", revision)
-    pinned = options.revision if Path(options.model).is_dir() else commit or options.revision
-    prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, revision=pinned), device)
-    if revision is not None and not has_content(prompter.model, options.model, prompter.revision, saved):
+    saved = {"name": options.model, "revision": None} | saved
+    own = saved.get("included", False) and given is None
+    name = str(path / "prompter-base") if own else given or _locate(saved, path)
+    commit = saved.get("commit", revision) if name == saved["name"] else None
+    pinned = None if Path(name).is_dir() else commit or options.revision
+    try:
+        prompter = PromptingLLM.from_pretrained(dataclasses.replace(options, model=name, revision=pinned), device)
+    except FileNotFoundError as error:
+        cure = CURE.format(HERE["prompter"])
+        raise FileNotFoundError(f"{path}: the base of its prompting LLM cannot be had: {error}; {cure}") from error
+    if not (own or revision is None or has_content(prompter.model, name, prompter.revision, saved)):
         raise ValueError(
-            f"{path}: its prompting LLM is an adapter of {options.model} with content {revision}, but that has content"
-            f" {prompter.revision} now; put the former checkpoint there"
+            f"{path}: its prompting LLM is an adapter of {saved['name']} with content {revision}, but {name} has"
+            f" content {prompter.revision}; give the former checkpoint's folder as prompter="
         )
+    _check_tokenizer(path, name, prompter.text_tokenizer, saved)
     prompter.load_adapter(folder)
     return prompter

@@ -32,6 +32,7 @@ from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
+from pe.files import write_text
 from pe.instruct_set import first_wordings, load_instruct_set
 from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
@@ -367,7 +368,7 @@ def measurer(recipe: Recipe) -> Callable[[TextEncoder], Scores]:
 
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
     values = {name: found.to_dict() for name, found in scores.items()}
-    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2))
 
 
 def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
@@ -419,6 +420,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     check_widths(recipe, model)
     if accelerator.is_main_process:
         contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}
+        contents["backbone's tokenizer"] = model.backbone.text_tokenizer.behaviour
+        contents["prompter's tokenizer"] = model.prompter.text_tokenizer.behaviour
         conditions = conditions_of(recipe, accelerator.num_processes, **contents)
         for note in run.start(recipe, resume=resume, fresh=fresh, conditions=conditions):
             console.print(note, highlight=False)

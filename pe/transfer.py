@@ -31,6 +31,7 @@ from pe.card import model_card
 from pe.cli import user_errors
 from pe.config import ModelConfig, Recipe, RecipeError, to_dict
 from pe.evaluate import Scores, comparison
+from pe.files import write_text
 from pe.loading import quiet
 from pe.losses import batch_requests
 from pe.model import PromptEmbedder
@@ -131,7 +132,15 @@ def start_skip(target: PromptEmbedder, source: PromptEmbedder, plan: BatchPlan, 
     return fit_skip(target, source, (batch_requests(plan.batch(step)) for step in bar))
 
 
-def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fresh: bool = False) -> Transfer:
+def transfer(
+    checkpoint: Path,
+    recipe: Recipe,
+    *,
+    texts: int | None = None,
+    fresh: bool = False,
+    backbone: str | None = None,
+    prompter: str | None = None,
+) -> Transfer:
     """Move the embedder in `checkpoint` to `recipe.model.backbone` and train what the new backbone needs.
 
     Args:
@@ -140,6 +149,7 @@ def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fres
         texts: training texts that the skip is fitted on; 0: it starts fresh; None: `TEXTS_PER_DIMENSION` for each where
             nothing is trained, else 0.
         fresh: move an earlier run aside.
+        backbone, prompter: where models of the source are now, see `PromptEmbedder.from_pretrained`.
 
     Raises:
         RecipeError: nothing to train, though steps were asked for, options that a move cannot change, or `texts` < 0.
@@ -155,7 +165,7 @@ def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fres
     at_least_one = dataclasses.replace(recipe.train, steps=max(1, recipe.train.steps))
     needs_data = recipe.train.steps or fits_skip
     plan = build_plan(dataclasses.replace(recipe, train=at_least_one), console) if needs_data else None
-    source = PromptEmbedder.from_pretrained(checkpoint, device=device)
+    source = PromptEmbedder.from_pretrained(checkpoint, backbone=backbone, prompter=prompter, device=device)
     run = RunFolder(recipe.output)
     set_seed(recipe.train.seed)
     target = move(source, recipe.model)
@@ -196,7 +206,7 @@ def transfer(checkpoint: Path, recipe: Recipe, *, texts: int | None = None, fres
     write_yaml(recipe, run.model / "recipe.yaml")
     report: dict[str, object] = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}
     report["scores"] = {name: found.to_dict() for name, found in scores.items()}
-    (run.path / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_text(run.path / REPORT, json.dumps(report, indent=2))
     console.print(f"saved {run.model}", highlight=False)
     return result
 
@@ -224,6 +234,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="the `model` folder of a run")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the new backbone")
+    parser.add_argument("--source-backbone", help="where the source's own backbone is now, if it has moved")
+    parser.add_argument("--prompter", help="where the base of the source's prompting LLM with adapters is, if moved")
     parser.add_argument("--steps", type=int, default=200, help="training steps; 0: none (default 200)")
     default = f"default: {TEXTS_PER_DIMENSION} a dimension with --steps 0, else 0"
     parser.add_argument("--texts", type=int, help=f"training texts that a skip is fitted on ({default})")
@@ -238,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     with user_errors("pe.transfer", TrainingError):
         recipe = transfer_recipe(arguments, overrides)
-        result = transfer(Path(arguments.checkpoint), recipe, texts=arguments.texts, fresh=arguments.fresh)
+        moved = {"backbone": arguments.source_backbone, "prompter": arguments.prompter}
+        result = transfer(Path(arguments.checkpoint), recipe, texts=arguments.texts, fresh=arguments.fresh, **moved)
     console = Console()
     if result.scores:
         console.print(comparison(result.scores))

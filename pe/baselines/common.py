@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pe.backbone import Backbone
-from pe.loading import TextTokenizer
+from pe.loading import Filled, TextTokenizer
 from pe.model import Requests, Truncation
 from pe.packing import Segments, to_device, token_batches
 from pe.token_weights import TokenWeights, standardize
@@ -60,13 +60,10 @@ class Templates:
 
         Texts are tokenised apart from the instruction, as PromptEmbedder does, so all read the same tokens.
         """
-        filled = [
-            getattr(self, item.side).removesuffix("{text}").replace("{instruction}", item.text)
-            for item in requests.instructions
-        ]
-        written = [text for text in dict.fromkeys(filled) if text]
+        filled = [Filled(getattr(self, item.side).removesuffix("{text}"), item.text) for item in requests.instructions]
+        written = [head for head in dict.fromkeys(filled) if str(head)]
         heads = dict(zip(written, tokenizer(written), strict=True))
-        bare = [not filled[place] for place in requests.index]
+        bare = [filled[place] not in heads for place in requests.index]
         readings: list[Reading | None] = [None] * len(requests.texts)
         for lead in (True, False):
             places = [i for i, is_bare in enumerate(bare) if is_bare == lead]

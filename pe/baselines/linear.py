@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pe.backbone import Backbone
 from pe.baselines.common import Floats, Reading, content_hash, encode, short_name
 from pe.config import BackboneConfig
+from pe.files import written_into
 from pe.model import Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse
 from pe.skip import LinearSkip
@@ -90,11 +91,10 @@ class LinearEmbedder(TrainableModule):
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(self.trainable_state(), path / "linear.safetensors")
-        if card:
-            (path / "README.md").write_text(card, encoding="utf-8")
+        with written_into(Path(path)) as folder:
+            save_file(self.trainable_state(), folder / "linear.safetensors")
+            if card:
+                (folder / "README.md").write_text(card, encoding="utf-8")
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that train: the matrix."""

@@ -29,6 +29,7 @@ from pe.adapters import lora_config, prepare_adapters
 from pe.backbone import Backbone, stacked_layers
 from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
+from pe.files import written_into
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack, to_device
 from pe.rms_norm import restore_norms
@@ -196,14 +197,14 @@ class LoraEmbedder(TrainableModule):
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write the adapters as a PEFT adapter, the options and the tokens' weights beside them."""
-        path = Path(path)
-        self.backbone.model.save_pretrained(path)
-        if self.token_weights is not None:
-            save_file({"query": self.token_weights.query.detach().cpu()}, path / "token_weights.safetensors")
         options = {"baseline": "lora", "config": dataclasses.asdict(self.config)}
-        (path / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
-        if card:
-            (path / "README.md").write_text(card, encoding="utf-8")
+        with written_into(Path(path)) as folder:
+            self.backbone.model.save_pretrained(folder)
+            if self.token_weights is not None:
+                save_file({"query": self.token_weights.query.detach().cpu()}, folder / "token_weights.safetensors")
+            (folder / "baseline.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
+            if card:
+                (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def linear_layers_below(backbone: Backbone, upper: int) -> list[str]:

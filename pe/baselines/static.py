@@ -20,6 +20,8 @@ from pe.alignment import AlignedPrompts, Alignment
 from pe.backbone import Backbone
 from pe.baselines.common import content_hash, short_name
 from pe.config import ModelConfig
+from pe.files import written_into
+from pe.loading import Filled
 from pe.model import Instruction, PromptEmbedder
 from pe.prompting import PromptingLLM
 
@@ -103,7 +105,7 @@ class StaticPromptEmbedder(PromptEmbedder):
             else:
                 ids = torch.randint(vocabulary, (k,), generator=generator).tolist()
             rows = backbone.token_rows(torch.tensor(ids, device=backbone.device))
-            prompts.setdefault(embedder.prompter_text(item), rows.detach().float().clone())
+            prompts.setdefault(str(embedder.prompter_text(item)), rows.detach().float().clone())
         return cls(config, StaticPrompts(list(prompts), list(prompts.values())), backbone)
 
     @property
@@ -115,8 +117,8 @@ class StaticPromptEmbedder(PromptEmbedder):
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
 
-    def _align(self, readings: Sequence[tuple[str, str]]) -> AlignedPrompts:
-        return AlignedPrompts(self.static([whole for _, whole in readings]), None)
+    def _align(self, readings: Sequence[tuple[Filled, Filled]]) -> AlignedPrompts:
+        return AlignedPrompts(self.static([str(whole) for _, whole in readings]), None)
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.
@@ -126,8 +128,7 @@ class StaticPromptEmbedder(PromptEmbedder):
         """
         if include_backbone:
             raise ValueError("include_backbone: expected False for a static prompt, got True")
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.trainable_state().items()}
-        save_file(state, path / "static.safetensors")
-        (path / "README.md").write_text(card or "Static prompts.\n", encoding="utf-8")
+        with written_into(Path(path)) as folder:
+            save_file(state, folder / "static.safetensors")
+            (folder / "README.md").write_text(card or "Static prompts.\n", encoding="utf-8")
