@@ -244,6 +244,8 @@ def test_static_prompt_starts_from_tokens() -> None:
     ids = byte_tokenizer()("find the answer")["input_ids"][:3]
     torch.testing.assert_close(model.static.prompts[0].data, model.backbone.embedding[ids])
     assert static().revision == static().revision != model.revision
+    once = StaticPromptEmbedder.fresh(model.config, backbone(), iter(INSTRUCTIONS), start="instruction")
+    assert once.revision == model.revision
 
 
 def test_static_prompt_refuses_what_it_has_not(tmp_path: Path) -> None:

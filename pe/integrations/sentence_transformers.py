@@ -12,13 +12,13 @@ Legend: B texts, D embedding size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
 from sentence_transformers.base.modules import InputModule
 
-from pe.model import PromptEmbedder
+from pe.model import PromptEmbedder, listed
 
 
 class PromptModule(InputModule):
@@ -56,7 +56,7 @@ class PromptModule(InputModule):
         return self.embedder.dimensions
 
     def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: object
+        self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **_: object
     ) -> dict[str, Any]:
         """The texts as they are, with the instruction and the side they are encoded under.
 
@@ -68,10 +68,11 @@ class PromptModule(InputModule):
                 "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
                 " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query')"
             )
-        for text in inputs:
+        texts = listed("inputs", inputs)
+        for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"inputs: expected texts, got {type(text).__name__}: {text!r:.80}")
-        return {"texts": list(inputs), "instruction": prompt, "side": "document" if task == "document" else "query"}
+        return {"texts": texts, "instruction": prompt, "side": "document" if task == "document" else "query"}
 
     def forward(self, features: dict[str, Any], **_: object) -> dict[str, Any]:
         """Add the embeddings `[B, D]` float32 as `sentence_embedding`.
