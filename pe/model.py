@@ -151,7 +151,7 @@ def sample(module: nn.Module) -> tuple[float, ...]:
     A write that leaves these values as they are is not noticed.
     """
     weights = [p.detach().reshape(-1) for p in module.parameters()]
-    # An odd stride meets every column of a matrix, whose width is even
+    # An even stride would meet the same few columns of a matrix in every row
     return tuple(torch.cat([w[:: len(w) // SAMPLED | 1] for w in weights]).tolist()) if weights else ()
 
 
@@ -200,9 +200,9 @@ def check_arguments(
 class PromptEmbedder(TrainableModule):
     """A frozen decoder that embeds texts under soft prompts.
 
-    Threads may share one: their calls queue, each for its whole length. Where a thread trains it by a loop of its own,
-    a call of another one comes between two of its calls and embeds by the weights that it finds; while `pe.train.fit`
-    trains it, calls of other threads raise `BeingTrained`.
+    Threads may share one: their calls queue, each for its whole length. While `pe.train.fit` trains it, calls of other
+    threads raise `BeingTrained`. Beside a training loop of one's own they embed by the weights that they find; an
+    optimiser's step is no call, and keeps clear of them within `with model.backbone.turns.taken():`.
 
     Attributes:
         config: the options.
@@ -222,7 +222,7 @@ class PromptEmbedder(TrainableModule):
         backbone: Backbone,
         skip: LinearSkip | None = None,
     ) -> None:
-        """Put the parts together; where the options ask for a skip and none is given, a fresh one goes in.
+        """Put the parts together; where the options ask for a reader or a skip and none is given, a fresh one goes in.
 
         Raises:
             ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
@@ -233,6 +233,8 @@ class PromptEmbedder(TrainableModule):
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
+        if config.reader == "activated_lora" and not backbone.has_reader:
+            backbone.add_reader(config.reader_lora)
         if config.skip != "none":
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
@@ -254,8 +256,6 @@ class PromptEmbedder(TrainableModule):
         prompter = PromptingLLM.from_pretrained(config.prompter, device)
         backbone = Backbone.from_pretrained(config.backbone, device)
         alignment = build_alignment(prompter, backbone, config.alignment)
-        if config.reader == "activated_lora":
-            backbone.add_reader(config.reader_lora)
         return cls(config, prompter, alignment, backbone)
 
     @property

@@ -20,7 +20,7 @@ from pe.baselines.static import StaticPromptEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
-from tests.tiny import byte_tokenizer, decoder
+from tests.tiny import PLAIN, byte_tokenizer, decoder
 
 TEXTS = [
     "the cat sat",
@@ -222,11 +222,8 @@ def test_templates_end_with_the_text() -> None:
 
 
 def static(start: Any = "vocabulary", **options: Any) -> StaticPromptEmbedder:
-    config = ModelConfig(prompter=PrompterConfig(soft_tokens=3), **options)
-    frozen = backbone()
-    if config.reader == "activated_lora":
-        frozen.add_reader(config.reader_lora)
-    return StaticPromptEmbedder.fresh(config, frozen, INSTRUCTIONS, start=start)
+    config = ModelConfig(prompter=PrompterConfig(soft_tokens=3), **PLAIN | options)
+    return StaticPromptEmbedder.fresh(config, backbone(), INSTRUCTIONS, start=start)
 
 
 def test_static_prompt_of_an_unseen_instruction_is_the_mean() -> None:

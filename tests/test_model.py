@@ -32,7 +32,7 @@ from pe.config import (
 )
 from pe.model import SAMPLED, Instruction, PromptEmbedder, Requests, sample
 from tests import oracle
-from tests.tiny import byte_tokenizer, decoder, language_model
+from tests.tiny import PLAIN, byte_tokenizer, decoder, language_model
 
 TEXTS = [
     "the cat sat",
@@ -77,7 +77,7 @@ def make(models: Path) -> Maker:
             prompter=PrompterConfig(**chosen),
             backbone=BackboneConfig(model=str(backbone or models / "backbone"), dtype=dtype),
             alignment=AlignmentConfig(**(alignment or {})),
-            **options,
+            **PLAIN | options,
         )
         built = PromptEmbedder.from_config(config).eval()
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -184,6 +185,11 @@ def test_a_loop_of_ones_own_beside_an_encoding_thread() -> None:
     assert model.training
 
 
+def evaluating(recipe: Recipe) -> Recipe:
+    """The recipe for two steps, with an evaluation behind each."""
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2, eval_every=1))
+
+
 def in_another_thread(call: Callable[[], object]) -> BaseException | None:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).exception(timeout=60)
@@ -192,14 +198,16 @@ def in_another_thread(call: Callable[[], object]) -> BaseException | None:
 def test_other_threads_are_refused_while_it_trains(recipe: Recipe) -> None:
     model, errors, scores = new_model(recipe), [], []
     frozen = FrozenEncoder(model.backbone)
-    options = recipe.train.__class__(steps=2, batch_size=6, eval_every=1)
     calls: list[Callable[[], object]] = [
         lambda: model.encode(["the river"], instruction=FIND),
         lambda: model.encode_many(["the river"], instructions=[FIND]),
         lambda: model.prompt_bank([Instruction(FIND)]),
         lambda: model(Requests(["the river"], [Instruction(FIND)], [0])),
         lambda: frozen.encode(["the river"], instruction=FIND),
+        lambda: model.tokenize(Requests(["the river"], [Instruction(FIND)], [0])),
+        lambda: model.load_trainable_state(model.trainable_state()),
         model.eval,
+        model.float,
     ]
 
     def evaluate() -> float:
@@ -207,11 +215,10 @@ def test_other_threads_are_refused_while_it_trains(recipe: Recipe) -> None:
         errors.extend(map(in_another_thread, calls))
         return scores[-1]
 
-    trained = Recipe(data=recipe.data, model=recipe.model, loss=recipe.loss, train=options)
-    fit(model, plan_of(trained), trained, accelerator(), evaluate=evaluate)
+    fit(model, plan_of(recipe), evaluating(recipe), accelerator(), evaluate=evaluate)
     assert len(scores) == 2
     assert scores[0] != scores[1]
-    assert len(errors) == 12
+    assert len(errors) == 2 * len(calls)
     assert all(isinstance(error, BeingTrained) for error in errors)
     assert str(errors[0]) == (
         "the model is being trained by another thread, so what it would give now belongs to no step; encode with a copy"
@@ -227,10 +234,8 @@ def test_training_that_fails_leaves_the_model_to_all(recipe: Recipe, end: type[B
     def stop() -> float:
         raise end
 
-    options = recipe.train.__class__(steps=2, batch_size=6, eval_every=1)
-    trained = Recipe(data=recipe.data, model=recipe.model, loss=recipe.loss, train=options)
     with pytest.raises(end):
-        fit(model, plan_of(trained), trained, accelerator(), evaluate=stop)
+        fit(model, plan_of(recipe), evaluating(recipe), accelerator(), evaluate=stop)
     assert in_another_thread(lambda: model.encode(["the river"], instruction=FIND)) is None
 
 

@@ -67,8 +67,6 @@ class StaticPromptEmbedder(PromptEmbedder):
     ) -> StaticPromptEmbedder:
         """Untrained prompts for these instructions on the backbone that `config` names; see `fresh`."""
         backbone = Backbone.from_pretrained(config.backbone, torch.device(device))
-        if config.reader == "activated_lora":
-            backbone.add_reader(config.reader_lora)
         return cls.fresh(config, backbone, instructions, start=start, seed=seed)
 
     @classmethod
