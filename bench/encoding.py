@@ -54,6 +54,7 @@ TITLES = {
     "pe-prefix": "PE, prefix",
 }
 SHARES_TEXTS = "pe-suffix"
+UNREAD = "Embed the text"  # an encoder of bare texts reads no instruction
 REENCODE_UP_TO = 10  # instructions: beyond, systems that read the texts again for each are not measured
 
 Encode = Callable[[Sequence[str], Sequence[str]], Any]
@@ -121,7 +122,7 @@ def check_agreement(sentences: SentenceEncoder, frozen: FrozenEncoder, texts: Se
     for text, ours, theirs in zip(texts, ids, sentences.tokenize(texts), strict=True):
         if ours != theirs:
             raise RuntimeError(f"{text[:80]!r}: expected the tokens {ours[:20]}, got {theirs[:20]}")
-    expected, tolerance = frozen.encode(texts, instruction=""), PROBE_TOLERANCE[frozen.backbone.dtype]
+    expected, tolerance = frozen.encode(texts, instruction=UNREAD), PROBE_TOLERANCE[frozen.backbone.dtype]
     difference = float(np.abs(expected - sentences.encode(texts, BATCH_SIZES[0])).max())
     if not difference <= tolerance:
         raise RuntimeError(f"embeddings: expected a difference of at most {tolerance:g}, got {difference:g}")
@@ -151,7 +152,7 @@ def systems(
     return {
         "st": lambda texts, _: sentences.encode(texts, batch_size),
         "st-instructed": instructed,
-        "frozen": lambda texts, _: frozen.encode(texts, instruction=""),
+        "frozen": lambda texts, _: frozen.encode(texts, instruction=UNREAD),
         "pe-suffix": ours[0],
         "pe-prefix": ours[1],
     }

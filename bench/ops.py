@@ -13,6 +13,7 @@ Legend: s bytes of an element; the rest as in the kernels' files.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.roofline import Cost
+from pe.flash import PACKAGES, Attend, package_attention, torch_attention
 from pe.kernels.context_attention import context_attention, context_attention_ref
 from pe.kernels.info_nce import info_nce, info_nce_ref
 from pe.kernels.pool_normalize import Norm, pool_normalize, pool_normalize_ref
@@ -31,8 +33,9 @@ from pe.kernels.vocab_mixture import vocab_mixture, vocab_mixture_ref
 TEMPERATURE = 1 / 32  # a power of two: peers take q / temperature, which is exact then
 EPS = 1e-6
 VARLEN, FLEX, LIGER = "flash varlen", "FlexAttention", "Liger RMSNorm, torch pooling"
+FLASH = tuple(PACKAGES)
 CUT, CHUNKED = "cut-cross-entropy, exact", "torch chunked linear_cross_entropy"
-PEERS = (VARLEN, FLEX, LIGER, CUT, CHUNKED)
+PEERS = (VARLEN, *FLASH, FLEX, LIGER, CUT, CHUNKED)
 
 Sizes = Mapping[str, int]
 Tensors = tuple[Tensor, ...]
@@ -146,15 +149,16 @@ def attention(context_grad: bool) -> Build:
             queries = q.unflatten(0, (b, length))
             return tuple(x.transpose(1, 2) for x in (queries, whole(k, context_k), whole(v, context_v)))
 
-        def varlen() -> Way:
-            from pe.attention import flash_attention
-
+        def flash(attend: Attend) -> Way:
             cu_whole, total = offsets(b, before + length, device), before + length
 
             def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return flash_attention(q, k, v, cu, cu_whole, length, total, scale=None)
+                return attend(q, k, v, cu, cu_whole, length, total, scale=None)
 
             return Way(run, packed)
+
+        def package(name: str) -> Way:
+            return flash(package_attention(name))
 
         def flex() -> Way:
             from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -184,7 +188,11 @@ def attention(context_grad: bool) -> Build:
                 4 * queries + 2 * own + (2 if context_grad else 1) * context,
                 d * (10 * own_pairs + again * context_pairs),
             ),
-            peers={VARLEN: varlen, FLEX: flex},
+            peers={
+                VARLEN: lambda: flash(torch_attention),
+                **{name: functools.partial(package, name) for name in FLASH},
+                FLEX: flex,
+            },
         )
 
     return build

@@ -160,15 +160,10 @@ SYSTEMS = {
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-weighted-dropless", "lora-last"))
-CLAIMED = (
-    "pe-weighted",
-    "pe-weighted-longer",
-    "lora-weighted-dropless",
-    "lora-mean",
-    "lora-mean-longer",
-    "lora-weighted-longer",
-)
-"""What the page's first lines set against the best LoRA; its quickest form and its long run belong beside ours."""
+CLAIMED = ("pe-weighted", "static-weighted", "pe-weighted-longer")
+"""What the page's first lines set against LoRA of as many steps: ours, and the control without a prompting LLM."""
+WITHIN = 0.5
+"""Points below the best LoRA's mean that score as well as it does, or down to its lowest seed where that is less."""
 ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
 """Of the table's rows."""
 
@@ -390,23 +385,46 @@ def render(folder: Path) -> str:
 
 
 def claims(folder: Path) -> list[str]:
-    """What `CLAIMED` score, and cost where both were timed, as a share of the best LoRA: a sentence for each recipe."""
-    sentences = []
+    """What `CLAIMED` score and cost beside LoRA of as many steps: a paragraph for each recipe."""
+    paragraphs = []
     for recipe, variants in newest(folder).items():
-        means = {name: mean for name, rows in variants.items() if (mean := middle(values(rows, "mean")))}
-        peers = [name for name in PEERS if name in means]
-        best = max(peers, key=means.__getitem__, default=None)
-        claimed = [title for name in CLAIMED if (title := SYSTEMS[name].title) in means and title != best]
-        if best is None or not claimed:
-            continue
-        spent = {name: rows[0]["least_seconds"] for name, rows in variants.items()}
-        parts = [f"{best} {means[best]:.1f}"]
-        for name in claimed:
-            seconds = f", in {spent[name] / spent[best]:.0%} of the time" if spent[name] and spent[best] else ""
-            parts.append(f"{name} {means[name]:.1f}, {means[name] / means[best]:.0%} of it{seconds}")
-        tasks = len(next(iter(variants.values()))[-1]["by_task"])
-        sentences.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks: {'; '.join(parts)}.")
-    return sentences
+        found = [claim(variants, times) for times in sorted({entry.times for entry in SYSTEMS.values()})]
+        if sentences := [sentence for sentence in found if sentence]:
+            tasks = len(next(iter(variants.values()))[-1]["by_task"])
+            paragraphs.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks. {' '.join(sentences)}")
+    return paragraphs
+
+
+def claim(variants: Mapping[str, Sequence[records.Record]], times: int) -> str:
+    """A sentence about the systems of `times` the recipe's steps; empty without a LoRA or anything that is claimed.
+
+    Shares of the score are of the best LoRA, shares of the time of the quickest one that scores as well (see `WITHIN`).
+    """
+    means = {title: mean for title, rows in variants.items() if (mean := middle(values(rows, "mean")))}
+    spent = {title: seconds for title, rows in variants.items() if (seconds := rows[0]["least_seconds"])}
+    titles = {name: own.title for name, own in SYSTEMS.items() if own.times == times and own.title in means}
+    peers = [title for name, title in titles.items() if name.startswith("lora-")]
+    claimed = [titles[name] for name in CLAIMED if name in titles]
+    if not peers or not claimed:
+        return ""
+    best = max(peers, key=means.__getitem__)
+    lowest = min([means[best] - WITHIN, *(row["mean"] for row in variants[best])])
+    as_good = [peer for peer in peers if peer in spent and means[peer] >= lowest]
+    quickest = min(as_good, key=spent.__getitem__, default=best)
+    longer = f", {times} times the steps"
+
+    def scored(title: str) -> str:
+        return f"{title.removesuffix(longer)} {means[title]:.1f}"
+
+    parts = [f"{scored(best)}, the best LoRA{' and the quickest within its spread' * (best in spent)}"]
+    if quickest != best:
+        parts = [f"{scored(best)}, the best LoRA", f"{scored(quickest)}, the quickest within its spread"]
+    for title in claimed:
+        is_timed = title in spent and quickest in spent
+        time = f" in {spent[title] / spent[quickest]:.0%} of the quickest's time" if is_timed else ""
+        parts.append(f"{scored(title)}, {means[title] / means[best]:.0%} of the best LoRA's score{time}")
+    steps = "the recipe's steps" if times == 1 else f"{times} times its steps"
+    return f"In {steps}: {'; '.join(parts)}."
 
 
 def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:

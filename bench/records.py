@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "triton", "mteb")
+PACKAGES = ("torch", "transformers", "peft", "triton", "mteb", "flash-attn", "flash-attn-3")
 Record = dict[str, Any]
 
 

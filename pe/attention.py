@@ -9,26 +9,20 @@ Legend: H heads, G key/value heads, T tokens of the row, D head size, B texts, L
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from pe.flash import flash_attention
 from pe.kernels.context_attention import context_attention
 from pe.packing import Segments, Slots
 
 NAME = "pe_packed"
 PROBE = "pe_mask_probe"
-GROUPED: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
-)
-"""How torch's variable-length attention is told of grouped heads: by an option, or (2.11) not at all."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +80,11 @@ def apart(x: Tensor) -> Tensor:
     return x.clone() if is_part and not x.requires_grad else x
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, *, scale: float | None
-) -> Tensor:
-    """torch's variable-length flash attention of half-precision CUDA rows, causal from each text's end."""
-    attended = varlen.varlen_attn(
-        q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=(-1, 0), **GROUPED
-    )  # fmt: skip
-    return cast(Tensor, attended)
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Plain causal attention inside each text: q `[T, H, D]`, k, v `[T, G, D]` -> `[T, H, D]`.
 
-    Half-precision CUDA rows go through torch's variable-length flash attention; elsewhere neighbouring texts of equal
-    length share one scaled_dot_product_attention, so a row sorted by length costs few calls and no padding.
+    Half-precision CUDA rows go through variable-length flash attention (see `pe.flash`); elsewhere neighbouring texts
+    of equal length share one scaled_dot_product_attention, so a row sorted by length costs few calls and no padding.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         cu, longest = segments.cu_seqlens, segments.longest

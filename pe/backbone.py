@@ -23,6 +23,7 @@ from pe.adapters import lora_config, prepare_adapters
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import NormOptions, find_final_norm
+from pe.flash import PACKAGES, flash_name
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.loading import (
@@ -327,6 +328,9 @@ class Backbone(nn.Module):
             UnsupportedBackbone: the two differ, or a layer's state does not pass through attention.
         """
         architecture = f"{self.name} ({self.model.config.model_type})"
+        flash = flash_name(self.device)
+        is_package = flash in PACKAGES and self.dtype != torch.float32
+        by = f" by {flash}, an optional package that may be uninstalled," if is_package else ""
         if getattr(self.model, "_is_stateful", False):
             raise UnsupportedBackbone(
                 f"{architecture}: a recurrent or hybrid decoder keeps state outside attention, which packed texts"
@@ -352,13 +356,13 @@ class Backbone(nn.Module):
             raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
             raise UnsupportedBackbone(
-                f"{architecture}: it does not run on rows of embeddings through transformers' attention interface"
+                f"{architecture}: it does not run{by} on rows of embeddings through transformers' attention interface"
                 f" ({type(error).__name__}: {error}); choose another backbone"
             ) from error
         difference = ((packed - stock).float().norm() / stock.float().norm()).item()
         if not difference <= tolerance:
             raise UnsupportedBackbone(
-                f"{architecture}: the packed pass differs from the stock forward by {difference:.1e} (allowed"
+                f"{architecture}: the packed pass{by} differs from the stock forward by {difference:.1e} (allowed"
                 f" {tolerance:.0e}); this architecture is not supported"
             )
         for layer, (rule, window) in masks.items():

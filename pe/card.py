@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from pe.config import Recipe
 from pe.evaluate import Scores
 from pe.model import PromptEmbedder
 
 
+def shown(name: str) -> str:
+    """A hub's name, or a path below the working directory; of any other path the end, which tells of no machine."""
+    path = Path(name)
+    return path.name if path.is_absolute() or ".." in path.parts or name.startswith("~") else name
+
+
+def cell(text: str) -> str:
+    """A text that keeps to its cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def usage(model: PromptEmbedder) -> str:
+    """How to embed, in Python: without an instruction where there is a default, and with one of training."""
+    of_queries = [text for name, text in model.instructions.items() if not name.endswith("document")]
+    literal = json.dumps((of_queries or ["Retrieve semantically similar text"])[-1], ensure_ascii=False)
+    lines = ["from pe.model import PromptEmbedder", ""]
+    lines += ['model = PromptEmbedder.from_pretrained("MODEL")  # this folder, or its name on the hub']
+    if model.instructions:
+        lines += ['queries = model.encode(["a text"])  # under the instruction `query`']
+        lines += ['documents = model.encode(["a text"], side="document")  # under the instruction `document`']
+    return "\n".join([*lines, f'embeddings = model.encode(["a text"], instruction={literal})'])
+
+
+def instructions(model: PromptEmbedder) -> str:
+    """The section of what it was trained under, by name; nothing where that is not known."""
+    if not model.instructions:
+        return ""
+    named = "\n".join(f"| `{name}` | {cell(sentence)} |" for name, sentence in model.instructions.items())
+    return f"""## Instructions
+What it was trained under; where none is given, queries take `query` and documents `document`. In sentence-transformers
+they are prompts of these names.
+
+| name | instruction |
+| --- | --- |
+{named}
+
+"""
+
+
 def model_card(recipe: Recipe, model: PromptEmbedder, seconds: float, scores: Mapping[str, Scores]) -> str:
     """What was trained on what, how to use it, and what it scores, as Markdown."""
     config = model.config
-    data = "\n".join(f"| `{item.path}` | {item.weight:g} | {item.instruction} |" for item in recipe.data)
+    data = "\n".join(f"| `{shown(item.path)}` | {item.weight:g} |" for item in recipe.data)
     tables = "\n".join(
         f"| {name} | " + " | ".join(f"{value:.1f}" for value in found.by_type.values()) + f" | {found.mean:.1f} |"
         for name, found in scores.items()
@@ -26,16 +67,14 @@ pipeline_tag: sentence-similarity
 ---
 # {model.name}
 
-A PromptEmbedder: `{config.prompter.model}` writes {config.prompter.soft_tokens} soft tokens that turn the frozen
-`{config.backbone.model}` into a text embedder of {model.dimensions} dimensions.
+A PromptEmbedder: `{shown(config.prompter.model)}` writes {config.prompter.soft_tokens} soft tokens that turn the frozen
+`{shown(config.backbone.model)}` into a text embedder of {model.dimensions} dimensions.
 
 ```python
-from pe.model import PromptEmbedder
-
-model = PromptEmbedder.from_pretrained("{recipe.output}/model")
-embeddings = model.encode(["a text"], instruction="Retrieve semantically similar text.")
+{usage(model)}
 ```
 
+{instructions(model)}## Options
 | option | value |
 | --- | --- |
 | layout | {config.layout} |
@@ -50,8 +89,8 @@ embeddings = model.encode(["a text"], instruction="Retrieve semantically similar
 {recipe.train.steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
 resolved recipe is `recipe.yaml` in this folder.
 
-| data | weight | instruction |
-| --- | ---: | --- |
+| data | weight |
+| --- | ---: |
 {data}
 
 {quality}"""

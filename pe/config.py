@@ -188,6 +188,9 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.instruction.strip()), f"{self.path}: instruction", "a sentence", self.instruction)
+        documents = self.document_instruction
+        is_said = documents is None or bool(documents.strip())
+        _require(is_said, f"{self.path}: document_instruction", "a sentence, or null for the queries'", documents)
         _require_positive(f"{self.path}: weight", self.weight)
         for name in ("query_template", "document_template"):
             _require("{text}" in getattr(self, name), f"{self.path}: {name}", "{text} in it", getattr(self, name))
@@ -298,6 +301,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, "evaluate.batch_tokens", "at least 1", self.batch_tokens)
+        for name, sentence in self.instructions.items():
+            _require(bool(sentence.strip()), f"evaluate.instructions: {name}", "a sentence", sentence)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,7 +231,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
             if kind is None:
                 kind = detect(record)
                 _check_positive_from(config, kind, f"{path}:{number}")
-            check(record, kind, strict=not on_hub)
+            record = check(record, kind, strict=not on_hub)
         except RecordError as bad:
             if config.on_bad_record == "error":
                 raise DataError(f"{path}:{number}: {bad}") from bad

@@ -1,8 +1,8 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT --instruction TEXT`, or `--instruction '["TEXT", ...]'` for several.
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT]`, or `--instruction '["TEXT", ...]'` for several.
 
 INPUT: `.txt` (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the
-field named by --field). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and
-`.parquet` hold a row a text with its embedding (one for each instruction).
+field named by --field; lines that hold nothing are passed over). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]`
+for I instructions; `.jsonl` and `.parquet` hold a row a text with its embedding (one for each instruction).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, Namespace
 
 from pe.cli import user_errors
 from pe.config import Dtype
 from pe.loading import quiet
 from pe.model import PromptEmbedder
-from pe.records import DataError, RecordError, check_unicode, read_jsonl, read_lines
+from pe.records import DataError, Record, RecordError, braced, check_string, check_unicode, jsonl_records, read_lines
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -37,29 +37,37 @@ def read_texts(path: Path, field: str) -> list[str]:
     Raises:
         DataError: unreadable or empty file, or a row without the field, with file and line.
     """
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return read_lines(path)
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(field), str):
-            raise DataError(
-                f"{path}: row {number}: expected a text under {field!r}, got the keys {', '.join(row)}; name the field"
-                " with --field"
-            )
+    texts = []
+    for number, row in jsonl_records(path):
         try:
-            check_unicode(field, row[field])
+            texts.append(text_under(field, row))
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
-    return [row[field] for row in rows]
+    return texts
 
 
-def sentences(given: list[str] | str) -> list[str]:
-    """The instructions of `--instruction`: one sentence, or several.
+def text_under(field: str, row: Record) -> str:
+    """The text of a row; RecordError where the field is not there, or holds something else."""
+    if field not in row:
+        detail = f"expected the key {field!r}, got {braced(row)}; name the key of the texts with --field"
+        raise RecordError("missing key", detail)
+    check_string(field, row[field])
+    return row[field]
+
+
+def sentences(given: str) -> list[str]:
+    """The instructions of `--instruction`: the sentence as it is typed, or those of a JSON list of strings.
 
     Raises:
         ValueError: none, or one that is empty or no Unicode.
     """
-    several = [given] if isinstance(given, str) else given
+    try:
+        parsed = json.loads(given) if given.startswith("[") else None
+    except (ValueError, RecursionError):
+        parsed = None
+    several = parsed if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed) else [given]
     if not several or not all(sentence.strip() for sentence in several):
         raise ValueError(f"--instruction: expected a sentence, or a JSON list of sentences, got {given!r}")
     for sentence in several:
@@ -110,7 +118,7 @@ def encode_file(
     input: str,
     output: str,
     *,
-    instruction: list[str] | str,
+    instruction: str | None = None,
     side: Literal["query", "document"] = "query",
     field: str = "text",
     batch_tokens: int = 16_384,
@@ -124,7 +132,8 @@ def encode_file(
         model: folder of a saved PromptEmbedder, or its name on the hub.
         input: `.txt` or `.jsonl[.xz|.gz]`.
         output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
-        instruction: a sentence, or a JSON list of sentences, which share the text pass.
+        instruction: a sentence as it is typed, or a JSON list of sentences, which share the text pass; where none is
+            given, the side's default, the one that training weighted most.
         side: whose templates are used.
         field: the text's key in a `.jsonl` input.
         batch_tokens: tokens of a packed batch.
@@ -133,32 +142,50 @@ def encode_file(
         overwrite: replace an existing output.
     """
     target = Path(output)
-    if target.suffix not in WRITERS:
+    suffix = target.suffix.lower()
+    if suffix not in WRITERS:
         raise ValueError(f"output: expected a name ending in {', '.join(WRITERS)}, got {output}")
     if target.is_dir():
         raise ValueError(f"output: expected a file, got the folder {output}")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; give --overwrite=true, or another name")
-    instructions = sentences(instruction)
+    instructions = None if instruction is None else sentences(instruction)
     texts = read_texts(Path(input), field)
     target.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, dtype=dtype, device=device)
+    if instructions is None:
+        instructions = [embedder.default_instruction(side)]
+        print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
         )
         whole = Path(folder) / target.name
-        WRITERS[target.suffix](whole, texts, embeddings, instructions)
+        WRITERS[suffix](whole, texts, embeddings, instructions)
         os.replace(whole, target)
     print(f"{output}: {list(embeddings.shape)} float32; {embedder.truncation}", file=sys.stderr)
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The arguments of `encode_file`; strings are as they are typed."""
+    parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
+    parser.add_function_arguments(encode_file, as_positional=True, skip={"instruction", "backbone", "dtype"})
+    # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
+    parser.add_argument(
+        "--instruction", type=str, default=None, help="a sentence, or a JSON list of them (default: that of training)"
+    )
+    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
+    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says; bad input ends with one message and exit code 2."""
     quiet()
+    arguments = parse(argv)
     with user_errors("pe.encode"):
-        auto_cli(encode_file, args=None if argv is None else list(argv), prog="python -m pe.encode")
+        encode_file(**vars(arguments))
 
 
 if __name__ == "__main__":

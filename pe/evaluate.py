@@ -1,7 +1,8 @@
-"""Score an embedder on tasks of mteb: `python -m pe.evaluate MODEL`.
+"""Score an embedder on tasks of mteb, and on instructions that contradict each other: `python -m pe.evaluate MODEL`.
 
-Scores are mteb's main score of a task, times 100. Nothing is read from mteb's cache of results nor written to it. The
-random states of Python, NumPy and torch are the same after scoring as before, so a training run may score on its way.
+Scores are mteb's main score of a task, or the share of right answers (see `pe.instruct_score`), times 100. Nothing is
+read from mteb's cache of results nor written to it. The random states of Python, NumPy and torch are the same after
+scoring as before, so a training run may score on its way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,23 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pe.config import Dtype, nearest
+from pe.instruct_score import (
+    INSTRUCT,
+    INSTRUCT_METRIC,
+    INSTRUCT_TASKS,
+    INSTRUCTIONS,
+    InstructSet,
+    available_sets,
+    read_set,
+    rights,
+)
 from pe.records import DataError
 from pe.tasks import TASKS, EvaluationError, available, offline_task
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
     from mteb.abstasks.abstask import AbsTask
 
-    from pe.integrations.mteb import MtebEncoder, TextEncoder
+    from pe.integrations.mteb import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +51,17 @@ class TaskScore:
     """One task's result and what it was obtained with."""
 
     type: str
-    """mteb's type of the task, such as `STS`."""
+    """mteb's type of the task, such as `STS`, or `Instruct`."""
     metric: str
-    """mteb's main score of the task, such as `cosine_spearman`."""
+    """The main score of the task, such as mteb's `cosine_spearman`."""
     score: float
     """Times 100; not a number where the metric is undefined (all embeddings alike)."""
     seconds: float
     instruction: str
     document_instruction: str | None
     """None for a task without sides."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What a task of instructions got by side and kind of wording, such as `follows_unseen`; times 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +85,9 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """Mean over all tasks."""
-        return _mean(list(self.by_task.values()))
+        """Mean over all tasks but those of instructions; over these where there are no others."""
+        plain = [task.score for task in self.tasks.values() if task.type != INSTRUCT]
+        return _mean(plain or list(self.by_task.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the fields, and the means by type and over all tasks; None for what is not a number."""
@@ -114,8 +128,13 @@ def comparison(columns: Mapping[str, Scores], title: str | None = None) -> Table
         for name in (name for name, task in tasks.items() if task.type == kind):
             row = cells([scores.by_task.get(name) for scores in columns.values()])
             table.add_row(f"  {name}", tasks[name].metric, *row)
+            parts = [scores.tasks[name].parts if name in scores.tasks else {} for scores in columns.values()]
+            for part in tasks[name].parts:
+                table.add_row("", part, *cells([found.get(part) for found in parts]), style="dim")
         table.add_section()
-    table.add_row("All tasks", "mean", *cells([scores.mean for scores in columns.values()]), style="bold")
+    types = {task.type for task in tasks.values()}
+    whole = f"All but {INSTRUCT}" if INSTRUCT in types and len(types) > 1 else "All tasks"
+    table.add_row(whole, "mean", *cells([scores.mean for scores in columns.values()]), style="bold")
     return table
 
 
@@ -128,11 +147,11 @@ def score(
     batch_tokens: int = 16_384,
     progress: bool = False,
 ) -> Scores:
-    """Scores of `encoder` on tasks by name: those of `pe.tasks`, read from `data`, or any of mteb's, read from its hub.
+    """Scores of `encoder` on tasks by name: those read from `data`, or any of mteb's, read from its hub.
 
     Args:
         encoder: see `pe.integrations.mteb.TextEncoder`.
-        tasks: names; none: every task of `pe.tasks` whose files are in `data`.
+        tasks: names; none: every task of `pe.tasks` and `pe.instruct_score` whose files are in `data`.
         data: folder of the offline tasks.
         instructions: sentences that replace a task's own: by task name for queries and for tasks without sides, by
             `NAME-document` for documents.
@@ -146,22 +165,39 @@ def score(
     with _untouched_random_state(), _quiet_libraries():
         found = find_tasks(tasks, data)
         check_instructions(instructions or {}, [*found, *TASKS])
-        from pe.integrations.mteb import MtebEncoder
-
-        model = MtebEncoder(encoder, instructions=instructions, batch_tokens=batch_tokens)
         results: dict[str, TaskScore] = {}
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
             place = bar.add_task("")
             for number, (name, task) in enumerate(found.items(), start=1):
                 bar.update(place, description=f"{name} ({number} of {len(found)})")
-                results[name] = _run(model, task)
+                if isinstance(task, InstructSet):
+                    results[name] = _run_instruct(encoder, task, batch_tokens)
+                else:
+                    results[name] = _run(encoder, task, instructions, batch_tokens)
     return Scores(model=encoder.name, revision=encoder.revision, tasks=results)
 
 
-def _run(model: MtebEncoder, task: AbsTask) -> TaskScore:
+def _run_instruct(encoder: TextEncoder, task: InstructSet, batch_tokens: int) -> TaskScore:
+    start = time.perf_counter()
+    parts = rights(encoder, task, batch_tokens=batch_tokens)
+    return TaskScore(
+        type=INSTRUCT,
+        metric=INSTRUCT_METRIC,
+        score=parts[INSTRUCT_METRIC],
+        seconds=time.perf_counter() - start,
+        instruction=f"the wordings of {' and '.join(side.name for side in task.sides)} in {INSTRUCTIONS}",
+        document_instruction=task.sides[0].document,
+        parts=parts,
+    )
+
+
+def _run(encoder: TextEncoder, task: AbsTask, instructions: Mapping[str, str] | None, batch_tokens: int) -> TaskScore:
     import mteb
 
+    from pe.integrations.mteb import MtebEncoder
+
+    model = MtebEncoder(encoder, instructions=instructions, batch_tokens=batch_tokens)
     metadata = task.metadata
     if metadata.name not in TASKS:
         _load_from_hub(task)
@@ -178,43 +214,50 @@ def _run(model: MtebEncoder, task: AbsTask) -> TaskScore:
     )
 
 
-def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask]:
+def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | InstructSet]:
     """The tasks of these names, in order, each once; none given: every offline task whose files are in `data`.
 
     Raises:
-        EvaluationError: an unknown name, missing files, or no mteb.
+        EvaluationError: an unknown name, missing files, or no mteb where a task is one of mteb's.
+        DataError: damaged files of a task of instructions.
     """
-    if not data.is_dir() and (not names or any(name in TASKS for name in names)):
+    if not data.is_dir() and (not names or any(name in TASKS or name in INSTRUCT_TASKS for name in names)):
         raise EvaluationError(f"data: expected a folder of tasks, found none at {data}")
-    names = list(dict.fromkeys(names)) or available(data)
+    offline = [*available(data), *available_sets(data)]
+    names = list(dict.fromkeys(names)) or offline
     if not names:
         example = TASKS["PE-STSb-dev"].files[0]
         raise EvaluationError(f"{data}: expected the files of at least one task, such as {example}, found none")
+    found: dict[str, AbsTask | InstructSet] = {}
+    for name in names:
+        found[name] = read_set(name, data) if name in INSTRUCT_TASKS else _mteb_task(name, data, offline)
+    return found
+
+
+def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
     try:
         import mteb
     except ModuleNotFoundError as error:
         if error.name != "mteb":
             raise
         raise EvaluationError("evaluation needs mteb, which is not installed: pip install mteb") from error
-
-    found: dict[str, AbsTask] = {}
-    for name in names:
-        if name in TASKS:
-            found[name] = offline_task(name, data)
-            continue
-        try:
-            found[name] = mteb.get_task(name)
-        except KeyError as error:
-            known = [*TASKS, *(task.metadata.name for task in mteb.get_tasks())]
-            offline = ", ".join(available(data)) or "none"
-            hint = f"unknown task {name!r}{nearest(name, known)}"
-            raise EvaluationError(f"{hint}\nTasks in {data}: {offline}\nOther names are those of mteb.") from error
-    return found
+    if name in TASKS:
+        return offline_task(name, data)
+    try:
+        task: AbsTask = mteb.get_task(name)
+    except KeyError as error:
+        known = [*TASKS, *INSTRUCT_TASKS, *(task.metadata.name for task in mteb.get_tasks())]
+        hint = f"unknown task {name!r}{nearest(name, known)}"
+        listed = ", ".join(offline) or "none"
+        raise EvaluationError(f"{hint}\nTasks in {data}: {listed}\nOther names are those of mteb.") from error
+    return task
 
 
 def check_instructions(instructions: Mapping[str, str], tasks: Sequence[str]) -> None:
-    """Raise EvaluationError for an instruction of a task that is not among `tasks`, or an empty one."""
+    """Raise EvaluationError for an instruction of a task that is not among `tasks` or has its own, or an empty one."""
     for key, sentence in instructions.items():
+        if key.removesuffix("-document") in INSTRUCT_TASKS:
+            raise EvaluationError(f"instructions: {key}: expected none, it is measured on those of {INSTRUCTIONS}")
         if key not in tasks and key.removesuffix("-document") not in tasks:
             known = ", ".join(tasks)
             raise EvaluationError(f"instructions: no task {key!r} here{nearest(key, tasks)} Tasks: {known}")
@@ -284,11 +327,11 @@ def load_encoder(
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder on tasks of mteb.")
+    parser = ArgumentParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder.")
     parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder, or its name on the hub")
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
-    parser.add_argument("--output", type=Path | None, default=None, help="JSON file for the scores")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the scores")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument(
         "--instruction",
@@ -297,9 +340,9 @@ def _parser() -> ArgumentParser:
         default=[],
         help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
     )
-    parser.add_argument("--backbone", type=str | None, default=None, help="where the backbone is, if it has moved")
-    parser.add_argument("--dtype", type=Dtype | None, default=None, help="of the backbone (default: as trained)")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is, if it has moved")
+    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone (default: as trained)")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     return parser
 
 

@@ -5,7 +5,7 @@ Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N docume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -120,14 +120,27 @@ class _Gather(torch.autograd.Function):
 
 
 def backward(
-    embed: Embed, batch: Batch, config: LossConfig, accelerator: Accelerator, micro_batch_size: int | None = None
+    embed: Embed,
+    batch: Batch,
+    config: LossConfig,
+    accelerator: Accelerator,
+    micro_batch_size: int | None = None,
+    requests: Requests | None = None,
 ) -> Tensor:
     """Loss of a batch, with its gradient added to the parameters.
 
     With a micro batch size the representations are cached (see `cached_backward`), so that memory holds one micro
     batch's activations while the negatives stay those of the whole batch.
+
+    Args:
+        embed: requests to embeddings.
+        batch: this process's rows.
+        config: see `contrastive_loss`.
+        accelerator: precision and processes.
+        micro_batch_size: queries of a micro batch; None: the whole batch at once.
+        requests: `batch_requests(batch)` where they are tokenised already.
     """
-    requests = batch_requests(batch)
+    requests = batch_requests(batch) if requests is None else requests
 
     def loss_of(embeddings: Tensor) -> Tensor:
         return contrastive_loss(embeddings, batch, config, accelerator)
@@ -189,11 +202,14 @@ def chunks(count: int, size: int) -> Iterator[range]:
 
 
 def random_state() -> list[Tensor]:
+    """The states of torch's random generators: the CPU's, then every GPU's."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *cuda]
 
 
-def set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
+def set_random_state(states: Sequence[Tensor]) -> None:
+    """Put back what `random_state` gave, as far as there are GPUs here."""
+    cpu, *gpus = (state.cpu() for state in states)
+    torch.set_rng_state(cpu)
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

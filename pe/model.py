@@ -12,21 +12,23 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from pe.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
+from pe.instructions import default_instruction
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.records import RecordError, check_unicode
@@ -47,6 +49,7 @@ SAMPLED = 16
 Version = tuple[tuple[tuple[torch.device, torch.dtype, int], ...], int]
 Item = TypeVar("Item")
 _optimizer_steps = 0
+logger = logging.get_logger(__name__)
 
 
 def _count_step(*_: object) -> None:
@@ -73,18 +76,21 @@ class Requests:
         texts: B texts.
         instructions: the distinct instructions.
         index: for each text the place of its instruction.
+        read: what the model reads of each text, where it has been tokenised already (see `PromptEmbedder.tokenized`).
     """
 
     texts: Sequence[str]
     instructions: Sequence[Instruction]
     index: Sequence[int]
+    read: Sequence[Any] | None = field(default=None, compare=False)
 
     def instruction(self, place: int) -> Instruction:
         return self.instructions[self.index[place]]
 
     def part(self, places: Sequence[int]) -> Requests:
         """The requests at some places, in that order."""
-        return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places])
+        read = None if self.read is None else [self.read[i] for i in places]
+        return Requests([self.texts[i] for i in places], self.instructions, [self.index[i] for i in places], read)
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,8 @@ def check_arguments(
         for place, text in enumerate(given):
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected strings, got {type(text).__name__} at place {place}: {text!r:.80}")
+            if name == "instructions" and not text.strip():
+                raise ValueError(f"instructions: expected a sentence, got {text!r} at place {place}")
             try:
                 check_unicode(f"{name}, place {place}", text)
             except RecordError as bad:
@@ -209,6 +217,8 @@ class PromptEmbedder(TrainableModule):
         name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
         skip: what goes around the soft prompt, where anything does; it trains too.
+        instructions: those it was trained under, by name (see `pe.instructions`), `query` and `document` the sides'
+            defaults; saved with it.
         truncation: counts since the model was made.
         captured: its small passes as CUDA graphs, by which they run with gradient; None: launched one by one. Its
             weights must stay where they are until it is None again.
@@ -221,6 +231,7 @@ class PromptEmbedder(TrainableModule):
         alignment: Alignment,
         backbone: Backbone,
         skip: LinearSkip | None = None,
+        instructions: Mapping[str, str] | None = None,
     ) -> None:
         """Put the parts together; where the options ask for a reader or a skip and none is given, a fresh one goes in.
 
@@ -238,6 +249,7 @@ class PromptEmbedder(TrainableModule):
         if config.skip != "none":
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
+        self.instructions = dict(instructions or {})
         self.truncation = Truncation()
         self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
@@ -329,6 +341,10 @@ class PromptEmbedder(TrainableModule):
         self.truncation.texts += len(ids)
         self.truncation.cut += sum(len(row) > self.config.max_length for row in ids)
         return [row[: self.config.max_length] for row in ids]
+
+    def tokenized(self, requests: Requests) -> Requests:
+        """The requests with what the backbone reads of each text, so that no pass tokenises them again."""
+        return replace(requests, read=self.tokenize(requests))
 
     @in_turn
     def write_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
@@ -498,7 +514,7 @@ class PromptEmbedder(TrainableModule):
         return (-1 - (prompts[:, None] * k + torch.arange(k, device=self.device))).flatten()
 
     def _sorted(self, requests: Requests) -> tuple[list[int], list[list[int]], Requests]:
-        ids = self.tokenize(requests)
+        ids = self.tokenize(requests) if requests.read is None else requests.read
         order = by_length(ids)
         return order, [ids[i] for i in order], requests.part(order)
 
@@ -508,7 +524,7 @@ class PromptEmbedder(TrainableModule):
         self,
         texts: Iterable[str],
         *,
-        instruction: str,
+        instruction: str | None = None,
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
@@ -517,14 +533,35 @@ class PromptEmbedder(TrainableModule):
 
         Args:
             texts: what to embed.
-            instruction: the task, in a sentence; use the one of training for a task seen there.
+            instruction: the task, in a sentence; use the one of training for a task seen there. None: the side's
+                default, which a warning names once.
             side: whose templates are used.
             batch_tokens: tokens of a packed batch, fewer on a CPU; a longer text stands alone.
             progress: show a progress bar.
+
+        Raises:
+            ValueError: no instruction and no default, or see `encode_tensor`.
         """
+        if instruction is None:
+            instruction = self.default_instruction(side)
+            logger.warning_once(f"{self.name}: no instruction given, so {side} texts go under {instruction!r}")
         return self.encode_many(
             texts, instructions=[instruction], side=side, batch_tokens=batch_tokens, progress=progress
         )[0]
+
+    def default_instruction(self, side: Side = "query") -> str:
+        """What a side's texts are embedded under where no instruction is given.
+
+        Raises:
+            ValueError: there is none, as in an embedder that no recipe has trained.
+        """
+        default = default_instruction(self.instructions, side)
+        if default is None:
+            raise ValueError(
+                f"instruction: expected a sentence, got none, and {self.name} has no default (`pe.train` sets one); say"
+                " what the texts are embedded for, or set the embedder's `instructions`"
+            )
+        return default
 
     def encode_many(
         self,
@@ -616,7 +653,7 @@ class PromptEmbedder(TrainableModule):
         sampled values of a weight that writes prompts is another.
 
         Raises:
-            ValueError: the prompts also depend on the text, or no sequence of `Instruction`.
+            ValueError: the prompts also depend on the text, or no sequence of `Instruction`, each with a sentence.
         """
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
@@ -627,6 +664,7 @@ class PromptEmbedder(TrainableModule):
                     f"instructions: expected pe.model.Instruction, got {type(item).__name__} at place {place}:"
                     f" {item!r:.80}"
                 )
+        check_arguments((), [item.text for item in wanted], SIDES[0])
         with self.backbone.turns.taken():
             return self._prompts_of(wanted)
 
@@ -684,7 +722,7 @@ class PromptEmbedder(TrainableModule):
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
-        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip)
+        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions)
         write(parts, Path(path), include_backbone=include_backbone, card=card)
 
     @classmethod

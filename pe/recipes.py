@@ -22,6 +22,9 @@ from pe.config import ModelConfig, Recipe, RecipeError, nearest, to_dict
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+NULLS = ("null", "Null", "NULL", "~")
+"""How YAML writes None; it also finds nothing in a comment, in an anchor and in `---`."""
+
 
 def _nested_dataclass(annotation: Any) -> type | None:
     """The dataclass inside an annotation such as `X`, `X | None`, `list[X]`."""
@@ -110,15 +113,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     node = read_yaml(path, Recipe)
     parser = build_parser(Recipe)
+    values: dict[str, str] = {}
     for before, override in zip(["", *overrides], overrides, strict=False):
         if not override.startswith("--") and not (before.startswith("--") and "=" not in before):
             raise RecipeError(f"unexpected {override!r}; expected the recipe first, then --option=value")
-        option = override.partition("=")[0]
+        option, equals, value = override.partition("=") if override.startswith("--") else (before, "=", override)
+        if equals:
+            values[option.removeprefix("--")] = value
         known = [name for action in parser._actions for name in action.option_strings]
-        if option.startswith("--") and option not in known:
+        if option not in known:
             raise RecipeError(f"unknown option {option}{nearest(option, known)}")
     try:
         parsed = parser.parse_args(["--config", str(path), *overrides])
+        for option, value in values.items():
+            if parsed.get(option) is None and value.strip() not in NULLS:
+                raise RecipeError(f"{option}: expected a value or null, got {value!r}, in which YAML finds neither")
         parsed.pop("config", None)
         return Recipe(**vars(parser.instantiate_classes(parsed)))
     except (ArgumentError, TypeError, ValueError) as error:

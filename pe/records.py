@@ -1,17 +1,25 @@
 """Files to records: JSON Lines, relevance judgements and hub data sets, each record checked.
 
 A training record is one of three kinds: `{"query", "positive", "negatives"?}`, `{"text", "label"}` or
-`{"sentence1", "sentence2", "score"}`.
+`{"sentence1", "sentence2", "score"}`. The negatives may also stand one by one, under `negative` or under `negative_1`,
+`negative_2`, ... A further key is refused, but for the columns of a hub data set that do not look like training data.
+
+Lines of JSON Lines and of relevance judgements that hold nothing but white space are passed over; errors count them.
 """
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import lzma
 import math
+import re
+import reprlib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,7 +28,9 @@ from pe.config import nearest
 Record = dict[str, Any]
 
 HUB = "hf://"
+JSONL = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 OPTIONAL = ("negatives",)
+INT64 = range(-(2**63), 2**63)
 
 
 class DataError(ValueError):
@@ -35,15 +45,23 @@ class RecordError(Exception):
         self.reason = reason
 
 
+_repr = reprlib.Repr()  # never writes out whole what is long or nested deeply
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 4, 200, 200
+
+
+def _cut(shown: str, length: int) -> str:
+    return shown if len(shown) <= length else f"{shown[: length - 3]}..."
+
+
 def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return "null" if value is None else _cut(_repr.repr(value), 80)
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".xz":
+    suffix = path.suffix.lower()
+    if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path))
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    return cast(BinaryIO, gzip.open(path)) if suffix == ".gz" else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -66,12 +84,31 @@ def _decode(line: bytes) -> str:
         raise RecordError("not UTF-8", f"expected UTF-8, got byte {line[error.start]:#04x}") from error
 
 
+def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold anything but white space, with their numbers in the file."""
+    return ((number, line) for number, line in _lines(path) if line.decode("utf-8", "replace").strip())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise RecordError("repeated key", f"expected each key once, got {_short(repeated)} again")
+    return record
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse(line: bytes) -> Record:
+    """The JSON object of a line.
+
+    Raises:
+        RecordError: bytes that are no UTF-8, no JSON or no object, or a key that an object has twice.
+    """
     text = _decode(line).strip()
-    if not text:
-        raise RecordError("empty line", "expected a JSON object, got an empty line")
     try:
-        record = json.loads(text)
+        record = _decoder.decode(text)
     except json.JSONDecodeError as error:
         detail = f"expected a JSON object, got {_short(text)} ({error.msg} at column {error.colno})"
         raise RecordError("not JSON", detail) from error
@@ -83,23 +120,39 @@ def parse(line: bytes) -> Record:
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if not path.name.endswith((".jsonl", ".jsonl.xz", ".jsonl.gz")):
+    """Numbered lines of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file, without those that hold nothing."""
+    if not path.name.lower().endswith(JSONL):
         expected = f"a .jsonl, .jsonl.xz or .jsonl.gz file, or {HUB}owner/name[:config][@split]"
         raise DataError(f"{path}: expected {expected}, got {path.name!r}")
-    yield from _lines(path)
+    yield from _filled_lines(path)
+
+
+def jsonl_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file with the numbers of their lines.
+
+    Raises:
+        DataError: the file is missing, damaged or empty, or a line is no JSON object.
+    """
+    number = 0
+    for number, line in jsonl_lines(path):
+        try:
+            record = parse(line)
+        except RecordError as bad:
+            raise DataError(f"{path}:{number}: {bad}") from bad
+        yield number, record
+    if not number:
+        raise DataError(f"{path}: expected at least one record, got an empty file")
 
 
 def read_jsonl(path: str | Path, keys: Sequence[str] = (), *, checked: bool = False) -> list[Record]:
     """All records of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file; with `checked` their values are what `VALUES` says.
 
     Raises:
-        DataError: the file is missing, damaged or empty, a line is no JSON object, or one of `keys` is missing in it or
-            of another type.
+        DataError: see `jsonl_records`; or one of `keys` is missing in a record or of another type.
     """
     records = []
-    for number, line in jsonl_lines(Path(path)):
+    for number, record in jsonl_records(Path(path)):
         try:
-            record = parse(line)
             for key in keys:
                 if key not in record:
                     raise RecordError("missing key", f"expected the key {key!r}, got {braced(record)}")
@@ -108,13 +161,13 @@ def read_jsonl(path: str | Path, keys: Sequence[str] = (), *, checked: bool = Fa
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
         records.append(record)
-    if not records:
-        raise DataError(f"{path}: expected at least one record, got an empty file")
     return records
 
 
 def read_lines(path: str | Path) -> list[str]:
     """All lines of a UTF-8 file, each without the `\\n` or `\\r\\n` that ends it; other separators are part of a line.
+
+    A line that holds nothing is a text too, so that line N is text N.
 
     Raises:
         DataError: the file is missing, damaged or not UTF-8, or no line of it holds anything.
@@ -140,20 +193,20 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     header = ["query-id", "corpus-id", "score"]
     qrels: dict[str, dict[str, int]] = {}
     number = 0
-    for number, line in _lines(Path(path)):
+    for place, (number, line) in enumerate(_filled_lines(Path(path))):
         try:
             fields = _decode(line).rstrip("\r\n").split("\t")
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
-        if number == 1:
+        if place == 0:
             if fields != header:
-                raise DataError(f"{path}:1: expected the header {header}, got {_short(fields)}")
+                raise DataError(f"{path}:{number}: expected the header {header}, got {_short(fields)}")
             continue
         if len(fields) != 3 or not all(fields):
             raise DataError(f"{path}:{number}: expected three tab-separated fields {header}, got {_short(fields)}")
         query, document, score = fields
-        if not score.removeprefix("-").isdecimal():
-            raise DataError(f"{path}:{number}: score: expected an integer, got {score!r}")
+        if not re.fullmatch(r"-?\d{1,18}", score):
+            raise DataError(f"{path}:{number}: score: expected an integer of up to 18 digits, got {_short(score)}")
         if document in qrels.setdefault(query, {}):
             raise DataError(f"{path}:{number}: expected each pair once, got {query!r}, {document!r} again")
         qrels[query][document] = int(score)
@@ -180,14 +233,15 @@ def hub_rows(path: str) -> Iterator[tuple[int, Record]]:
     yield from enumerate(table, start=1)
 
 
-def _string(key: str, value: Any) -> None:
+def check_string(key: str, value: Any) -> None:
+    """Raise RecordError for what is no string, or one that no tokenizer reads."""
     if not isinstance(value, str):
         raise RecordError("wrong type", f"{key}: expected a string, got {_short(value)}")
     check_unicode(key, value)
 
 
 def _text(key: str, value: Any) -> None:
-    _string(key, value)
+    check_string(key, value)
     if not value.strip():
         raise RecordError("empty text", f"{key}: expected a text, got {_short(value)}")
 
@@ -213,7 +267,12 @@ def _strings(key: str, value: Any) -> None:
     if not isinstance(value, list):
         raise RecordError("wrong type", f"{key}: expected a list of strings, got {_short(value)}")
     for number, item in enumerate(value):
-        _string(f"{key}[{number}]", item)
+        check_string(f"{key}[{number}]", item)
+
+
+def _integer(key: str, value: int) -> None:
+    if value not in INT64:
+        raise RecordError("out of range", f"{key}: expected an integer of up to 64 bits, got {_short(value)}")
 
 
 def _label(key: str, value: Any) -> None:
@@ -221,10 +280,14 @@ def _label(key: str, value: Any) -> None:
         _text(key, value)
     elif not isinstance(value, int) or isinstance(value, bool):
         raise RecordError("wrong type", f"{key}: expected a string or an integer, got {_short(value)}")
+    else:
+        _integer(key, value)
 
 
 def _score(key: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        _integer(key, value)
+    elif not isinstance(value, float) or not math.isfinite(value):
         raise RecordError("wrong type", f"{key}: expected a finite number, got {_short(value)}")
 
 
@@ -234,7 +297,7 @@ LABELLED: Kind = {"text": _text, "label": _label}
 SCORED: Kind = {"sentence1": _text, "sentence2": _text, "score": _score}
 KINDS = (PAIRS, LABELLED, SCORED)
 VALUES: Kind = {
-    **dict.fromkeys(("_id", "title", "text", "sentence1", "sentence2", "query"), _string),
+    **dict.fromkeys(("_id", "title", "text", "sentence1", "sentence2", "query"), check_string),
     **dict.fromkeys(("positive", "negative"), _strings),
     "label": _label,
     "score": _score,
@@ -242,9 +305,42 @@ VALUES: Kind = {
 """What stands under a key of an evaluation file."""
 
 
+ONE_NEGATIVE = re.compile(r"negative(_?\d+)?")
+"""A key of a pair whose value is a single negative."""
+TEXTS_OF_SIDES = re.compile(
+    r"(?:.*_)?(?:hard)?(?:(?P<positive>pos|positive)|(?P<negatives>neg|negative)|(?P<query>anchor))s?"
+    r"(?:_(?:text|sentence|passage|doc|document|context|ctx|example|candidate)s?)?(?:_?\d+)?"
+)
+"""Names under which others keep queries, positives and negatives; ids, titles and the like are other columns."""
+JUDGEMENTS = re.compile(r"(.*_)?(score|label)s?")
+
+
 def braced(names: Any) -> str:
     """Keys as a message shows them; an optional one has a question mark."""
-    return "{" + ", ".join(f"{name}?" if name in OPTIONAL else str(name) for name in names) + "}"
+    shown = (name if name.isprintable() else repr(name) for name in names)
+    return "{" + _cut(", ".join(f"{name}?" if name in OPTIONAL else name for name in shown), 200) + "}"
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"\W", "_", key.lower())
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """Which known key another one may stand for."""
+    found = TEXTS_OF_SIDES.fullmatch(_plain(key))
+    if found and found.lastgroup in known:
+        return f"; did you mean {found.lastgroup!r}?"
+    is_judgement = JUDGEMENTS.fullmatch(_plain(key))
+    return nearest(key, [name for name in known if not is_judgement or name in ("score", "label")])
+
+
+@cache
+def _looks_like_training_data(key: str, beside_a_pair: bool) -> bool:
+    plain = _plain(key)
+    if TEXTS_OF_SIDES.fullmatch(plain):
+        return True
+    misspelt = difflib.get_close_matches(plain, ("negative", "negatives"), n=1, cutoff=0.88)
+    return beside_a_pair and bool(misspelt or JUDGEMENTS.fullmatch(plain))
 
 
 def _missing(record: Record, kind: Kind) -> list[str]:
@@ -259,19 +355,41 @@ def detect(record: Record) -> Kind:
     known = [key for kind in KINDS for key in kind]
     unknown = next((key for key in record if key not in known), "")
     expected = " or ".join(map(braced, KINDS))
-    raise RecordError("unknown kind", f"expected {expected}, got {braced(record)}{nearest(unknown, known)}")
+    raise RecordError("unknown kind", f"expected {expected}, got {braced(record)}{_hint(unknown, known)}")
 
 
-def check(record: Record, kind: Kind, strict: bool) -> None:
-    """Raise RecordError unless a record is a good one of this kind; `strict` forbids further keys."""
+def _gather_negatives(record: Record) -> Record:
+    """A pair with `negatives` alone, whichever keys its negatives stand under; those that are null are none."""
+    single = {key: record[key] for key in record if ONE_NEGATIVE.fullmatch(key)}
+    if not single:
+        return record
+    given = {key: value for key, value in single.items() if value is not None}
+    if given and record.get("negatives") is not None:
+        first = next(iter(given))
+        raise RecordError("negatives twice", f"expected the negatives under one key, got 'negatives' and {first!r}")
+    for key, value in given.items():
+        _text(key, value)
+    others = {key: value for key, value in record.items() if key not in single}
+    return others | {"negatives": list(given.values())} if given else others
+
+
+def check(record: Record, kind: Kind, strict: bool) -> Record:
+    """A record as one of this kind: the negatives of a pair are gathered under `negatives`.
+
+    Raises:
+        RecordError: it is no good one, or has a further key: any with `strict`, else one like those of training data.
+    """
     missing = _missing(record, kind)
-    if missing and any(not _missing(record, other) for other in KINDS):
+    if missing and kind in KINDS and any(not _missing(record, other) for other in KINDS):
         raise RecordError("mixed kinds", f"expected {braced(kind)} as in the first record, got {braced(record)}")
-    if strict and (unknown := [key for key in record if key not in kind]):
-        hint = nearest(unknown[0], list(kind))
-        raise RecordError("unknown key", f"expected {braced(kind)}, got the key {unknown[0]!r}{hint}")
+    record = _gather_negatives(record) if kind is PAIRS else record
+    for key in record:
+        if key not in kind and (strict or _looks_like_training_data(key, kind is PAIRS)):
+            hint = _hint(key, list(kind)) or "; leave it out"
+            raise RecordError("unknown key", f"expected {braced(kind)}, got the key {_short(key)}{hint}")
     if missing:
         raise RecordError("missing key", f"expected the key {missing[0]!r}, got {braced(record)}")
-    for key, check in kind.items():
+    for key, check_value in kind.items():
         if key in record:
-            check(key, record[key])
+            check_value(key, record[key])
+    return record

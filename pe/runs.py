@@ -197,8 +197,9 @@ def read_checkpoint(path: Path, device: torch.device, *, mmap: bool = False) -> 
     Raises:
         RunError: the file is cut off, empty or no checkpoint.
     """
+    target = "cpu" if device.type == "cpu" else device  # several processes have a cpu:0 each, which torch.load refuses
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        return torch.load(path, map_location=target, weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

@@ -1,8 +1,9 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
-came from a hub. `prompter/`, `reader/`, `alignment.safetensors` and `skip.safetensors` hold what trains, `backbone/`
-the frozen weights where they are asked for. sentence-transformers loads the same folder, by two files of its own.
+came from a hub; and the instructions of its training. `prompter/`, `reader/`, `alignment.safetensors` and
+`skip.safetensors` hold what trains, `backbone/` the frozen weights where they are asked for. sentence-transformers
+loads the same folder, by two files of its own, whose prompts are those instructions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from transformers import AutoModel
 
 from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.backbone import Backbone
-from pe.config import Dtype, ModelConfig, to_dict
+from pe.config import Dtype, ModelConfig, RecipeError, to_dict
+from pe.instructions import as_prompts, trained_instructions
 from pe.loading import check_weights, commit_of, has_content, load_pretrained
 from pe.prompting import PromptingLLM
 from pe.skip import LinearSkip, build_skip
@@ -33,11 +35,11 @@ from pe.skip import LinearSkip, build_skip
 FORMAT = 1
 NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
 """Keys that `config.json` must have, by section."""
-SENTENCE_TRANSFORMERS = {
+SENTENCE_TRANSFORMERS: dict[str, Any] = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "pe.integrations.sentence_transformers.PromptModule"}],
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
-"""Files by which sentence-transformers knows how to load the folder, and their contents."""
+"""Files by which sentence-transformers knows how to load the folder, and their contents but for the prompts."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 OLD_CONTENT = (
     " (it was saved when a backbone of the hub had its commit for content: load it by the hub's name and save it again,"
@@ -53,6 +55,7 @@ class Parts(NamedTuple):
     alignment: Alignment
     backbone: Backbone
     skip: LinearSkip | None
+    instructions: Mapping[str, str]
 
 
 def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> None:
@@ -94,7 +97,7 @@ def _open_to_others(folder: Path) -> None:
 
 
 def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) -> None:
-    config, prompter, alignment, backbone, skip = parts
+    config, prompter, alignment, backbone, skip, instructions = parts
     folder.mkdir()
     prompter.model.save_pretrained(folder / "prompter")
     prompter.text_tokenizer.tokenizer.save_pretrained(folder / "prompter")
@@ -122,10 +125,18 @@ def _write_parts(parts: Parts, folder: Path, include_backbone: bool, card: str) 
         },
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
+        "instructions": dict(instructions),
     }
-    for name, content in ({"config.json": saved} | SENTENCE_TRANSFORMERS).items():
+    for name, content in ({"config.json": saved} | sentence_transformers_files(instructions)).items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
+
+
+def sentence_transformers_files(instructions: Mapping[str, str]) -> dict[str, Any]:
+    """`SENTENCE_TRANSFORMERS` with the instructions as prompts, of which `query` is taken where none is given."""
+    prompts, name = as_prompts(instructions), "config_sentence_transformers.json"
+    chosen = {"prompts": prompts, "default_prompt_name": "query" if "query" in prompts else None}
+    return SENTENCE_TRANSFORMERS | {name: SENTENCE_TRANSFORMERS[name] | chosen}
 
 
 def _write_backbone(backbone: Backbone, config: ModelConfig, folder: Path) -> None:
@@ -183,7 +194,29 @@ def read(path: Path, *, backbone: str | None, dtype: Dtype | None, device: torch
     if skip is not None:
         sizes = {name: tensor.shape for name, tensor in skip.state_dict().items()}
         skip.load_state_dict(_read_tensors(path / "skip.safetensors", sizes))
-    return Parts(config, prompter, alignment, frozen, skip)
+    return Parts(config, prompter, alignment, frozen, skip, _read_instructions(path, saved))
+
+
+def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
+    """What a saved embedder was trained under; of one saved before it said so, what the recipe beside it says.
+
+    Raises:
+        ValueError: no sentences by name.
+    """
+    if "instructions" not in saved:
+        from pe.recipes import load_recipe
+
+        try:
+            return trained_instructions(load_recipe(path / "recipe.yaml").data)
+        except RecipeError:  # none there, or none that this version reads: such a folder has no default
+            return {}
+    found = saved["instructions"]
+    if not isinstance(found, dict) or not all(isinstance(sentence, str) for sentence in found.values()):
+        raise ValueError(
+            f"{path / 'config.json'}: instructions: expected sentences by name, got {found!r:.80}; copy the saved"
+            " embedder again"
+        )
+    return found
 
 
 def _read_tensors(file: Path, sizes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -17,13 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from pe.config import nearest
-from pe.records import read_jsonl, read_qrels
+from pe.records import DataError, read_jsonl, read_qrels
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what builds tasks imports it
     from mteb.abstasks.abstask import AbsTask
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
+Floats = npt.NDArray[np.float32]
 Kind = Literal["STS", "Retrieval", "Reranking", "Classification", "PairClassification", "Clustering"]
 
 PASSAGE = "Represent the passage for retrieval"
@@ -32,6 +36,20 @@ SIMILAR = "Retrieve semantically similar text"
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be run; the message says what was asked for, what was expected, what is known."""
+
+
+def check_embeddings(name: str, rows: Floats, count: int) -> Floats:
+    """Rows of the encoder `name`, as they came.
+
+    Raises:
+        ValueError: they are not `[count, D]`, or not finite.
+    """
+    if rows.ndim != 2 or len(rows) != count:
+        raise ValueError(f"{name}: encode: expected [{count}, D], got {list(rows.shape)}")
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows).all(axis=1)).sum())
+        raise ValueError(f"{name}: encode: {bad} of {count} embeddings are not finite")
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +146,11 @@ SETTINGS: dict[Kind, dict[str, Any]] = {
 
 
 def locate(data: Path, file: str) -> Path | None:
-    """A file of the data folder, plain or compressed."""
-    plain, packed = data / file, data / f"{file}.xz"
-    return plain if plain.is_file() else packed if packed.is_file() else None
+    """A file of the data folder, plain or compressed; its suffixes may be in capitals."""
+    wanted = data / file
+    beside = sorted(wanted.parent.glob(f"{wanted.stem}.*"))  # of two names, the one in small letters comes last
+    found = {path.name.lower(): path for path in beside if path.is_file()}
+    return found.get(wanted.name) or found.get(f"{wanted.name}.xz")
 
 
 def available(data: Path) -> list[str]:
@@ -218,11 +238,22 @@ def _content_hash(paths: Sequence[Path]) -> str:
 
 
 def _columns(path: Path, *keys: str) -> Any:
-    """A `datasets.Dataset` of these keys of a file's records."""
+    """A `datasets.Dataset` of these keys of a file's records.
+
+    Raises:
+        DataError: the file cannot be used, or has labels of both types.
+    """
     from datasets import Dataset
 
     records = read_jsonl(path, keys, checked=True)
-    return Dataset.from_dict({key: [record[key] for record in records] for key in keys})
+    columns = {key: [record[key] for record in records] for key in keys}
+    if "score" in columns:
+        columns["score"] = [float(score) for score in columns["score"]]
+    of_type = {type(label): label for label in columns.get("label", ())}
+    if len(of_type) > 1:
+        got = " and ".join(map(repr, of_type.values()))
+        raise DataError(f"{path}: label: expected strings or integers throughout, got {got:.80}")
+    return Dataset.from_dict(columns)
 
 
 def _read_sts(paths: Sequence[Path], split: str) -> dict[str, Any]:

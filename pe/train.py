@@ -12,14 +12,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -33,8 +33,9 @@ from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
+from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
-from pe.losses import backward, batch_requests
+from pe.losses import backward, batch_requests, random_state, set_random_state
 from pe.model import PromptEmbedder, Requests, Texts, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
 from pe.runs import RunFolder, conditions_of, flatten
@@ -59,7 +60,7 @@ class Trainable(Protocol):
     @property
     def backbone(self) -> Backbone: ...
     def __call__(self, requests: Requests) -> Tensor: ...
-    def tokenize(self, requests: Requests) -> Sequence[Sized]: ...
+    def tokenized(self, requests: Requests) -> Requests: ...
     def train(self, mode: bool = True) -> nn.Module: ...
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]: ...
     def trainable_state(self) -> dict[str, Tensor]: ...
@@ -90,6 +91,30 @@ class History:
     def padding_share(self) -> float:
         """The share of a padded batch that packing leaves out."""
         return 1 - self.tokens / self.padded if self.padded else 0.0
+
+    def count(self, step: StepTexts) -> None:
+        """Note a step's texts, their tokens, how many were cut, and what a padded batch would hold."""
+        lengths = [len(row) for row in step.requests.read or ()]
+        self.texts += len(lengths)
+        self.truncated += step.truncated
+        self.tokens += sum(lengths)
+        self.padded += len(lengths) * max(lengths)
+
+
+class StepTexts:
+    """A step's batch and its texts, tokenised once: when they are first asked for."""
+
+    def __init__(self, model: Trainable, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.truncated = 0
+
+    @functools.cached_property
+    def requests(self) -> Requests:
+        """The batch's texts as the model reads them; `truncated` says from then on how many were cut."""
+        before = self.model.truncation.cut
+        requests = self.model.tokenized(batch_requests(self.batch))
+        self.truncated = self.model.truncation.cut - before
+        return requests
 
 
 def fit(
@@ -141,35 +166,35 @@ def _fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate, options=options))
     first = 0
     if resume and run:
-        first = restore(run, model, optimizer, scheduler, history, accelerator.device)
+        first = restore(run, model, optimizer, scheduler, history, accelerator)
     probe = batch_requests(plan.batch(0)).part(range(2))
     before = detached(model, probe)
-    bar = tqdm(total=options.steps, initial=first, desc="train", disable=not accelerator.is_main_process)
     ahead = None
     if isinstance(model, PromptEmbedder):
         model.use_graphs(options.cuda_graphs)
         if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
             ahead = ReadAhead(model, accelerator.autocast)
 
-    def batch_of(step: int) -> Batch:
-        return plan.batch(step, accelerator.process_index, accelerator.num_processes)
+    def texts_of(step: int) -> StepTexts:
+        return StepTexts(model, plan.batch(step, accelerator.process_index, accelerator.num_processes))
 
     def embed(requests: Requests) -> Tensor:
         if ahead is None:
             return embeddings_of(model, recipe.loss.stepwise, requests)
         embeddings = embeddings_of(model, recipe.loss.stepwise, ahead.take(requests))
         if following:
-            ahead.start(batch_requests(following))
+            ahead.start(following.requests)
         return embeddings
 
     following = None
+    bar = tqdm(total=options.steps, initial=first, desc="train", disable=not accelerator.is_main_process)
     try:
         for step in range(first, options.steps):
             started = time.perf_counter()
             model.train()
-            batch = following or batch_of(step)
-            following = batch_of(step + 1) if ahead and step + 1 < options.steps else None
-            loss = backward(embed, batch, recipe.loss, accelerator, options.micro_batch_size)
+            texts = following or texts_of(step)
+            following = texts_of(step + 1) if ahead and step + 1 < options.steps else None
+            loss = backward(embed, texts.batch, recipe.loss, accelerator, options.micro_batch_size, texts.requests)
             loss = average(loss, parameters, accelerator)
             check_gradients(parts, loss, step)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
@@ -178,7 +203,7 @@ def _fit(
             optimizer.zero_grad(set_to_none=True)
             history.losses.append(loss.item())
             history.seconds += time.perf_counter() - started
-            count_tokens(model, batch_requests(batch), history)
+            history.count(texts)
             if step + 1 == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
                 raise TrainingError(
                     f"step {step + 1}: the embeddings are what they were at the start; check the rates (lr)"
@@ -195,12 +220,14 @@ def _fit(
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 if not detached(model, probe).isfinite().all():
                     raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
-                if run and accelerator.is_main_process:
-                    save(run, step + 1, model, optimizer, scheduler, history, options.keep_checkpoints)
+                if run:
+                    states = gather_object([random_state()])
+                    if accelerator.is_main_process:
+                        save(run, step + 1, model, optimizer, scheduler, history, states, options.keep_checkpoints)
     finally:
+        bar.close()
         if isinstance(model, PromptEmbedder):
             model.use_graphs(False)
-    bar.close()
     return history
 
 
@@ -264,17 +291,6 @@ def detached(model: Trainable, requests: Requests) -> Tensor:
     return model(requests).clone()
 
 
-def count_tokens(model: Trainable, requests: Requests, history: History) -> None:
-    """Note a step's texts, their tokens, how many were cut, and what a padded batch would hold."""
-    counted, model.truncation = model.truncation, Truncation()
-    lengths = [len(row) for row in model.tokenize(requests)]
-    history.truncated += model.truncation.cut
-    model.truncation = counted
-    history.texts += len(lengths)
-    history.tokens += sum(lengths)
-    history.padded += len(lengths) * max(lengths)
-
-
 def save(
     run: RunFolder,
     step: int,
@@ -282,15 +298,17 @@ def save(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     history: History,
+    random_states: list[list[Tensor]],
     keep: int,
 ) -> None:
+    """Write a checkpoint; `random_states` are those of every process."""
     state = {
         "step": step,
         "model": model.trainable_state(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "history": vars(history),
-        "random_state": torch.get_rng_state(),
+        "random_states": random_states,
     }
     run.save_checkpoint(step, state, keep)
 
@@ -301,15 +319,18 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     history: History,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> int:
     """Put the newest checkpoint back; the number of steps done."""
-    state = run.load_checkpoint(device)
+    state = run.load_checkpoint(accelerator.device)
     model.load_trainable_state(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     vars(history).update(state["history"])
-    torch.set_rng_state(state["random_state"].cpu())
+    if "random_states" in state:
+        set_random_state(state["random_states"][accelerator.process_index])
+    else:  # of a checkpoint that kept the main process's CPU state alone
+        set_random_state([state["random_state"]])
     return int(state["step"])
 
 
@@ -411,7 +432,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     plan = build_plan(recipe, console)
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, accelerator.device)
-    model.name = run.path.name
+    model.name, model.instructions = run.path.name, trained_instructions(recipe.data)
     check_widths(recipe, model)
     if accelerator.is_main_process:
         contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}

@@ -108,7 +108,7 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     prompter = source.prompter.requires_grad_(False)
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
-    return PromptEmbedder(config, prompter, alignment, target)
+    return PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
 
 
 def reached(curve: Sequence[tuple[int, float, float]], source: float) -> list[Reached]:

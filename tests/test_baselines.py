@@ -199,12 +199,12 @@ def test_frozen_with_instruction_pools_the_text_alone() -> None:
 
 def test_frozen_ignores_a_reader() -> None:
     frozen = backbone()
-    before = FrozenEncoder(frozen).encode(TEXTS, instruction="")
+    before = FrozenEncoder(frozen).encode(TEXTS, instruction="find the answer")
     frozen.add_reader(LoraSettings(rank=2))
     with torch.no_grad():
         for parameter in frozen.reader_parameters():
             parameter.fill_(0.1)
-    np.testing.assert_array_equal(FrozenEncoder(frozen).encode(TEXTS, instruction=""), before)
+    np.testing.assert_array_equal(FrozenEncoder(frozen).encode(TEXTS, instruction="find the answer"), before)
 
 
 def test_the_text_alone_is_truncated() -> None:

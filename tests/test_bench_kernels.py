@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bench import test_kernels as benchmarked
 from bench.kernels import COMPILED, EAGER, MODES, OURS
 from bench.ops import CASES, Case, Problem, Sizes, Way
 from bench.roofline import ROOFS, Cost
-from pe import attention
+from pe import flash
 from tests.test_bench import FakeBenchmark
 
 CPU = torch.device("cpu")
@@ -164,7 +165,11 @@ def test_an_op_may_use_its_share_of_the_time() -> None:
 
 @pytest.mark.parametrize(
     ("name", "peer", "package"),
-    [("contrast", ops.CUT, "cut_cross_entropy"), ("pool norm", ops.LIGER, "liger_kernel")],
+    [
+        ("contrast", ops.CUT, "cut_cross_entropy"),
+        ("pool norm", ops.LIGER, "liger_kernel"),
+        *(("suffix", name, package) for name, package in flash.PACKAGES.items()),
+    ],
 )
 def test_packages_that_are_not_there(name: str, peer: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -172,14 +177,18 @@ def test_packages_that_are_not_there(name: str, peer: str, package: str, monkeyp
     assert [record["failed"] for record in found] == ["not installed"] * 3
 
 
+@pytest.mark.parametrize("peer", [ops.VARLEN, *ops.FLASH])
 @pytest.mark.parametrize("name", ["suffix", "prefix"])
-def test_flash_is_given_the_same_problem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_given_the_same_problem(name: str, peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its concatenated input, under the masking that its documentation states, gives the op's output and gradients."""
 
     def causal_from_the_end(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
     ) -> Tensor:
-        assert options == {"window_size": (-1, 0), "scale": None, **attention.GROUPED}
+        causal = {"window_size": (-1, 0), "scale": None, **flash.GROUPED}
+        if peer != ops.VARLEN:
+            causal = {"causal": True, "softmax_scale": None, "deterministic": options["deterministic"]}
+        assert options == causal
         parts = []
         for text in range(len(cu_q) - 1):
             rows, keys = slice(*cu_q[text : text + 2].tolist()), slice(*cu_k[text : text + 2].tolist())
@@ -195,9 +204,18 @@ def test_flash_is_given_the_same_problem(name: str, monkeypatch: pytest.MonkeyPa
             )
         return torch.cat(parts)
 
+    def of_a_package(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        return causal_from_the_end(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", causal_from_the_end)
+    if peer != ops.VARLEN:
+        package = SimpleNamespace(__name__=peer, flash_attn_varlen_func=of_a_package)
+        monkeypatch.setitem(sys.modules, flash.PACKAGES[peer], package)
     problem = case(name).build(case(name).toy, torch.float32, CPU)
-    kernels.check(problem.peers[ops.VARLEN](), problem, kernels.expected(problem))
+    kernels.check(problem.peers[peer](), problem, kernels.expected(problem))
 
 
 @pytest.mark.parametrize("name", ["suffix", "prefix"])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import lzma
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pe import encode
 from pe.batches import Batch, BatchPlan, text_id
 from pe.config import DatasetConfig
 from pe.data import Count, Dataset, Report, load_dataset
@@ -78,14 +80,18 @@ def test_reads_plain_and_compressed_files(tmp_path: Path, suffix: str) -> None:
 BAD_LINES = {
     "not JSON": ("{'query': 1}", "expected a JSON object, got \"{'query': 1}\" (Expecting property name"),
     "not an object": ("[1, 2]", "expected a JSON object, got [1, 2]"),
-    "empty line": ("  ", "expected a JSON object, got an empty line"),
+    "repeated key": ('{"query": "q", "query": "r", "positive": "p"}', "expected each key once, got 'query' again"),
     "wrong type": ('{"query": 3, "positive": "p"}', "query: expected a string, got 3"),
     "empty text": ('{"query": "q", "positive": " \\n"}', "positive: expected a text, got ' \\n'"),
     "not Unicode": ('{"query": "\\ud800", "positive": "p"}', "query: expected Unicode text, got half a surrogate pair"),
     "missing key": ('{"query": "q"}', "expected the key 'positive', got {query}"),
     "unknown key": (
-        '{"query": "q", "positive": "p", "negative": "n"}',
-        "expected {query, positive, negatives?}, got the key 'negative'; did you mean 'negatives'?",
+        '{"query": "q", "positive": "p", "hard_negatives": ["n"]}',
+        "expected {query, positive, negatives?}, got the key 'hard_negatives'; did you mean 'negatives'?",
+    ),
+    "negatives twice": (
+        '{"query": "q", "positive": "p", "negatives": ["n"], "negative_2": "m"}',
+        "expected the negatives under one key, got 'negatives' and 'negative_2'",
     ),
     "mixed kinds": (
         '{"text": "t", "label": "l"}',
@@ -97,6 +103,10 @@ MORE_BAD_LINES = [
     ('{"query": "q", "positive": "p", "negatives": ["n", ""]}', "negatives[1]: expected a text, got ''"),
     ('{"query": "q", "positive": "p", "negatives": [7]}', "negatives[0]: expected a string, got 7"),
     ('{"query": "q", "positve": "p"}', "got the key 'positve'; did you mean 'positive'?"),
+    ('{"query": "q", "positive": "p", "negative": ["n"]}', "negative: expected a string, got ['n']"),
+    ('{"query": "q", "positive": "p", "negative_1": ""}', "negative_1: expected a text, got ''"),
+    ('{"query": "q", "positive": "p", "source": "s"}', "got the key 'source'; leave it out"),
+    ('{"query": null, "positive": "p"}', "query: expected a string, got null"),
     ('{"query": "q"', "expected a JSON object, got '{\"query\": \"q\"' (Expecting ',' delimiter at column 14)"),
     ('{"query": ' + "[" * 100_000, "expected a JSON object"),
     ('{"query": "q", "positive": ["' + "x" * 200, "x..."),
@@ -118,6 +128,16 @@ def test_bad_record_names_file_line_expected_and_got(tmp_path: Path, line: str, 
         ({"text": "t", "label": 1}, {"text": "t", "label": True}, "label: expected a string or an integer, got True"),
         ({"text": "t", "label": "a"}, {"text": "t", "label": ""}, "label: expected a text, got ''"),
         (
+            {"text": "t", "label": 1},
+            {"text": "t", "label": -(2**63) - 1},
+            "label: expected an integer of up to 64 bits, got -9223372036854775809",
+        ),
+        (
+            {"sentence1": "a", "sentence2": "b", "score": 1},
+            {"sentence1": "a", "sentence2": "b", "score": 10**400},
+            "score: expected an integer of up to 64 bits, got 100000000000000000...0000000000000000000",
+        ),
+        (
             {"sentence1": "a", "sentence2": "b", "score": 1},
             {"sentence1": "a", "sentence2": "b", "score": "5"},
             "score: expected a finite number, got '5'",
@@ -134,6 +154,127 @@ def test_bad_label_or_score(tmp_path: Path, first: object, second: object, messa
     positive_from = 0.0 if "score" in json.dumps(first) else None
     with pytest.raises(DataError, match=re.escape(f"{path}:2: {message}")):
         load_dataset(config(path, positive_from=positive_from))
+
+
+NASTY = [
+    *(
+        "null",
+        "true",
+        "[]",
+        "{}",
+        '""',
+        '" "',
+        '"a"',
+        "0",
+        "-1",
+        "1.5",
+        "-0.0",
+        "1e999",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+    ),
+    *("9" * 400, "-" + "9" * 4300, "9" * 4301, str(2**63), str(-(2**63)), "1" + "0" * 400 + ".0", "1e-999"),
+    *(
+        '"\\ud800"',
+        '"\\u0000"',
+        '"a\\nb"',
+        '"' + "x" * 10_000 + '"',
+        '["\\udfff"]',
+        "[null]",
+        "[[]]",
+        '[{"a": {"a": 1}}]',
+    ),
+    *(
+        '{"a": 1, "a": 1}',
+        '{"": {"\\ud800": 0, "\\ud800": 0}}',
+        "01",
+        "'a'",
+        "nan",
+        "[1,]",
+        '"a',
+        "{",
+        "\ufeff",
+        "\x00",
+    ),
+    *(
+        opening * depth + closing * depth
+        for depth in (5, 900, 5_000)
+        for opening, closing in (("[", "]"), ('{"a": ', "0}"))
+    ),
+]
+KINDS = {
+    "pairs": {"query": '"q"', "positive": '"p"'},
+    "labelled": {"text": '"t"', "label": "1"},
+    "scored": {"sentence1": '"a"', "sentence2": '"b"', "score": "1"},
+}
+FURTHER = ["negatives", "negative", "negative_1", "\\ud800", "a\\nb", "k" * 10_000]
+
+
+def line_of(fields: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_value_raises_anything_but_a_sentence(tmp_path: Path, kind: str) -> None:
+    """Under every key in turn, and in place of the whole record; training, evaluation and encoding read it."""
+    good, path = KINDS[kind], tmp_path / "set.jsonl"
+    chosen = config(path, positive_from=0.0 if kind == "scored" else None)
+    asked = [key for key in good if key != "positive"]
+    readers: list[Callable[[], object]] = [
+        lambda: load_dataset(chosen),
+        lambda: read_jsonl(path, asked, checked=True),
+        lambda: encode.read_texts(path, asked[0]),
+    ]
+    lines = [*NASTY, *(line_of(good | {key: value}) for key in [*good, *FURTHER] for value in NASTY)]
+    refused: Counter[int] = Counter()
+    for (place, read), line in itertools.product(enumerate(readers), lines):
+        path.write_text(f"{line_of(good)}\n{line}\n", encoding="utf-8")
+        try:
+            read()
+        except DataError as error:
+            refused[place] += 1
+            message = str(error).removeprefix(str(path))
+            if "at least one usable record" not in message:  # a good label may stand alone
+                assert message.startswith(":2: ")
+                assert message.isprintable()
+                assert len(message) < 500
+    assert min(refused[place] for place in range(3)) > len(NASTY)
+
+
+@pytest.mark.parametrize("blanks", ["\n", "\n\n\n", " \t\r\n", "\u00a0\n", "  "])
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path, blanks: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(f"{GOOD}\n{GOOD}\n{blanks}", encoding="utf-8")
+    assert load_dataset(config(path)).report.rows == len(read_jsonl(path)) == 2
+    if not blanks.endswith("\n"):
+        return
+    path.write_text(f"{blanks}{GOOD}\n{blanks}{{}}\n{blanks}", encoding="utf-8")
+    line = 2 * blanks.count("\n") + 2
+    for read in (lambda: load_dataset(config(path)), lambda: read_jsonl(path, ("query",))):
+        with pytest.raises(DataError, match=re.escape(f"{path}:{line}: expected the key 'query', got {{}}")):
+            read()
+    assert load_dataset(config(path, on_bad_record="skip")).report.skipped == {"missing key": Count(1, line)}
+    path.write_text(blanks, encoding="utf-8")
+    for read in (lambda: load_dataset(config(path)), lambda: read_jsonl(path)):
+        with pytest.raises(DataError, match=f"{path}: expected at least one"):
+            read()
+
+
+def test_blank_lines_of_judgements(tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", "", "query-id\tcorpus-id\tscore", " ", "q\td\t1", "", "")
+    assert read_qrels(path) == {"q": {"d": 1}}
+    with pytest.raises(DataError, match=re.escape(f"{path}:4: expected three")):
+        read_qrels(write(path, "query-id\tcorpus-id\tscore", "", "", "q"))
+
+
+@pytest.mark.parametrize("name", ["X.JSONL", "x.Jsonl.XZ", "x.jsonl.Gz", "X.JSONL.GZ"])
+def test_suffixes_in_capitals(tmp_path: Path, name: str) -> None:
+    opener: Any = {"l": open, "z": gzip.open}[name[-1].lower()]
+    with (lzma.open if name.endswith("XZ") else opener)(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(GOOD)
+    assert load_dataset(config(tmp_path / name)).queries == ["q"]
+    assert read_jsonl(tmp_path / name)[0]["positive"] == "p"
 
 
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
@@ -188,7 +329,7 @@ def test_skip_counts_every_reason_and_its_first_line(tmp_path: Path) -> None:
     shown = str(dataset.report)
     assert f"{path}: {dataset.report.rows} rows of {{query, positive, negatives?}}, 2 examples" in shown
     assert "skipped 3: not JSON (first: 1)" in shown
-    assert "skipped 2: mixed kinds (first: 11)" in shown
+    assert f"skipped 2: mixed kinds (first: {2 + len(lines)})" in shown
 
 
 def test_nothing_usable_is_an_error_that_tells_the_counts(tmp_path: Path) -> None:
@@ -215,7 +356,14 @@ def test_max_rows_reads_the_first_rows_and_says_so(tmp_path: Path) -> None:
         (["query-id\tcorpus-id\tscore"], "2: expected at least one judgement, got none"),
         ([], "1: expected at least one judgement, got none"),
         (["query-id\tcorpus-id\tscore", "q\td"], "2: expected three tab-separated fields"),
-        (["query-id\tcorpus-id\tscore", "q\td\t1", "q\te\t0.5"], "3: score: expected an integer, got '0.5'"),
+        (
+            ["query-id\tcorpus-id\tscore", "q\td\t1", "q\te\t0.5"],
+            "3: score: expected an integer of up to 18 digits, got '0.5'",
+        ),
+        (
+            ["query-id\tcorpus-id\tscore", "q\td\t" + "9" * 5000],
+            "2: score: expected an integer of up to 18 digits, got '99",
+        ),
         (["query-id\tcorpus-id\tscore", "q\td\t1", "q\td\t0"], "3: expected each pair once, got 'q', 'd' again"),
     ],
 )
@@ -287,6 +435,84 @@ def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             load_dataset(config(path))
     with pytest.raises(DataError, match="got no name"):
         load_dataset(config("hf://@train"))
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, object]) -> DatasetConfig:
+    """The configuration of a hub data set of these rows."""
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: list(rows))
+    return config("hf://owner/name")
+
+
+DOORS = ["file", "hub"]
+
+
+def through(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *rows: dict[str, object]) -> DatasetConfig:
+    return fake_hub(monkeypatch, *rows) if door == "hub" else config(write(tmp_path / "set.jsonl", *rows))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_negatives_are_taken_under_every_key(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: dict[str, object] = {"query": "q", "positive": "p"}
+    rows = [
+        pair | {"negatives": ["a", "b"]},
+        pair | {"negative": "c"},
+        pair | {"negative_1": "d", "negative_2": "e", "negative_3": None},
+        pair | {"negative": None, "negatives": ["f"]},
+        pair | {"negative": "g", "negatives": None},
+        pair | {"negative": None},
+        pair,
+    ]
+    dataset = load_dataset(through(door, tmp_path, monkeypatch, *rows))
+    assert dataset.negatives == [("a", "b"), ("c",), ("d", "e"), ("f",), ("g",), (), ()]
+    assert not dataset.report.ignored_keys
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        *((name, "negatives") for name in ("neg", "negs", "neg_1", "hard_negatives", "hardNegatives", "Negatives")),
+        *((name, "negatives") for name in ("negative_passages", "hard_negative_ctxs", "bm25-negatives", "negatives_1")),
+        *((name, "negatives") for name in ("negativs", "negatve", "Negative", "negative_docs_2")),
+        *((name, "positive") for name in ("pos", "positives", "positive_passages", "positive_2", "pos_doc")),
+        *((name, "query") for name in ("anchor", "anchors")),
+        *((name, None) for name in ("score", "scores", "label", "negative_scores", "bm25_score")),
+    ],
+)
+def test_a_key_that_looks_like_training_data_is_refused(
+    door: str, key: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = through(door, tmp_path, monkeypatch, {"query": "q", "positive": "p", key: "x"})
+    hint = f"did you mean '{meant}'?" if meant else "leave it out"
+    with pytest.raises(
+        DataError, match=re.escape(f":1: expected {{query, positive, negatives?}}, got the key '{key}'; {hint}")
+    ):
+        load_dataset(chosen)
+
+
+@pytest.mark.parametrize(
+    "key", ["id", "query_id", "positive_id", "negative_ids", "source", "split", "title", "metadata", "answer", "native"]
+)
+def test_other_columns_of_the_hub_are_ignored_and_named(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = fake_hub(monkeypatch, {"query": "q", "positive": "p", "negative": "n", key: "x"})
+    assert load_dataset(chosen).report.ignored_keys == (key,)
+
+
+def test_columns_beside_a_label_or_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    row: dict[str, object] = {"text": "t", "label": 1}
+    chosen = fake_hub(monkeypatch, row | {"label_text": "x", "score": 1}, row | {"text": "u"})
+    assert load_dataset(chosen).report.ignored_keys == ("label_text", "score")
+    with pytest.raises(DataError, match="got the key 'hard_negative'"):
+        load_dataset(fake_hub(monkeypatch, row | {"hard_negative": "x"}))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_set_of_other_names_is_told_the_right_one(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = through(door, tmp_path, monkeypatch, {"anchor": "q", "positive": "p", "negative": "n"})
+    with pytest.raises(DataError, match=re.escape("got {anchor, positive, negative}; did you mean 'query'?")):
+        load_dataset(chosen)
 
 
 # Kinds

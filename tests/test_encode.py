@@ -44,7 +44,7 @@ def test_every_output_format(run: Path, expected: np.ndarray, tmp_path: Path) ->
     source = tmp_path / "in.txt"
     source.write_text("\n".join(TEXTS), encoding="utf-8")
     for name in ("out.npy", "out.jsonl", "out.parquet"):
-        encode.main([str(run / "model"), str(source), str(tmp_path / name), f"--instruction=[{TASK}]"])
+        encode.main([str(run / "model"), str(source), str(tmp_path / name), f"--instruction={TASK}"])
     assert np.allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == TEXTS
@@ -70,7 +70,7 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
     folder.mkdir()
     source.write_text("a", encoding="utf-8")
     taken.write_bytes(b"precious")
-    model, task = str(run / "model"), f"--instruction=[{TASK}]"
+    model, task = str(run / "model"), f"--instruction={TASK}"
     for arguments, message in (
         ([model, str(source), str(tmp_path / "out.csv"), task], "a name ending in .npy, .jsonl, .parquet"),
         ([model, str(source), str(taken), task], "exists already"),
@@ -85,10 +85,6 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert taken.read_bytes() == b"precious"
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"body": "x"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="row 1: expected a text under 'text', got the keys body"):
-        encode.read_texts(bad, "text")
 
 
 def test_an_output_that_cannot_be_written_is_known_before_encoding(
@@ -101,7 +97,7 @@ def test_an_output_that_cannot_be_written_is_known_before_encoding(
     monkeypatch.setattr(PromptEmbedder, "encode_many", lambda *_, **__: pytest.fail("encoded in vain"))
     (tmp_path / "in.txt").write_text("a", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
-        encode.main([str(run / "model"), str(tmp_path / "in.txt"), str(tmp_path / "o.npy"), f"--instruction=[{TASK}]"])
+        encode.main([str(run / "model"), str(tmp_path / "in.txt"), str(tmp_path / "o.npy"), f"--instruction={TASK}"])
     assert stopped.value.code == 2
     assert "no writing here" in capsys.readouterr().err
 
@@ -122,6 +118,10 @@ def test_only_a_line_feed_ends_a_text(tmp_path: Path) -> None:
         ("in.txt", b"", r"in\.txt: expected at least one text, got none"),
         ("in.txt", b"\xef\xbb\xbf\n", r"in\.txt: expected at least one text, got none"),
         ("in.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"in\.jsonl:2: text: expected Unicode text, got half a"),
+        ("in.jsonl", b'{"body": "x"}', r"in\.jsonl:1: expected the key 'text', got {body}; name .* with --field$"),
+        ("in.jsonl", b'{"text": "a"}\n\n{"text": null}', r"in\.jsonl:3: text: expected a string, got null$"),
+        ("in.jsonl", b'{"text": ["a"]}', r"in\.jsonl:1: text: expected a string, got \['a'\]$"),
+        ("in.jsonl", b" \n\n", r"in\.jsonl: expected at least one record, got an empty file"),
     ],
 )
 def test_a_file_without_usable_texts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -130,7 +130,22 @@ def test_a_file_without_usable_texts(tmp_path: Path, name: str, content: bytes, 
         encode.read_texts(tmp_path / name, "text")
 
 
-@pytest.mark.parametrize("instruction", [TASK, f"Given a query: {TASK}", "it's [not] a list", "123"])
+@pytest.mark.parametrize("name", ["in.jsonl", "IN.JSONL"])
+def test_blank_lines_are_no_texts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('\n{"text": "a"}\n \n{"text": ""}\n\n\t\n', encoding="utf-8")
+    assert encode.read_texts(tmp_path / name, "text") == ["a", ""]
+
+
+def test_suffixes_in_capitals(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "IN.TXT").write_text("\n".join(TEXTS), encoding="utf-8")
+    for name in ("O.NPY", "O.Parquet", "O.JSONL"):
+        encode.main([str(run / "model"), str(tmp_path / "IN.TXT"), str(tmp_path / name), f"--instruction={TASK}"])
+    assert np.allclose(np.load(tmp_path / "O.NPY"), expected, atol=1e-6)
+    assert pq.read_table(tmp_path / "O.Parquet")["text"].to_pylist() == TEXTS
+    assert encode.read_texts(tmp_path / "O.JSONL", "text") == TEXTS
+
+
+@pytest.mark.parametrize("instruction", [TASK, f"Given a query: {TASK}", "- item", "[a, b]"])
 def test_one_plain_instruction(run: Path, tmp_path: Path, instruction: str) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "new" / "folder" / "out.npy"
     source.write_text("\n".join(TEXTS), encoding="utf-8")
@@ -152,7 +167,7 @@ def test_a_file_beside_the_output_stays(run: Path, tmp_path: Path) -> None:
     source, neighbour = tmp_path / "in.txt", tmp_path / "out.npy.part"
     source.write_text("a", encoding="utf-8")
     neighbour.write_bytes(b"precious")
-    encode.main([str(run / "model"), str(source), str(tmp_path / "out.npy"), f"--instruction=[{TASK}]"])
+    encode.main([str(run / "model"), str(source), str(tmp_path / "out.npy"), f"--instruction={TASK}"])
     assert neighbour.read_bytes() == b"precious"
 
 
@@ -198,7 +213,7 @@ def test_a_damaged_model_is_one_message_that_names_the_file(
     source.write_text("a", encoding="utf-8")
     damage(model / name)
     with pytest.raises(SystemExit) as stopped:
-        encode.main([str(model), str(source), str(tmp_path / "o.npy"), f"--instruction=[{TASK}]"])
+        encode.main([str(model), str(source), str(tmp_path / "o.npy"), f"--instruction={TASK}"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert str((model / name).parent) in error

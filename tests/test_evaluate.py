@@ -340,6 +340,13 @@ def test_folders(tmp_path: Path) -> None:
         score(Trigrams(), data=tmp_path)
 
 
+def test_files_with_suffixes_in_capitals(tmp_path: Path) -> None:
+    for name in ("sts12.Jsonl.XZ", "STS14.jsonl", "medquad/corpus.JSONL", "medquad/queries.jsonl", "medquad/qrels.TSV"):
+        (tmp_path / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "eval" / name).touch()
+    assert available(tmp_path) == ["PE-STS12", "PE-MedQuAD"]
+
+
 def test_a_damaged_file(tmp_path: Path) -> None:
     write(tmp_path / "eval/sts12.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1.0}, {"sentence1": "a"}])
     with pytest.raises(DataError, match=r"sts12\.jsonl:2: expected the key 'sentence2'"):

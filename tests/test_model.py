@@ -228,7 +228,8 @@ def test_baselines_take_the_same_sequences(models: Path) -> None:
     [
         ({"texts": ["a", None]}, "texts: expected strings, got NoneType at place 1: None"),
         ({"texts": ["\ud800"]}, "texts, place 0: expected Unicode text, got half a surrogate pair"),
-        ({"instruction": None}, "instructions: expected strings, got NoneType at place 0"),
+        ({"instruction": 3}, "instructions: expected strings, got int at place 0"),
+        ({"instruction": None}, "instruction: expected a sentence, got none, and PromptEmbedder has no default"),
         ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
     ],
 )

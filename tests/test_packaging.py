@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
+IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn"}
 ROOT = Path(__file__).parent.parent
 MODULES = ("pe.train", "pe.transfer", "pe.encode", "pe.evaluate", "pe.baselines.lora", "pe.kernels.vocab_mixture")
 
@@ -29,3 +32,16 @@ def test_wheel_and_sdist_build_and_import(tmp_path: Path) -> None:
     check = f"{imports}; assert pe.kernels.vocab_mixture.__file__.startswith({str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", check], check=True, cwd=tmp_path, env=environment)
+
+
+def test_every_extra_is_used() -> None:
+    """What a user is asked to install is imported, or looked for, somewhere in the code."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for part in ("pe", "bench") for path in (ROOT / part).rglob("*.py")
+    )
+    for extra, packages in project["optional-dependencies"].items():
+        names = [re.split(r"[\[<>=]", package)[0] for package in packages if extra != "test"]
+        for name in names:
+            module = IMPORTED_AS.get(name, name.replace("-", "_"))
+            assert re.search(rf"(from|import) {module}\b|\"{module}\"", code), f"{extra}: {name} is used nowhere"

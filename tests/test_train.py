@@ -9,7 +9,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,16 +20,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pe import train as training
+from pe.baselines.linear import LinearEmbedder
+from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.batches import Batch, BatchPlan
 from pe.cli import user_errors
 from pe.config import LossConfig, Recipe, TrainConfig
+from pe.loading import TextTokenizer
 from pe.losses import backward, batch_requests, contrastive_loss, cut
-from pe.model import PromptEmbedder
+from pe.model import PromptEmbedder, Requests
 from pe.recipes import load_recipe
 from pe.runs import RunError, RunFolder, conditions_of, flatten
-from pe.train import TrainingError, embeddings_of, fit, main, rate, train
+from pe.train import History, Trainable, TrainingError, embeddings_of, fit, main, rate, train
 from tests.tiny import write_training_data
 
 
@@ -189,6 +196,173 @@ def test_training_lowers_the_loss_and_changes_every_part(recipe: Recipe) -> None
     assert history.texts == sum(len(batch_requests(plan_of(recipe).batch(step)).texts) for step in range(25))
     assert history.truncated == 0
     assert history.tokens > 0
+
+
+class Counting:
+    """A tokenizer that notes how many texts it was given."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer, self.given = tokenizer, 0
+
+    def __call__(self, texts: Sequence[str], *, lead: bool = True) -> list[list[int]]:
+        self.given += len(texts)
+        return self.tokenizer(texts, lead=lead)
+
+
+def counted(model: Trainable, plan: BatchPlan, recipe: Recipe) -> History:
+    """What `fit` counts, from every batch tokenised on its own."""
+    expected = History()
+    for step in range(recipe.train.steps):
+        model.truncation.cut = 0
+        lengths = [len(row) for row in model.tokenized(batch_requests(plan.batch(step))).read or ()]
+        expected.texts += len(lengths)
+        expected.truncated += model.truncation.cut
+        expected.tokens += sum(lengths)
+        expected.padded += len(lengths) * max(lengths)
+    return expected
+
+
+SYSTEMS: dict[str, Callable[[Recipe], Trainable]] = {
+    "ours": lambda recipe: new_model(recipe),
+    "linear": lambda recipe: LinearEmbedder.from_config(recipe.model.backbone, max_length=recipe.model.max_length),
+    "lora, padded": lambda recipe: lora_of(recipe, "padded"),
+    "lora, packed": lambda recipe: lora_of(recipe, "packed"),
+}
+
+
+def lora_of(recipe: Recipe, form: Form) -> Trainable:
+    options = LoraBaselineConfig(backbone=recipe.model.backbone, form=form, max_length=recipe.model.max_length)
+    return LoraEmbedder.from_config(options)
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("ours", {}),
+        ("ours", {"micro_batch_size": 4}),
+        ("ours", {"read_ahead": True}),
+        ("linear", {}),
+        ("lora, padded", {}),
+        ("lora, packed", {"micro_batch_size": 4}),
+    ],
+)
+def test_a_step_tokenises_each_text_once_and_counts_that(
+    recipe: Recipe, system: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a text goes through the model twice, is read before its step, or an evaluation comes in between."""
+    changed = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, max_length=16),
+        train=dataclasses.replace(recipe.train, eval_every=2, save_every=100, **options),
+    )
+    model, plan = SYSTEMS[system](changed), plan_of(changed)
+    expected = counted(model, plan, changed)
+    assert 0 < expected.truncated < expected.texts
+    tokenizer = Counting(model.backbone.text_tokenizer)
+    monkeypatch.setattr(model.backbone, "text_tokenizer", tokenizer)
+    monkeypatch.setattr(training, "detached", lambda model, requests: torch.rand(2))
+    probe = batch_requests(plan.batch(0))
+
+    def evaluate() -> float:
+        before = tokenizer.given
+        model(probe)
+        tokenizer.given = before
+        return 0.0
+
+    history = fit(model, plan, changed, accelerator(), evaluate=evaluate)
+    for name in ("texts", "truncated", "tokens", "padded"):
+        assert getattr(history, name) == getattr(expected, name), name
+    instructions = tokenizer.given - expected.texts
+    assert instructions == (recipe.train.steps if "lora" in system else 0), "LoRA reads the query's, once a step"
+
+
+def test_tokenising_is_part_of_the_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, model = [0.0], new_model(recipe)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: seconds[0])
+    whole = model.tokenize
+
+    def slow(requests: Requests) -> list[list[int]]:
+        seconds[0] += 1.0
+        return whole(requests)
+
+    monkeypatch.setattr(model, "tokenize", slow)
+    assert fit(model, plan_of(recipe), recipe, accelerator()).seconds == recipe.train.steps
+
+
+class Generators:
+    """What torch says of the random generators of two GPUs that are not here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
+        self.states = [torch.full((16,), number, dtype=torch.uint8) for number in range(1, count + 1)]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.states))
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in self.states])
+        monkeypatch.setattr(torch.cuda, "set_rng_state_all", self.put)
+
+    def put(self, states: Sequence[Tensor]) -> None:
+        assert len(states) <= len(self.states), "torch knows no such GPU"
+        self.states[: len(states)] = states
+
+
+def test_resuming_restores_every_random_state(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gpus = RunFolder(tmp_path / "r"), Generators(monkeypatch)
+    run.start(recipe, resume=False, fresh=False)
+    shorter = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=3))
+    fit(new_model(recipe), plan_of(recipe), shorter, accelerator(), run)
+    cpu = torch.get_rng_state()
+    torch.manual_seed(99)
+    gpus.states = [torch.zeros(16, dtype=torch.uint8) for _ in range(2)]
+    model = new_model(recipe)
+    fit(model, plan_of(recipe), shorter, accelerator(), run, resume=True)
+    assert torch.equal(torch.get_rng_state(), cpu)
+    assert [state.tolist() for state in gpus.states] == [[1] * 16, [2] * 16]
+
+    gpus.states = [torch.zeros(16, dtype=torch.uint8)]  # a machine with fewer of them
+    fit(model, plan_of(recipe), shorter, accelerator(), run, resume=True)
+    assert gpus.states[0].tolist() == [1] * 16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fit(model, plan_of(recipe), shorter, accelerator(), run, resume=True)
+
+
+def test_every_process_gets_its_own_random_state_back(recipe: Recipe, tmp_path: Path) -> None:
+    run, model = RunFolder(tmp_path / "r"), new_model(recipe)
+    run.start(recipe, resume=False, fresh=False)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model.trainable_parameters(), recipe.train))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    states = [[torch.Generator().manual_seed(seed).get_state()] for seed in (1, 2)]
+    training.save(run, 1, model, optimizer, scheduler, History(), states, keep=1)
+    for number, (state,) in enumerate(states):
+        process = SimpleNamespace(device=torch.device("cpu", 0), process_index=number)  # as accelerate has it
+        training.restore(run, model, optimizer, scheduler, History(), cast(Accelerator, process))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_checkpoint_of_before_keeps_its_one_random_state(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "r")
+    run.start(recipe, resume=False, fresh=False)
+    shorter = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=3))
+    fit(new_model(recipe), plan_of(recipe), shorter, accelerator(), run)
+    state = run.load_checkpoint(torch.device("cpu"))
+    ((cpu,),) = state.pop("random_states")
+    torch.save({**state, "random_state": cpu}, run.checkpoints[-1])
+    torch.manual_seed(99)
+    fit(new_model(recipe), plan_of(recipe), shorter, accelerator(), run, resume=True)
+    assert torch.equal(torch.get_rng_state(), cpu)
+
+
+def test_the_bar_is_closed_when_training_stops(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar(**options: Any) -> object:
+        bars.append(tqdm(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(training, "tqdm", bar)
+    fit(new_model(recipe), plan_of(recipe), recipe, accelerator())
+    monkeypatch.setattr(training, "check_gradients", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(new_model(recipe), plan_of(recipe), recipe, accelerator())
+    assert [bar.disable for bar in bars] == [True, True], "a closed bar is one that is off"
 
 
 def test_resume_is_bitwise_the_uninterrupted_run(recipe: Recipe, tmp_path: Path) -> None:

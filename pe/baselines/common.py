@@ -113,11 +113,10 @@ def encode(
 ) -> Floats:
     """Embeddings `[N, D]` in the order of the readings, in batches of up to `batch_tokens` tokens."""
     embeddings = np.empty((len(readings), dimensions), dtype=np.float32)
-    bar = tqdm(total=len(readings), unit="text", disable=not progress, desc="encode")
-    for batch in token_batches([len(reading) for reading in readings], batch_tokens):
-        embeddings[batch] = embed([readings[i] for i in batch]).float().numpy(force=True)
-        bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(readings), unit="text", disable=not progress, desc="encode") as bar:
+        for batch in token_batches([len(reading) for reading in readings], batch_tokens):
+            embeddings[batch] = embed([readings[i] for i in batch]).float().numpy(force=True)
+            bar.update(len(batch))
     return embeddings
 
 

@@ -6,6 +6,7 @@ Legend: B texts, D the backbone's width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class LinearEmbedder(TrainableModule):
     @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
-        ids = self.tokenize(requests)
+        ids = self.tokenize(requests) if requests.read is None else requests.read
         order = by_length(ids)
         return self._embed([ids[i] for i in order])[inverse(order, self.backbone.device)]
 
@@ -55,6 +56,10 @@ class LinearEmbedder(TrainableModule):
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """Token ids of each text, cut to `max_length` and counted; the instruction is not read."""
         return self._tokenize(requests.texts)
+
+    def tokenized(self, requests: Requests) -> Requests:
+        """The requests with their token ids, so that no pass tokenises them again."""
+        return replace(requests, read=self.tokenize(requests))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         ids = self.backbone.text_tokenizer(texts)

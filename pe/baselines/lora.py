@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -121,7 +121,7 @@ class LoraEmbedder(TrainableModule):
     @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
-        readings = self.read(requests)
+        readings = self.read(requests) if requests.read is None else requests.read
         if self.config.form == "packed":
             order = by_length([reading.ids for reading in readings])
             return self._packed([readings[i] for i in order])[inverse(order, self.device)]
@@ -141,6 +141,10 @@ class LoraEmbedder(TrainableModule):
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """Token ids of each request."""
         return [reading.ids for reading in self.read(requests)]
+
+    def tokenized(self, requests: Requests) -> Requests:
+        """The requests with what the decoder reads of each, so that no pass tokenises them again."""
+        return replace(requests, read=self.read(requests))
 
     def _packed(self, readings: Sequence[Reading]) -> Tensor:
         """`[B, D]` of readings that stand sorted by length, without padding."""

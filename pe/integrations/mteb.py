@@ -15,18 +15,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
+
+from pe.tasks import Floats, check_embeddings
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import Array, BatchedInput
     from torch.utils.data import DataLoader
 
-Floats = npt.NDArray[np.float32]
 Side = Literal["query", "document"]
 
 
@@ -71,6 +71,8 @@ class MtebEncoder(AbsEncoder):
     ) -> None:
         self.model = encoder
         self.instructions = dict(instructions or {})
+        if empty := [name for name, sentence in self.instructions.items() if not sentence.strip()]:
+            raise ValueError(f"instructions: {empty[0]}: expected a sentence, got {self.instructions[empty[0]]!r}")
         self.batch_tokens = batch_tokens
         self._seen: dict[str, Floats] = {}
         self._seen_under: tuple[str, str, str] = ("", "", "")
@@ -125,12 +127,7 @@ class MtebEncoder(AbsEncoder):
             rows = self.model.encode(
                 new, instruction=instruction, side=side, batch_tokens=self.batch_tokens, progress=progress
             )
-            if rows.ndim != 2 or len(rows) != len(new):
-                raise ValueError(f"{self.model.name}: encode: expected [{len(new)}, D], got {list(rows.shape)}")
-            if not np.isfinite(rows).all():
-                bad = int((~np.isfinite(rows).all(axis=1)).sum())
-                raise ValueError(f"{self.model.name}: encode: {bad} of {len(new)} embeddings are not finite")
-            seen.update(zip(new, rows, strict=True))
+            seen.update(zip(new, check_embeddings(self.model.name, rows, len(new)), strict=True))
         return np.stack([seen[text] for text in texts])
 
     def _keep(self, task: str, instruction: str) -> dict[str, Floats]:

@@ -4,7 +4,8 @@
     queries = model.encode_query(texts, prompt="Retrieve semantically similar text")
 
 What sentence-transformers calls a prompt is the instruction here: the soft prompt is written for it, and it is never
-put before a text. `encode_document` takes the document's templates, `encode` and `encode_query` the query's.
+put before a text. A folder's prompts are the instructions of its training, one of them the default. `encode_document`
+takes the document's templates, `encode` and `encode_query` the query's. An option that would change nothing is refused.
 
 Legend: B texts, D embedding size.
 """
@@ -12,13 +13,50 @@ Legend: B texts, D embedding size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, Self
 
 import torch
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import InputModule
 
-from pe.model import PromptEmbedder, listed
+from pe.config import Dtype
+from pe.instructions import as_prompts
+from pe.model import PromptEmbedder, Side, listed
+
+TASKS: dict[str | None, Side] = {None: "query", "query": "query", "document": "document"}
+"""The side of each task of sentence-transformers."""
+
+
+class Features(dict[str, Any]):
+    """What a `PromptModule` gives for a batch; sentence-transformers asks it for a user's `output_value` by name."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(
+            f"output_value: expected 'sentence_embedding', got {key!r}: the soft prompt is pooled, not a text's tokens"
+        )
+
+
+def refuse_options(options: Mapping[str, object], instead: str) -> None:
+    """Raise ValueError for the first option that is given; `instead` says what there is."""
+    for name, given in options.items():
+        if given:
+            raise ValueError(f"{name}: expected none, got {given!r:.80}: {instead}")
+
+
+def pop_dtype(options: dict[str, Any]) -> Dtype | None:
+    """Take `dtype` and `torch_dtype`, each a name or a type of torch, out of `model_kwargs`; loading checks the name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    given = {name: options.pop(name, None) for name in ("dtype", "torch_dtype")}
+    names: dict[str, Any] = {name: str(x).removeprefix("torch.") for name, x in given.items() if x is not None}
+    if len(set(names.values())) > 1:
+        raise ValueError(f"model_kwargs: expected one type, got {', '.join(f'{n}={x}' for n, x in names.items())}")
+    return next(iter(names.values()), None)
 
 
 class PromptModule(InputModule):
@@ -42,9 +80,16 @@ class PromptModule(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int) -> None:
-        config = dataclasses.replace(self.embedder.config, max_length=tokens)
-        self.embedder.backbone.check_length(tokens + config.prompter.soft_tokens)
-        self.embedder.config = config
+        backbone, config = self.embedder.backbone, self.embedder.config
+        trained = getattr(backbone.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = min((limit for limit in (backbone.position_limit, trained) if limit is not None), default=math.inf)
+        most = positions - config.prompter.soft_tokens
+        if not (isinstance(tokens, Integral) and 1 <= tokens <= most):
+            raise ValueError(
+                f"max_seq_length: expected a whole number from 1 to {most} ({backbone.name} was made for {positions}"
+                f" positions, and the prompt takes {config.prompter.soft_tokens}), got {tokens!r}"
+            )
+        self.embedder.config = dataclasses.replace(config, max_length=int(tokens))
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a SentenceTransformer shows of the module."""
@@ -55,14 +100,23 @@ class PromptModule(InputModule):
     def get_embedding_dimension(self) -> int:
         return self.embedder.dimensions
 
+    def on_model_ready(self, model: BaseModel) -> None:
+        """Give a model without prompts the embedder's: of a folder saved before it had them, or made of modules."""
+        prompts = as_prompts(self.embedder.instructions)
+        if "query" in prompts and model.default_prompt_name is None and not any(model.prompts.values()):
+            model.prompts, model.default_prompt_name = dict(prompts), "query"
+
     def preprocess(
-        self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **_: object
+        self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **others: object
     ) -> dict[str, Any]:
         """The texts as they are, with the instruction and the side they are encoded under.
 
         Raises:
-            ValueError: no instruction, or an input that is no text.
+            ValueError: no instruction, an input that is no text, an unknown task, or another option.
         """
+        refuse_options(others, "texts are read as in training; max_seq_length says where they are cut")
+        if task not in TASKS:
+            raise ValueError(f"task: expected 'query' or 'document', got {task!r}")
         if not prompt:
             raise ValueError(
                 "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
@@ -72,7 +126,7 @@ class PromptModule(InputModule):
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"inputs: expected texts, got {type(text).__name__}: {text!r:.80}")
-        return {"texts": texts, "instruction": prompt, "side": "document" if task == "document" else "query"}
+        return {"texts": texts, "instruction": prompt, "side": TASKS[task]}
 
     def forward(self, features: dict[str, Any], **_: object) -> dict[str, Any]:
         """Add the embeddings `[B, D]` float32 as `sentence_embedding`.
@@ -85,7 +139,7 @@ class PromptModule(InputModule):
         rows = self.embedder.encode_tensor(
             features["texts"], instructions=[features["instruction"]], side=features["side"]
         )
-        return features | {"sentence_embedding": rows[0]}
+        return Features(features, sentence_embedding=rows[0])
 
     def save(self, output_path: str, *_: object, **__: object) -> None:
         self.embedder.save_pretrained(output_path)
@@ -102,19 +156,25 @@ class PromptModule(InputModule):
         init_defaults: dict[str, Any] | None = None,
         *,
         model_kwargs: dict[str, Any] | None = None,
-        **_: object,
+        backend: str = "torch",
+        trust_remote_code: bool = False,  # without it this class is not loaded; it changes nothing more
+        **others: object,
     ) -> Self:
-        """Load a saved PromptEmbedder; `model_kwargs` may have its `backbone` and `dtype`.
+        """Load a saved PromptEmbedder; `model_kwargs` may have its `backbone` and `dtype` (or `torch_dtype`).
 
         Raises:
-            FileNotFoundError, ValueError: see `PromptEmbedder.from_pretrained`; or another key in `model_kwargs`.
+            FileNotFoundError, ValueError: see `PromptEmbedder.from_pretrained`; or an option that would change nothing.
         """
         options = dict(model_kwargs or {})
-        backbone, dtype = options.pop("backbone", None), options.pop("dtype", None)
+        backbone, dtype = options.pop("backbone", None), pop_dtype(options)
         if options:
             raise ValueError(
-                f"model_kwargs: expected no key but 'backbone' and 'dtype', got {', '.join(map(repr, options))}"
+                "model_kwargs: expected no key but 'backbone' and 'dtype' (or 'torch_dtype'), got"
+                f" {', '.join(map(repr, options))}"
             )
+        if backend != "torch":
+            raise ValueError(f"backend: expected 'torch', got {backend!r}: a PromptEmbedder runs nowhere else")
+        refuse_options(others, "a PromptEmbedder takes model_kwargs alone")
         folder = cls.load_dir_path(
             model_name_or_path,
             subfolder=subfolder,

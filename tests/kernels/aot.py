@@ -342,7 +342,6 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="also sm_90 with a tuning candidate, and in a graph")
     arguments = parser.parse_args()
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET"
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     launches = [launch for target in TARGETS for launch in record(target)]
     if arguments.more:
         launches += record("sm_90", candidates=True)
@@ -350,8 +349,10 @@ def main() -> None:
         launches += [replace(launch, case=f"{launch.case}, in a graph", in_graph=True) for launch in in_half]
     if arguments.op:
         launches = [launch for launch in launches if launch.op == arguments.op]
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        results = pool.map(compile_launch, launches, chunksize=1)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+            results = pool.map(compile_launch, launches, chunksize=1)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(results))
     json.dump([asdict(result) for result in results], sys.stdout)

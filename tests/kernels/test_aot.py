@@ -45,9 +45,14 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def results(temporary: Path) -> list[dict[str, Any]]:
     """Compiled in a process of its own: this one interprets its kernels where there is no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TMPDIR": str(temporary)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), "--more"]
     done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
@@ -64,6 +69,11 @@ def test_every_kernel_compiles_for_every_target(results: list[dict[str, Any]]) -
     compiled = {(r["kernel"], r["target"], r["dtype"]) for r in results}
     expected = {(k, t, d) for k in KERNELS for t in aot.TARGETS for d in aot.DTYPES}
     assert compiled >= {(k, t, d) for k, t, d in expected if (k, d) != ("_vocab_mixture_fused_kernel", "fp32")}
+
+
+@pytest.mark.usefixtures("results")
+def test_nothing_is_left_in_the_temporary_folder(temporary: Path) -> None:
+    assert not list(temporary.iterdir())
 
 
 def test_the_table_of_kernels_is_complete() -> None:
