@@ -199,6 +199,7 @@ class Setting:
 
 
 Build = Callable[[Case, bool, Setting], Embedder]
+ALONE = {"reader": "none", "skip": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +228,14 @@ def load_backbone(case: Case, setting: Setting) -> Backbone:
 
 
 def prompt_embedder(**options: Any) -> Build:
-    """PromptEmbedder with these options, as `PromptEmbedder.from_config` builds it."""
+    """PromptEmbedder as its `from_config` builds it, with reader and skip only where the options name them."""
 
     def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
         config = ModelConfig(
             prompter=PrompterConfig(soft_tokens=case.soft_tokens),
             reader_lora=LoraSettings(rank=case.rank),
             max_length=MAX_LENGTH,
-            **options,
+            **ALONE | options,
         )
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
         language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, setting.device)
@@ -243,8 +244,6 @@ def prompt_embedder(**options: Any) -> Build:
         weight = (
             torch.randn(prompter.hidden_size, backbone.hidden_size, device=setting.device) / prompter.hidden_size**0.5
         )
-        if config.reader == "activated_lora":
-            backbone.add_reader(config.reader_lora)
         return PromptEmbedder(config, prompter, LinearAlignment(weight, AlignmentReport(0, None)), backbone)
 
     return build

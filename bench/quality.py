@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import bfloat16, plots, records
-from bench.cases import ROOT
+from bench.cases import ALONE, ROOT
 from bench.markdown import NOT_YET, grid, origins
 from bench.plots import Panel, Series
 from pe.backbone import Backbone
@@ -117,7 +117,6 @@ FROZEN = {
     "frozen backbone, mean, instruction before queries": Templates(),
 }
 BOTH = "instruction_and_text"
-ALONE = {"reader": "none", "skip": "none"}
 PREFIX = {"layout": "prefix", "pooling": "mean_text", **ALONE}
 SYSTEMS = {
     "pe-weighted": Entry(title="PE, suffix, reader, weighted skip", build=build_pe(skip="weighted")),

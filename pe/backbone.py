@@ -37,6 +37,7 @@ from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 from pe.rms_norm import fuse_norms, stock_norms
 from pe.skip import mean_states
 from pe.token_weights import standardize
+from pe.turns import Turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -84,6 +85,7 @@ class Backbone(nn.Module):
         model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
+        turns: what threads that share it wait for; whoever runs it holds it (see `pe/turns.py`).
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.text_tokenizer = TextTokenizer(tokenizer, len(self.embedding))
-        self.name, self.revision = name, revision
+        self.name, self.revision, self.turns = name, revision, Turns()
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
         options = model.config.get_text_config()
         # transformers 5.17's SDPA drops a soft cap in silence

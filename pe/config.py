@@ -14,9 +14,9 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message says where, what was expected, what came."""
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
+def _require(condition: bool, name: str, expected: str, got: object, cure: str = "") -> None:
     if not condition:
-        raise RecipeError(f"{name}: expected {expected}, got {got!r}")
+        raise RecipeError(f"{name}: expected {expected}, got {got!r}{cure}")
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -25,6 +25,7 @@ def _require_positive(name: str, value: float) -> None:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Skip = Literal["none", "linear", "weighted"]
+PREFIX_CURE = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +137,17 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     layout: Literal["suffix", "prefix"] = "suffix"
-    """Where the soft prompt stands: after the text (fast), or between instruction and text (the paper)."""
+    """Where the soft prompt stands: after the text (fast), or between instruction and text (the paper), which takes
+    `reader: none`, `skip: none` and a pooling of its own."""
     conditioning: Literal["instruction", "instruction_and_text"] = "instruction"
     """What the prompting LLM reads."""
     pooling: Literal["mean_prompt", "last", "mean_text"] = "mean_prompt"
     """mean_prompt: over the K soft-token states (suffix); last: the last token; mean_text: over the text (prefix)."""
-    reader: Literal["none", "activated_lora"] = "none"
+    reader: Literal["none", "activated_lora"] = "activated_lora"
     """activated_lora: adapters on the backbone that act in the K-token pass alone (suffix)."""
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters of `reader: activated_lora`."""
-    skip: Skip = "none"
+    skip: Skip = "weighted"
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
     embedding (suffix); weighted: a mean in which each token has a learned weight."""
     max_length: int = 256
@@ -155,10 +157,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         allowed = ("mean_prompt", "last") if self.layout == "suffix" else ("mean_text", "last")
-        _require(self.pooling in allowed, "pooling", f"one of {allowed} in the {self.layout} layout", self.pooling)
+        cure = PREFIX_CURE if self.layout == "prefix" else ""
+        poolings = f"one of {allowed} in the {self.layout} layout"
+        _require(self.pooling in allowed, "pooling", poolings, self.pooling, cure)
         if self.layout == "prefix":
-            _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader)
-            _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip)
+            _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
+            _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
 
 
@@ -209,7 +213,7 @@ class DatasetConfig:
 class LossConfig:
     """InfoNCE over in-batch and hard negatives."""
 
-    temperature: float = 0.02
+    temperature: float = 0.05
     """What cosine similarities are divided by."""
     hard_negatives: int = 1
     """Hard negatives of a query, at most."""
@@ -243,7 +247,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Queries at a time: representations are cached, so the negatives stay those of the whole batch. Each text is read
     twice; in the suffix layout, which keeps little besides keys and values, it pays only where these do not fit."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak rate of the prompting LLM."""
     alignment_lr: float | None = None
     """Peak rate of the alignment matrix; null: lr."""

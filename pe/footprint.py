@@ -254,8 +254,6 @@ def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedd
             else:
                 weight = torch.empty(prompter.hidden_size, backbone.hidden_size)
                 alignment = LinearAlignment(weight, AlignmentReport(0, None))
-            if options.reader == "activated_lora":
-                backbone.add_reader(options.reader_lora)
             model = PromptEmbedder(options, prompter, alignment, backbone)
     give_fake_tensors(model, device)
     return model

@@ -10,10 +10,10 @@ Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, I in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from pe.records import RecordError, check_unicode
 from pe.saving import Parts, find, read, write
 from pe.skip import LinearSkip, around, as_they_are, build_skip
 from pe.trainable import TrainableModule
+from pe.turns import in_turn
 
 Side = Literal["query", "document"]
 SIDES: tuple[Side, ...] = ("query", "document")
@@ -43,7 +44,10 @@ SOFT_ROWS, SOFT_ROWS_CPU = 32_768, 4096
 
 MOST_WRITTEN = 256
 """Sets of prompts of a frozen prompting LLM that are kept."""
-Version = tuple[frozenset[tuple[torch.device, torch.dtype]], int]
+SAMPLED = 16
+"""Values of each weight that are compared to notice that it was written through `.data`; less than twice as many."""
+Version = tuple[tuple[tuple[torch.device, torch.dtype, int], ...], int]
+Item = TypeVar("Item")
 _optimizer_steps = 0
 logger = logging.get_logger(__name__)
 
@@ -144,20 +148,47 @@ def weights_version(module: nn.Module) -> Version | None:
     parameters = list(module.parameters())
     if any(p.is_inference() for p in parameters):
         return None
-    return frozenset((p.device, p.dtype) for p in parameters), sum(p._version for p in parameters)
+    return tuple((p.device, p.dtype, p.data_ptr()) for p in parameters), sum(p._version for p in parameters)
 
 
-def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str, batch_tokens: int = 1) -> None:
-    """Refuse what is no sequence of texts, an unknown side, and batches of nothing.
+def sample(module: nn.Module) -> tuple[float, ...]:
+    """Some values of each weight, spread over it: written through `.data`, as averages are, weights raise no version.
 
-    A bare string is a sequence too, but its characters would be texts.
+    A write that leaves these values as they are is not noticed.
+    """
+    weights = [p.detach().reshape(-1) for p in module.parameters()]
+    # An even stride would meet the same few columns of a matrix in every row
+    return tuple(torch.cat([w[:: len(w) // SAMPLED | 1] for w in weights]).tolist()) if weights else ()
+
+
+def listed(name: str, given: Iterable[Item], of: str = "strings") -> list[Item]:
+    """What was given, read once: an iterator has nothing left for a second reading.
 
     Raises:
-        ValueError: what to give instead.
+        ValueError: a string, whose characters would be the items; a mapping or a table, whose keys would be; a set,
+            which has no order; or what cannot be iterated at all.
     """
-    for name, given in (("texts", texts), ("instructions", instructions)):
-        if isinstance(given, str):
-            raise ValueError(f"{name}: expected a sequence of strings, got a single string; wrap it in a list")
+    if isinstance(given, str):
+        raise ValueError(f"{name}: expected a sequence of {of}, got a single string; wrap it in a list")
+    is_iterable = hasattr(given, "__iter__") or hasattr(given, "__getitem__")
+    if not is_iterable or isinstance(given, Mapping | set | frozenset) or getattr(given, "ndim", 1) != 1:
+        raise ValueError(
+            f"{name}: expected a sequence of {of}, got {type(given).__name__}; give them as a list, in the order that"
+            " their results shall have"
+        )
+    return list(given)
+
+
+def check_arguments(
+    texts: Iterable[str], instructions: Iterable[str], side: str, batch_tokens: int = 1
+) -> tuple[list[str], list[str]]:
+    """Texts and instructions as lists, each read once.
+
+    Raises:
+        ValueError: what is no sequence of texts, an unknown side, or batches of nothing, and what to give instead.
+    """
+    found = listed("texts", texts), listed("instructions", instructions)
+    for name, given in zip(("texts", "instructions"), found, strict=True):
         for place, text in enumerate(given):
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected strings, got {type(text).__name__} at place {place}: {text!r:.80}")
@@ -171,10 +202,15 @@ def check_arguments(texts: Sequence[str], instructions: Sequence[str], side: str
         raise ValueError(f"side: expected {' or '.join(map(repr, SIDES))}, got {side!r}")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    return found
 
 
 class PromptEmbedder(TrainableModule):
     """A frozen decoder that embeds texts under soft prompts.
+
+    Threads may share one: their calls queue, each for its whole length. While `pe.train.fit` trains it, calls of other
+    threads raise `BeingTrained`. Beside a training loop of one's own they embed by the weights that they find; an
+    optimiser's step is no call, and keeps clear of them within `with model.backbone.turns.taken():`.
 
     Attributes:
         config: the options.
@@ -197,7 +233,7 @@ class PromptEmbedder(TrainableModule):
         skip: LinearSkip | None = None,
         instructions: Mapping[str, str] | None = None,
     ) -> None:
-        """Put the parts together; where the options ask for a skip and none is given, a fresh one goes in.
+        """Put the parts together; where the options ask for a reader or a skip and none is given, a fresh one goes in.
 
         Raises:
             ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
@@ -208,6 +244,8 @@ class PromptEmbedder(TrainableModule):
         self.config = config
         self.name = "PromptEmbedder"
         self.prompter, self.alignment, self.backbone = prompter, alignment, backbone
+        if config.reader == "activated_lora" and not backbone.has_reader:
+            backbone.add_reader(config.reader_lora)
         if config.skip != "none":
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
@@ -215,7 +253,7 @@ class PromptEmbedder(TrainableModule):
         self.truncation = Truncation()
         self.captured: Captured | None = None
         self._bank: dict[Instruction, Tensor] = {}
-        self._bank_version: tuple[Version | None, int, tuple[float, ...]] | None = None
+        self._bank_version: tuple[object, ...] = ()
         self._written: dict[Hashable, SoftPrompts] = {}
 
     @classmethod
@@ -230,8 +268,6 @@ class PromptEmbedder(TrainableModule):
         prompter = PromptingLLM.from_pretrained(config.prompter, device)
         backbone = Backbone.from_pretrained(config.backbone, device)
         alignment = build_alignment(prompter, backbone, config.alignment)
-        if config.reader == "activated_lora":
-            backbone.add_reader(config.reader_lora)
         return cls(config, prompter, alignment, backbone)
 
     @property
@@ -255,6 +291,7 @@ class PromptEmbedder(TrainableModule):
 
     # From texts to embeddings.
 
+    @in_turn
     def forward(self, requests: Requests | Texts) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
         if self.config.layout == "suffix":
@@ -265,6 +302,7 @@ class PromptEmbedder(TrainableModule):
         embeddings = self._embed_behind_prefix(part, ids, *self.write_prompts(part))
         return embeddings[inverse(order, self.device)]
 
+    @in_turn
     def stepwise(self, requests: Requests | Texts) -> Tensor:
         """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout.
 
@@ -277,6 +315,7 @@ class PromptEmbedder(TrainableModule):
         steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
         return torch.stack(steps)[:, back]
 
+    @in_turn
     def prompted_and_means(self, requests: Requests) -> tuple[Tensor, Tensor]:
         """What the soft tokens make of each text, and the mean that its skip starts from: unit vectors `[B, D]` each.
 
@@ -291,6 +330,7 @@ class PromptEmbedder(TrainableModule):
         back = inverse(order, self.device)
         return self.pool_prompt(states)[back], texts.pooled[back]
 
+    @in_turn
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """What the backbone reads of each text, cut to `max_length` tokens and counted."""
         templates = self.config.templates
@@ -307,6 +347,7 @@ class PromptEmbedder(TrainableModule):
         """The requests with what the backbone reads of each text, so that no pass tokenises them again."""
         return replace(requests, read=self.tokenize(requests))
 
+    @in_turn
     def write_prompts(self, requests: Requests) -> tuple[AlignedPrompts, list[int]]:
         """Prompts for the requests, and which one each text uses.
 
@@ -333,6 +374,7 @@ class PromptEmbedder(TrainableModule):
         """What the backbone reads before the soft prompt in the prefix layout."""
         return Filled(getattr(self.config.templates, instruction.side).prefix, instruction.text)
 
+    @in_turn
     def prompter_ids(self, readings: Sequence[tuple[Filled, Filled]]) -> list[list[int]]:
         """Token ids that the prompting LLM reads, for pairs of an instruction alone and of it with a text.
 
@@ -373,6 +415,7 @@ class PromptEmbedder(TrainableModule):
             self._written[key] = self.prompter(requests)
         return self._written[key]
 
+    @in_turn
     def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:
         """The frozen text pass, and what goes around the soft prompt: unit vectors `[B, D]`, or None."""
         if self.skip is None:
@@ -380,6 +423,7 @@ class PromptEmbedder(TrainableModule):
         texts = self.backbone.read(ids, self.skip.pool)
         return texts, self.skip(texts.pooled)
 
+    @in_turn
     def read_texts(self, requests: Requests) -> Texts:
         """The frozen text pass alone, for a later `forward` or `stepwise`, whichever weights train in between.
 
@@ -413,6 +457,7 @@ class PromptEmbedder(TrainableModule):
         skipped: Tensor = self.skip(self.skip.pool(context.pooled, context.segments))
         return skipped
 
+    @in_turn
     def prompt_states(
         self,
         context: KeyValues,
@@ -476,7 +521,7 @@ class PromptEmbedder(TrainableModule):
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         instruction: str | None = None,
         side: Side = "query",
@@ -519,9 +564,9 @@ class PromptEmbedder(TrainableModule):
 
     def encode_many(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
-        instructions: Sequence[str],
+        instructions: Iterable[str],
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
@@ -534,9 +579,9 @@ class PromptEmbedder(TrainableModule):
     @torch.no_grad()
     def encode_tensor(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
-        instructions: Sequence[str],
+        instructions: Iterable[str],
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
@@ -548,20 +593,20 @@ class PromptEmbedder(TrainableModule):
         Raises:
             ValueError: anything but strings, an unknown side, or batches of less than a token.
         """
-        check_arguments(texts, instructions, side, batch_tokens)
-        texts, instructions = list(texts), list(instructions)
-        was_training = self.training
-        self.eval()
-        try:
-            return self._encode(texts, [Instruction(text, side) for text in instructions], batch_tokens, progress)
-        finally:
-            self.train(was_training)
+        texts, instructions = check_arguments(texts, instructions, side, batch_tokens)
+        with self.backbone.turns.taken():
+            was_training = self.training
+            self.eval()
+            try:
+                return self._encode(texts, [Instruction(text, side) for text in instructions], batch_tokens, progress)
+            finally:
+                self.train(was_training)
 
     def _encode(self, texts: Sequence[str], wanted: list[Instruction], batch_tokens: int, progress: bool) -> Tensor:
         everything = Requests(texts, wanted[:1], [0] * len(texts))
         ids = self.tokenize(everything) if wanted else []
         embeddings = torch.empty(len(wanted), len(texts), self.dimensions, device=self.device)
-        bank = self.prompt_bank(wanted) if ids and self.config.conditioning == "instruction" else None
+        bank = self._prompts_of(wanted) if ids and self.config.conditioning == "instruction" else None
         with tqdm(total=len(texts), unit="text", disable=not progress, desc="encode") as bar:
             for batch in token_batches([len(row) for row in ids], fitting(batch_tokens, self.device)):
                 places = to_device(batch, self.device)
@@ -600,18 +645,34 @@ class PromptEmbedder(TrainableModule):
         return AlignedPrompts(bank, None), list(requests.index)
 
     @torch.no_grad()
-    def prompt_bank(self, instructions: Sequence[Instruction]) -> Tensor:
+    def prompt_bank(self, instructions: Iterable[Instruction]) -> Tensor:
         """Finished prompts `[N, K, D]` in the backbone's input space, written once for each instruction.
 
+        They are written anew when a weight has moved or changed, any optimiser has taken a step since, or one of the
+        sampled values of a weight that writes prompts is another.
+
         Raises:
-            ValueError: an instruction without a sentence, or the prompts also depend on the text.
+            ValueError: the prompts also depend on the text, or no sequence of `Instruction`, each with a sentence.
         """
-        check_arguments((), [item.text for item in instructions], SIDES[0])
         if self.config.conditioning != "instruction":
             raise ValueError("conditioning: a prompt bank needs 'instruction', got 'instruction_and_text'")
-        version = weights_version(self), _optimizer_steps, self._norms()
-        if version[0] is None or version != self._bank_version:
-            self._bank, self._bank_version = {}, version
+        wanted = listed("instructions", instructions, "Instruction")
+        for place, item in enumerate(wanted):
+            if not isinstance(item, Instruction):
+                raise ValueError(
+                    f"instructions: expected pe.model.Instruction, got {type(item).__name__} at place {place}:"
+                    f" {item!r:.80}"
+                )
+        check_arguments((), [item.text for item in wanted], SIDES[0])
+        with self.backbone.turns.taken():
+            return self._prompts_of(wanted)
+
+    def _prompts_of(self, instructions: Sequence[Instruction]) -> Tensor:
+        version = weights_version(self)
+        now = version, _optimizer_steps, sample(self.prompter), sample(self.alignment)
+        if version is None or now != self._bank_version:
+            self._bank, self._bank_version = {}, now
+            self._written.clear()
         for item in instructions:
             if item not in self._bank:
                 head = self.prompter_text(item)
@@ -620,13 +681,9 @@ class PromptEmbedder(TrainableModule):
                 self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
         return torch.stack([self._bank[item] for item in instructions])
 
-    def _norms(self) -> tuple[float, ...]:
-        """Of the weights that write a prompt: written through `.data`, as averages are, they raise no version."""
-        weights = [p.detach() for part in (self.prompter, self.alignment) for p in part.parameters()]
-        return tuple(torch.stack([norm.float() for norm in torch._foreach_norm(weights)]).tolist())
-
     # Training.
 
+    @in_turn
     def use_graphs(self, on: bool) -> None:
         """From now on run the small passes with gradient by CUDA graphs, or no longer.
 

@@ -146,6 +146,10 @@ def write_yaml(config: Any, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
+YOUNGER = {"reader": "none", "skip": "none"}
+"""What a saved configuration means that was written before these options were."""
+
+
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     """A ModelConfig from saved values.
 
@@ -155,6 +159,6 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ModelConfig)
     try:
-        return ModelConfig(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        return ModelConfig(**vars(parser.instantiate_classes(parser.parse_object(YOUNGER | values))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {error}") from error

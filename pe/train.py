@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pe.ahead import ReadAhead
+from pe.backbone import Backbone
 from pe.baselines.frozen import FrozenEncoder
 from pe.batches import Batch, BatchPlan
 from pe.card import model_card
@@ -58,6 +59,8 @@ class Trainable(Protocol):
 
     truncation: Truncation
 
+    @property
+    def backbone(self) -> Backbone: ...
     def __call__(self, requests: Requests) -> Tensor: ...
     def tokenized(self, requests: Requests) -> Requests: ...
     def train(self, mode: bool = True) -> nn.Module: ...
@@ -128,6 +131,8 @@ def fit(
 ) -> History:
     """Train for `recipe.train.steps` steps.
 
+    Until it returns no other thread may use the model, nor anything else on its backbone (see `pe/turns.py`).
+
     Args:
         model: trains in place.
         plan: the batch of every step.
@@ -140,7 +145,21 @@ def fit(
     Raises:
         TrainingError: a part without gradient, outputs that stay the same, a loss or embeddings that are not finite.
         RunError: a checkpoint cannot be written.
+        BeingTrained: another thread trains it.
     """
+    with model.backbone.turns.training():
+        return _fit(model, plan, recipe, accelerator, run, resume, evaluate)
+
+
+def _fit(
+    model: Trainable,
+    plan: BatchPlan,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    run: RunFolder | None,
+    resume: bool,
+    evaluate: Callable[[], float] | None,
+) -> History:
     options, history = recipe.train, History()
     parts = model.trainable_parameters()
     parameters = [p for group in parts.values() for p in group]

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
+from pe.backbone import Backbone
+from pe.turns import in_turn
+
 
 class TrainableModule(nn.Module):
-    """A module of frozen and of trained parameters."""
+    """A module of frozen and of trained parameters, which threads may share.
+
+    Attributes:
+        backbone: the decoder; what changes the module's mode, type, place or weights waits for calls that run it.
+    """
+
+    backbone: Backbone
+
+    @in_turn
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode)
+
+    @in_turn
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `float`, `cuda` and their kin do."""
+        return super()._apply(fn, recurse)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Named tensors of everything that trains."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
+    @in_turn
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `trainable_state` gave.
 

@@ -109,8 +109,6 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     prompter = source.prompter.requires_grad_(False)
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
-    if config.reader == "activated_lora":
-        target.add_reader(config.reader_lora)
     return PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
 
 

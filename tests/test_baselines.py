@@ -20,7 +20,7 @@ from pe.baselines.static import StaticPromptEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
-from tests.tiny import byte_tokenizer, decoder
+from tests.tiny import PLAIN, byte_tokenizer, decoder
 
 TEXTS = [
     "the cat sat",
@@ -222,11 +222,8 @@ def test_templates_end_with_the_text() -> None:
 
 
 def static(start: Any = "vocabulary", **options: Any) -> StaticPromptEmbedder:
-    config = ModelConfig(prompter=PrompterConfig(soft_tokens=3), **options)
-    frozen = backbone()
-    if config.reader == "activated_lora":
-        frozen.add_reader(config.reader_lora)
-    return StaticPromptEmbedder.fresh(config, frozen, INSTRUCTIONS, start=start)
+    config = ModelConfig(prompter=PrompterConfig(soft_tokens=3), **PLAIN | options)
+    return StaticPromptEmbedder.fresh(config, backbone(), INSTRUCTIONS, start=start)
 
 
 def test_static_prompt_of_an_unseen_instruction_is_the_mean() -> None:
@@ -244,6 +241,8 @@ def test_static_prompt_starts_from_tokens() -> None:
     ids = byte_tokenizer()("find the answer")["input_ids"][:3]
     torch.testing.assert_close(model.static.prompts[0].data, model.backbone.embedding[ids])
     assert static().revision == static().revision != model.revision
+    once = StaticPromptEmbedder.fresh(model.config, backbone(), iter(INSTRUCTIONS), start="instruction")
+    assert once.revision == model.revision
 
 
 def test_static_prompt_refuses_what_it_has_not(tmp_path: Path) -> None:

@@ -21,16 +21,22 @@ from pe.config import (
     RecipeError,
     SideTemplates,
     TemplatesConfig,
+    TrainConfig,
     nearest,
     to_dict,
 )
 from pe.recipes import load_recipe, model_config_from_dict, write_yaml
+from tests.tiny import PLAIN
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 GOOD = """\
 output: runs/x
 model:
   layout: prefix
   pooling: last
+  reader: none
+  skip: none
   prompter: {soft_tokens: 3, temperature: 0.5}
   templates:
     query: {prefix: "Task: {instruction}\\nQuery:"}
@@ -96,6 +102,30 @@ def test_model_config_round_trip_is_plain_yaml() -> None:
     )
     values = yaml.safe_load(yaml.safe_dump(to_dict(config)))
     assert model_config_from_dict(values, "here") == config
+
+
+def test_defaults_are_those_of_the_default_recipe() -> None:
+    recipe = load_recipe(RECIPES / "tiny.yaml")
+    assert recipe.model == ModelConfig(max_length=128)
+    assert recipe.loss == LossConfig()
+    assert recipe.train == TrainConfig()
+
+
+def test_recipes_say_what_they_rely_on() -> None:
+    paper = load_recipe(RECIPES / "tiny-paper.yaml")
+    assert (paper.model.reader, paper.model.skip) == ("none", "none")
+    assert (paper.loss.temperature, paper.train.lr) == (0.05, 3e-3)
+    for name in ("qwen3-0.6b-to-mistral-7b", "qwen3-0.6b-to-qwen3-8b"):
+        large = load_recipe(RECIPES / f"{name}.yaml")
+        assert (large.model.reader, large.model.skip) == ("activated_lora", "weighted")
+        assert (large.loss.temperature, large.train.lr) == (0.02, 1e-5)
+
+
+def test_a_saved_config_keeps_its_meaning() -> None:
+    weak = ModelConfig(reader="none", skip="none")
+    assert model_config_from_dict(to_dict(weak), "here") == weak
+    before_the_options = {key: value for key, value in to_dict(weak).items() if key not in ("reader", "skip")}
+    assert model_config_from_dict(before_the_options, "here") == weak
 
 
 def test_saved_config_with_an_unknown_key_names_its_place() -> None:
@@ -222,10 +252,10 @@ def test_every_key_says_what_it_means() -> None:
 )
 def test_layout_and_pooling(layout: str, pooling: str, allowed: bool) -> None:
     if allowed:
-        assert ModelConfig(layout=layout, pooling=pooling).pooling == pooling  # type: ignore[arg-type]
+        assert ModelConfig(layout=layout, pooling=pooling, **PLAIN).pooling == pooling  # type: ignore[arg-type]
     else:
         with pytest.raises(RecipeError, match=f"in the {layout} layout, got '{pooling}'"):
-            ModelConfig(layout=layout, pooling=pooling)  # type: ignore[arg-type]
+            ModelConfig(layout=layout, pooling=pooling, **PLAIN)  # type: ignore[arg-type]
 
 
 def test_a_reader_needs_the_suffix_layout() -> None:
@@ -235,12 +265,23 @@ def test_a_reader_needs_the_suffix_layout() -> None:
 
 def test_a_skip_needs_the_suffix_layout() -> None:
     with pytest.raises(RecipeError, match="skip: expected 'none' in the prefix layout, got 'linear'"):
-        ModelConfig(layout="prefix", pooling="last", skip="linear")
+        ModelConfig(layout="prefix", pooling="last", reader="none", skip="linear")
+
+
+@pytest.mark.parametrize("changes", [{}, {"pooling": "last"}, {"pooling": "last", "reader": "none"}])
+def test_a_prefix_says_at_once_all_that_it_takes(changes: dict[str, str], tmp_path: Path) -> None:
+    said = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
+    with pytest.raises(RecipeError, match=f"in the prefix layout, got '.*'{said}$"):
+        ModelConfig(layout="prefix", **changes)  # type: ignore[arg-type]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"output": "x", "model": {"layout": "prefix", **changes}}, sort_keys=False))
+    assert error_of(file).startswith(f"{file}:2: ")
+    assert said in error_of(file)
 
 
 def test_stepwise_loss_needs_the_suffix_layout() -> None:
     with pytest.raises(RecipeError, match=r"loss\.stepwise: expected false in the prefix layout"):
-        Recipe(model=ModelConfig(layout="prefix", pooling="last"), loss=LossConfig(stepwise=True))
+        Recipe(model=ModelConfig(layout="prefix", pooling="last", **PLAIN), loss=LossConfig(stepwise=True))
 
 
 @pytest.mark.parametrize(

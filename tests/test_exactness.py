@@ -15,7 +15,7 @@ from pe.config import AlignmentConfig, ModelConfig, PrompterConfig
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.prompting import PromptingLLM
 from tests import oracle
-from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder, language_model
+from tests.tiny import ARCHITECTURES, PLAIN, byte_tokenizer, decoder, language_model
 
 POOLING = {"suffix": "mean_prompt", "prefix": "mean_text"}
 TEXTS = ["the cat sat", "a", "an old man walks along the other bank of the river", "the end of a day"]
@@ -33,20 +33,17 @@ def build(
     shape: Mapping[str, int] | None = None,
     **options: Any,
 ) -> PromptEmbedder:
-    """An untrained embedder of random models; `shape` changes the backbone's sizes."""
+    """An untrained embedder of random models, without reader and skip; `shape` changes the backbone's sizes."""
     config = ModelConfig(
         prompter=PrompterConfig(soft_tokens=3, temperature=0.7, trainable=trainable),  # type: ignore[arg-type]
         alignment=AlignmentConfig(init="orthogonal"),
         max_length=100,
-        **options,
+        **PLAIN | options,
     )
     torch.manual_seed(0)
     written = PromptingLLM(language_model(prompter, hidden_size=24, head_dim=6), byte_tokenizer(), config.prompter)
     backbone = Backbone(decoder(architecture, **(shape or {})), byte_tokenizer(bos), architecture)
-    model = PromptEmbedder(config, written, build_alignment(written, backbone, config.alignment), backbone)
-    if config.reader == "activated_lora":
-        backbone.add_reader(config.reader_lora)
-    return model.eval()
+    return PromptEmbedder(config, written, build_alignment(written, backbone, config.alignment), backbone).eval()
 
 
 def gradients(model: PromptEmbedder, embeddings: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from torch import Tensor
+from torch import Tensor, nn
 
 from pe import loading, saving
 from pe.alignment import LinearAlignment
@@ -30,9 +30,9 @@ from pe.config import (
     SideTemplates,
     TemplatesConfig,
 )
-from pe.model import Instruction, PromptEmbedder, Requests
+from pe.model import SAMPLED, Instruction, PromptEmbedder, Requests, sample
 from tests import oracle
-from tests.tiny import byte_tokenizer, decoder, language_model
+from tests.tiny import PLAIN, byte_tokenizer, decoder, language_model
 
 TEXTS = [
     "the cat sat",
@@ -77,7 +77,7 @@ def make(models: Path) -> Maker:
             prompter=PrompterConfig(**chosen),
             backbone=BackboneConfig(model=str(backbone or models / "backbone"), dtype=dtype),
             alignment=AlignmentConfig(**(alignment or {})),
-            **options,
+            **PLAIN | options,
         )
         built = PromptEmbedder.from_config(config).eval()
         with torch.no_grad():
@@ -211,12 +211,16 @@ def test_a_single_string_is_refused(make: Maker) -> None:
         model.encode_tensor(["the cat"], instructions=FIND)
 
 
-def test_a_single_string_is_no_sequence_for_baselines_either(models: Path) -> None:
+def test_baselines_take_the_same_sequences(models: Path) -> None:
     config = BackboneConfig(model=str(models / "backbone"))
     lora = LoraEmbedder.from_config(LoraBaselineConfig(backbone=config))
     for baseline in (FrozenEncoder.from_config(config), LinearEmbedder.from_config(config), lora):
         with pytest.raises(ValueError, match="got a single string; wrap it in a list"):
             baseline.encode("the cat", instruction=FIND)
+        with pytest.raises(ValueError, match="texts: expected a sequence of strings, got dict"):
+            baseline.encode({"a": "b"}, instruction=FIND)
+        expected = baseline.encode(TEXTS, instruction=FIND)
+        assert np.array_equal(baseline.encode(map(str, TEXTS), instruction=FIND), expected)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,63 @@ def test_texts_of_any_sequence(make: Maker) -> None:
     expected = model.encode(TEXTS, instruction=FIND)
     assert np.array_equal(model.encode(np.array(TEXTS), instruction=FIND), expected)  # type: ignore[arg-type]
     assert np.array_equal(model.encode(tuple(TEXTS), instruction=FIND), expected)
+
+
+ONCE: dict[str, Callable[[list[str]], Any]] = {
+    "generator": lambda items: (item for item in items),
+    "map": lambda items: map(str, items),
+    "keys": lambda items: dict.fromkeys(items).keys(),
+    "array": np.array,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_what_can_be_read_once_is_read_once(make: Maker, kind: str) -> None:
+    model, once, wanted = make(), ONCE[kind], [FIND, SAME]
+    expected = model.encode_many(TEXTS, instructions=wanted)
+    assert np.array_equal(model.encode(once(TEXTS), instruction=FIND), expected[0])
+    assert np.array_equal(model.encode_many(once(TEXTS), instructions=once(wanted)), expected)
+    tensor = model.encode_tensor(once(TEXTS), instructions=once(wanted))
+    assert np.array_equal(tensor.numpy(), expected)
+    bank = model.prompt_bank(Instruction(text) for text in wanted)
+    assert torch.equal(bank, model.prompt_bank([Instruction(FIND), Instruction(SAME)]))
+
+
+NO_SEQUENCES: list[Any] = [
+    {"a": "b"},
+    {"a", "b"},
+    frozenset("ab"),
+    None,
+    7,
+    np.array("a"),
+    np.array([["a"]]),
+]
+
+
+@pytest.mark.parametrize("given", NO_SEQUENCES, ids=lambda given: type(given).__name__)
+def test_what_has_no_texts_or_no_order_is_refused(make: Maker, given: Any) -> None:
+    model, kind = make(), type(given).__name__
+    said = (
+        f"expected a sequence of strings, got {kind}; give them as a list, in the order that their results shall have"
+    )
+    with pytest.raises(ValueError, match=f"texts: {said}"):
+        model.encode(given, instruction=FIND)
+    with pytest.raises(ValueError, match=f"instructions: {said}"):
+        model.encode_many(TEXTS, instructions=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Instruction(FIND), "expected pe.model.Instruction, got str at place 0: 'find the answer'"),
+        ([FIND], "expected pe.model.Instruction, got str at place 0: 'find the answer'"),
+        (FIND, "expected a sequence of Instruction, got a single string; wrap it in a list"),
+        ({Instruction(FIND)}, "expected a sequence of Instruction, got set"),
+    ],
+)
+def test_a_bank_is_of_instructions(make: Maker, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"instructions: {message}"):
+        make().prompt_bank(given)
 
 
 def test_an_unknown_side_is_refused(make: Maker) -> None:
@@ -351,6 +412,36 @@ def test_weights_written_through_data_empty_the_bank(make: Maker) -> None:
     after = model.encode(TEXTS, instruction=FIND)
     np.testing.assert_allclose(after, model(requests(*TEXTS)).numpy(force=True), atol=ROUNDING)
     assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["prompter", "alignment"])
+@pytest.mark.parametrize("how", ["in place", "swapped"])
+def test_weights_of_a_frozen_embedder_written_through_data_empty_the_bank(make: Maker, part: str, how: str) -> None:
+    """What a frozen prompting LLM has written is kept apart from the bank."""
+    model = make().requires_grad_(False)
+    before = model.encode(TEXTS, instruction=FIND)
+    for parameter in getattr(model, part).parameters():
+        if how == "in place":
+            parameter.data.mul_(1.2)
+        else:
+            parameter.data = parameter.data * 1.2
+    after = model.encode(TEXTS, instruction=FIND)
+    np.testing.assert_allclose(after, model(requests(*TEXTS)).numpy(force=True), atol=ROUNDING)
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_a_weight_is_sampled_all_over(make: Maker) -> None:
+    small, large = nn.Linear(3, 4), nn.Linear(64, 96, bias=False)
+    assert sorted(sample(small)) == sorted(torch.cat([p.flatten() for p in small.parameters()]).tolist())
+    taken = sample(large)
+    assert SAMPLED <= len(taken) < 2 * SAMPLED
+    places = [(large.weight == value).nonzero()[0].tolist() for value in taken]
+    rows, columns = (set(axis) for axis in zip(*places, strict=True))
+    assert len(rows) > SAMPLED / 2
+    assert len(columns) > SAMPLED / 2
+    assert sample(nn.Identity()) == ()
+    model = make()
+    assert len(sample(model.prompter)) < 2 * SAMPLED * len(list(model.prompter.parameters()))
 
 
 def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,11 @@ def test_what_is_no_text_or_has_no_instruction_is_refused(saved: Path) -> None:
         model.encode(TEXTS)
     with pytest.raises(ValueError, match="inputs: expected texts, got tuple"):
         model.encode([("one", "two")], prompt=TASK)
+    with pytest.raises(ValueError, match="inputs: expected a sequence of strings, got a single string"):
+        model[0].preprocess("the river", prompt=TASK)
+    with pytest.raises(ValueError, match="inputs: expected a sequence of strings, got dict"):
+        model[0].preprocess({"a": "b"}, prompt=TASK)
+    assert model[0].preprocess(map(str, TEXTS), prompt=TASK)["texts"] == TEXTS
     with pytest.raises(ValueError, match=r"only encodes; train with `python -m pe.train`"):
         model.train()(model.preprocess(TEXTS, prompt=TASK))
 

@@ -53,6 +53,7 @@ def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
             {"path": str(paths["pairs"]), "instruction": "Find the same thing"},
             {"path": str(paths["labelled"]), "instruction": "Find the kind", "document_instruction": "A thing"},
         ],
+        "loss": {"temperature": 0.02},
         "train": {"steps": 6, "batch_size": 6, "lr": 0.003, "save_every": 3, "log_every": 2},
     }
     for key, value in changes.items():
@@ -123,7 +124,8 @@ def test_other_positives_of_a_query_are_none_of_its_negatives(recipe: Recipe) ->
     twice = dataclasses.replace(batch, query_ids=batch.query_ids.copy())
     twice.query_ids[1] = twice.query_ids[0]
     embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
-    losses = [contrastive_loss(embeddings, one, LossConfig(), accelerator()).item() for one in (batch, twice)]
+    config = LossConfig(temperature=0.02)
+    losses = [contrastive_loss(embeddings, one, config, accelerator()).item() for one in (batch, twice)]
     assert losses[1] == pytest.approx(plain_loss(embeddings[0], twice, 0.02), rel=1e-5)
     assert losses[1] < losses[0]
 
@@ -435,12 +437,12 @@ def test_checkpoints_are_ordered_by_step(recipe: Recipe, tmp_path: Path) -> None
 
 
 def test_resume_compares_keys_of_both_recipes(recipe: Recipe, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "r")
-    run.start(dataclasses.replace(recipe, loss=LossConfig(matryoshka=(16,))), resume=False, fresh=False)
+    run, longer = RunFolder(tmp_path / "r"), dataclasses.replace(recipe.loss, matryoshka=(16,))
+    run.start(dataclasses.replace(recipe, loss=longer), resume=False, fresh=False)
     run.save_checkpoint(1, {"step": 1}, keep=1)
     with pytest.raises(RunError, match=r"changed: loss\.matryoshka\[0\] \(was 16, now absent\)"):
         run.start(recipe, resume=True, fresh=False)
-    fewer = dataclasses.replace(recipe, data=recipe.data[:1], loss=LossConfig(matryoshka=(16,)))
+    fewer = dataclasses.replace(recipe, data=recipe.data[:1], loss=longer)
     with pytest.raises(RunError, match=r"data\[1\]\.path \(was .*labelled\.jsonl, now absent\)"):
         run.start(fewer, resume=True, fresh=False)
 
@@ -648,7 +650,7 @@ accelerator.end_training()
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, symmetric: bool) -> None:
-    path = write_recipe(tiny_models, tmp_path, loss={"hard_negatives": 1, "symmetric": symmetric})
+    path = write_recipe(tiny_models, tmp_path, loss__symmetric=symmetric)
     script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
     root = str(Path(__file__).parent.parent)
     words = {"root": root, "recipe": str(path), "out": str(out), "saving": int(symmetric)}

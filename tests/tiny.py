@@ -20,6 +20,8 @@ from transformers import (
 )
 
 VOCABULARY = 300
+PLAIN: dict[str, Any] = {"reader": "none", "skip": "none"}
+"""Options of an embedder of which a test says itself what else it has."""
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -5,7 +5,7 @@ Legend: N texts, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pe.baselines.common import BARE, Floats, Pooling, Reading, Templates, conte
 from pe.config import BackboneConfig
 from pe.model import Instruction, Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse, pack
+from pe.turns import in_turn
 
 
 class FrozenEncoder:
@@ -59,6 +60,7 @@ class FrozenEncoder:
     def revision(self) -> str:
         return content_hash({}, self.backbone.revision, self.pooling, self.templates, self.max_length)
 
+    @in_turn
     @torch.no_grad()
     def __call__(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[N, D]` float32, in the order of the texts."""
@@ -68,7 +70,7 @@ class FrozenEncoder:
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         instruction: str,
         side: Side = "query",
@@ -76,13 +78,12 @@ class FrozenEncoder:
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; see `PromptEmbedder.encode`."""
-        check_arguments(texts, [instruction], side)
+        texts, _ = check_arguments(texts, [instruction], side)
         requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
-        readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
-        size = self.backbone.hidden_size
-        return encode(
-            self._embed, readings, size, batch_tokens=fitting(batch_tokens, self.backbone.device), progress=progress
-        )
+        with self.backbone.turns.taken():
+            readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
+            size, budget = self.backbone.hidden_size, fitting(batch_tokens, self.backbone.device)
+            return encode(self._embed, readings, size, batch_tokens=budget, progress=progress)
 
     @torch.no_grad()
     def _embed(self, readings: Sequence[Reading]) -> Tensor:

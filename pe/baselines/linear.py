@@ -5,7 +5,7 @@ Legend: B texts, D the backbone's width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pe.model import Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse
 from pe.skip import LinearSkip
 from pe.trainable import TrainableModule
+from pe.turns import in_turn
 
 
 class LinearEmbedder(TrainableModule):
@@ -45,12 +46,14 @@ class LinearEmbedder(TrainableModule):
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.max_length)
 
+    @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
         ids = self.tokenize(requests) if requests.read is None else requests.read
         order = by_length(ids)
         return self._embed([ids[i] for i in order])[inverse(order, self.backbone.device)]
 
+    @in_turn
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """Token ids of each text, cut to `max_length` and counted; the instruction is not read."""
         return self._tokenize(requests.texts)
@@ -72,7 +75,7 @@ class LinearEmbedder(TrainableModule):
     @torch.no_grad()
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         instruction: str,
         side: Side = "query",
@@ -80,14 +83,15 @@ class LinearEmbedder(TrainableModule):
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order, whatever the instruction."""
-        check_arguments(texts, [instruction], side)
-        return encode(
-            lambda readings: self._embed([reading.ids for reading in readings]),
-            [Reading(ids) for ids in self._tokenize(texts)],
-            self.backbone.hidden_size,
-            batch_tokens=fitting(batch_tokens, self.backbone.device),
-            progress=progress,
-        )
+        texts, _ = check_arguments(texts, [instruction], side)
+        with self.backbone.turns.taken():
+            return encode(
+                lambda readings: self._embed([reading.ids for reading in readings]),
+                [Reading(ids) for ids in self._tokenize(texts)],
+                self.backbone.hidden_size,
+                batch_tokens=fitting(batch_tokens, self.backbone.device),
+                progress=progress,
+            )
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere."""

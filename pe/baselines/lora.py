@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ from pe.packing import by_length, fitting, inverse, pack, to_device
 from pe.rms_norm import restore_norms
 from pe.token_weights import TokenWeights
 from pe.trainable import TrainableModule
+from pe.turns import in_turn
 
 ADAPTER = "lora"
 Form = Literal["padded", "checkpointed", "packed"]
@@ -63,6 +64,9 @@ class LoraBaselineConfig:
 
 class LoraEmbedder(TrainableModule):
     """A decoder with LoRA adapters on its linear layers, trained through all text tokens.
+
+    Threads may share one as they may a PromptEmbedder, but for the checkpointed form under a training loop of one's
+    own: its backward pass runs the decoder again, while another thread may encode.
 
     Attributes:
         config: the options.
@@ -106,6 +110,7 @@ class LoraEmbedder(TrainableModule):
         """D, the size of an embedding."""
         return self.backbone.hidden_size
 
+    @in_turn
     def train(self, mode: bool = True) -> LoraEmbedder:
         """The whole decoder follows `mode`, as in common practice; checkpointing acts in training mode alone."""
         super().train(mode)
@@ -114,6 +119,7 @@ class LoraEmbedder(TrainableModule):
 
     # From texts to embeddings.
 
+    @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
         readings = self.read(requests) if requests.read is None else requests.read
@@ -127,6 +133,7 @@ class LoraEmbedder(TrainableModule):
         parts = [self._padded([readings[i] for i in places]) for places in sides.values()]
         return torch.cat(parts)[inverse(order, self.device)]
 
+    @in_turn
     def read(self, requests: Requests) -> list[Reading]:
         """Instruction and text of each request as token ids, the text cut to `max_length` and counted."""
         tokenizer = self.backbone.text_tokenizer
@@ -166,7 +173,7 @@ class LoraEmbedder(TrainableModule):
     @torch.no_grad()
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         instruction: str,
         side: Side = "query",
@@ -174,20 +181,16 @@ class LoraEmbedder(TrainableModule):
         progress: bool = False,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; packed, whatever the form."""
-        check_arguments(texts, [instruction], side)
-        readings = self.read(Requests(texts, [Instruction(instruction, side)], [0] * len(texts)))
-        was_training = self.training
-        self.eval()
-        try:
-            return encode(
-                self._packed,
-                readings,
-                self.dimensions,
-                batch_tokens=fitting(batch_tokens, self.backbone.device),
-                progress=progress,
-            )
-        finally:
-            self.train(was_training)
+        texts, _ = check_arguments(texts, [instruction], side)
+        requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
+        budget = fitting(batch_tokens, self.backbone.device)
+        with self.backbone.turns.taken():
+            readings, was_training = self.read(requests), self.training
+            self.eval()
+            try:
+                return encode(self._packed, readings, self.dimensions, batch_tokens=budget, progress=progress)
+            finally:
+                self.train(was_training)
 
     # What trains, and what is saved.
 

@@ -8,7 +8,7 @@ Legend: I instructions, K soft tokens, D the backbone's width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,7 +22,7 @@ from pe.baselines.common import content_hash, short_name
 from pe.config import ModelConfig
 from pe.files import written_into
 from pe.loading import Filled
-from pe.model import Instruction, PromptEmbedder
+from pe.model import Instruction, PromptEmbedder, listed
 from pe.prompting import PromptingLLM
 
 Start = Literal["vocabulary", "instruction"]
@@ -63,14 +63,12 @@ class StaticPromptEmbedder(PromptEmbedder):
         config: ModelConfig,
         device: torch.device | str = "cpu",
         *,
-        instructions: Sequence[Instruction] = (),
+        instructions: Iterable[Instruction] = (),
         start: Start = "vocabulary",
         seed: int = 0,
     ) -> StaticPromptEmbedder:
         """Untrained prompts for these instructions on the backbone that `config` names; see `fresh`."""
         backbone = Backbone.from_pretrained(config.backbone, torch.device(device))
-        if config.reader == "activated_lora":
-            backbone.add_reader(config.reader_lora)
         return cls.fresh(config, backbone, instructions, start=start, seed=seed)
 
     @classmethod
@@ -78,7 +76,7 @@ class StaticPromptEmbedder(PromptEmbedder):
         cls,
         config: ModelConfig,
         backbone: Backbone,
-        instructions: Sequence[Instruction],
+        instructions: Iterable[Instruction],
         *,
         start: Start = "vocabulary",
         seed: int = 0,
@@ -92,13 +90,14 @@ class StaticPromptEmbedder(PromptEmbedder):
             start: rows of random vocabulary tokens, or of the instruction's own tokens (repeated, or its first K).
             seed: of the random tokens.
         """
-        if not instructions:
+        wanted = listed("instructions", instructions, "Instruction")
+        if not wanted:
             raise ValueError("instructions: expected at least one, got none")
         embedder = cls(config, StaticPrompts([], []), backbone)
         generator = torch.Generator().manual_seed(seed)
         vocabulary, k = backbone.embedding.shape[0], config.prompter.soft_tokens
         prompts: dict[str, Tensor] = {}
-        for item in instructions:
+        for item in wanted:
             if start == "instruction":
                 own = backbone.text_tokenizer([item.text], lead=False)[0]
                 ids = (own * k)[:k]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from sentence_transformers.base.modules import InputModule
 
 from pe.config import Dtype
 from pe.instructions import as_prompts
-from pe.model import PromptEmbedder, Side
+from pe.model import PromptEmbedder, Side, listed
 
 TASKS: dict[str | None, Side] = {None: "query", "query": "query", "document": "document"}
 """The side of each task of sentence-transformers."""
@@ -107,7 +107,7 @@ class PromptModule(InputModule):
             model.prompts, model.default_prompt_name = dict(prompts), "query"
 
     def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **others: object
+        self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **others: object
     ) -> dict[str, Any]:
         """The texts as they are, with the instruction and the side they are encoded under.
 
@@ -122,10 +122,11 @@ class PromptModule(InputModule):
                 "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
                 " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query')"
             )
-        for text in inputs:
+        texts = listed("inputs", inputs)
+        for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"inputs: expected texts, got {type(text).__name__}: {text!r:.80}")
-        return {"texts": list(inputs), "instruction": prompt, "side": TASKS[task]}
+        return {"texts": texts, "instruction": prompt, "side": TASKS[task]}
 
     def forward(self, features: dict[str, Any], **_: object) -> dict[str, Any]:
         """Add the embeddings `[B, D]` float32 as `sentence_embedding`.
