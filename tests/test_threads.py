@@ -113,7 +113,7 @@ def test_prompt_bank(workers: int) -> None:
     def write(texts: list[str]) -> np.ndarray:
         with torch.no_grad():
             next(model.prompter.parameters()).add_(0)  # the same weights under another version: all are written anew
-        return model.prompt_bank([Instruction(text) for text in texts]).numpy()
+        return model.prompt_bank([Instruction(f"find {text}") for text in texts]).numpy()
 
     assert_as_serial(workers, each_batch(write, lambda texts: model.encode(texts, instruction=SAME)))
 
