@@ -9,6 +9,7 @@ Legend: N prompts, K soft tokens, P and D the widths of prompting LLM and backbo
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,13 +27,29 @@ METASPACE = "▁"
 
 @dataclass(frozen=True)
 class AlignedPrompts:
-    """Prompts `[N, K, P]` with the matrix `[P, D]` that carries them over, or `[N, K, D]` with none."""
+    """Prompts `[N, K, P]` with the matrix `[P, D]` that carries them over, or `[N, K, D]` with none.
+
+    Attributes:
+        gates: `[N, R]` what a lens makes of each (see `pe/lens.py`); None without one.
+    """
 
     prompts: Tensor
     weight: Tensor | None
+    gates: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def part(self, places: slice) -> AlignedPrompts:
+        """Some of the prompts, neighbours."""
+        return AlignedPrompts(self.prompts[places], self.weight, None if self.gates is None else self.gates[places])
+
+
+def together(written: Sequence[AlignedPrompts]) -> AlignedPrompts:
+    """Prompts without a matrix, in one."""
+    gates = [prompts.gates for prompts in written if prompts.gates is not None]
+    rows = torch.cat([prompts.prompts for prompts in written])
+    return AlignedPrompts(rows, None, torch.cat(gates) if gates else None)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,9 @@ class ModelConfig:
     skip: Skip = "weighted"
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
     embedding (suffix); weighted: a mean in which each token has a learned weight."""
+    lens_rank: int = 0
+    """R, the directions of an embedding that its instruction may turn round, by what the prompting LLM thought when it
+    wrote the prompt (see `pe/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""
@@ -163,6 +166,7 @@ class ModelConfig:
         if self.layout == "prefix":
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
             _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
+        _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
 
 
@@ -255,6 +259,8 @@ class TrainConfig:
     """Peak rate of the reader's adapters; null: lr."""
     skip_lr: float | None = None
     """Peak rate of the skip, its matrix and its tokens' weights; null: lr."""
+    lens_lr: float | None = None
+    """Peak rate of the lens; null: lr."""
     weight_decay: float = 0.01
     """AdamW's: times the rate, the share of each weight that a step takes away."""
     warmup: float = 0.1
@@ -293,7 +299,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         _require(self.seed < 2**32, "train.seed", "less than 2^32", self.seed)
         _require_positive("train.lr", self.lr)
-        for name in ("alignment_lr", "reader_lr", "skip_lr"):
+        for name in ("alignment_lr", "reader_lr", "skip_lr", "lens_lr"):
             own = getattr(self, name)
             _require(own is None or 0 <= own < math.inf, f"train.{name}", "a non-negative number, or null", own)
         decay = self.weight_decay

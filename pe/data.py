@@ -116,6 +116,11 @@ class TrainingSet(Protocol):
     def report(self) -> Report: ...
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every instruction that queries may be under."""
+        ...
+
+    @property
     def document_instruction(self) -> str:
         """Instruction of the documents."""
         ...
@@ -155,6 +160,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        return (self.config.instruction,)
 
     @property
     def document_instruction(self) -> str:

@@ -36,6 +36,10 @@ class InstructSet:
         return len(self.rows)
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        return tuple(text for task in self.tasks for text in task.train)
+
+    @property
     def document_instruction(self) -> str:
         return self.tasks[0].document
 

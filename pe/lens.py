@@ -1,11 +1,11 @@
-"""What an instruction changes in an embedding, by its soft prompt: e' = normalise(e + U (g ⊙ V e)), g = G p + b.
+"""What an instruction changes in an embedding: e' = normalise(e + U (g ⊙ V e)), g = G h.
 
-p is the mean of the prompt's rows in the backbone's input space, each standardised. A soft prompt alone moves an
-embedding little, for all texts alike; through the lens it can turn directions round, so that what is near under one
-instruction is far under another. It costs two products of D x R a text, and an embedding under many instructions is
-made of one.
+h is what the prompting LLM thought when it wrote the soft tokens: its last hidden states, each standardised, averaged,
+less c, at first their mean over the instructions of training (what these have in common says nothing of what one asks
+for), and standardised again. A soft prompt alone moves all embeddings alike; through the lens an instruction turns
+directions round, so that what is near under one is far under another. It costs two products of D x R a text.
 
-Legend: B texts, N prompts, K soft tokens, D the backbone's width, R rank.
+Legend: B texts, N prompts, K soft tokens, H width of the hidden states, D the backbone's width, R rank.
 """
 
 from __future__ import annotations
@@ -14,26 +14,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe.alignment import AlignedPrompts
 from pe.token_weights import standardize
 
 
 class Lens(nn.Module):
-    """V `[R, D]`, G `[R, D]` and U `[D, R]`, float32; U is zero at the start, where nothing changes."""
+    """V `[R, D]`, G `[R, H]`, U `[D, R]` and c `[H]`, float32; U is zero at the start, where nothing changes."""
 
-    def __init__(self, width: int, rank: int, device: torch.device) -> None:
+    def __init__(self, width: int, hidden: int, rank: int, device: torch.device) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.randn(rank, width, device=device) / width**0.5)
-        self.gate = nn.Parameter(torch.randn(rank, width, device=device) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(rank, device=device))
+        self.gate = nn.Parameter(torch.randn(rank, hidden, device=device) / hidden**0.5)
         self.up = nn.Parameter(torch.zeros(width, rank, device=device))
+        self.center = nn.Parameter(torch.zeros(hidden, device=device))
 
-    def gates(self, prompts: AlignedPrompts) -> Tensor:
-        """g `[N, R]` float32 of each prompt."""
-        rows = prompts.prompts if prompts.weight is None else prompts.prompts.to(prompts.weight.dtype) @ prompts.weight
-        return F.linear(standardize(rows.float()).mean(1), self.gate, self.bias)
+    @torch.no_grad()
+    def start_at(self, hidden: Tensor) -> None:
+        """Set c to the mean of what was thought under instructions `[N, K, H]`."""
+        self.center.copy_(self.thought(hidden).mean(0))
+
+    @torch.no_grad()
+    def keep_gates(self, other: Lens) -> None:
+        """Take over what does not depend on the backbone: how an instruction is read."""
+        self.gate.copy_(other.gate)
+        self.center.copy_(other.center)
+
+    def thought(self, hidden: Tensor) -> Tensor:
+        """h `[N, H]` float32 of hidden states `[N, K, H]`, the mean still in it."""
+        return standardize(hidden.to(self.gate.device, torch.float32)).mean(1)
+
+    def gates(self, hidden: Tensor) -> Tensor:
+        """g `[N, R]` float32 of the hidden states `[N, K, H]` that wrote each prompt."""
+        return F.linear(standardize(self.thought(hidden) - self.center), self.gate)
 
     def forward(self, embeddings: Tensor, gates: Tensor) -> Tensor:
-        """Unit vectors `[B, D]` float32 of embeddings `[B, D]` and the gates `[B, R]` of their prompts."""
+        """Unit vectors `[..., B, D]` float32 of embeddings `[..., B, D]` and the gates `[B, R]` of their prompts."""
         turned = (gates * (embeddings @ self.down.T)) @ self.up.T
         return F.normalize(embeddings + turned.float(), dim=-1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from pe.batches import Batch
+from pe.batches import Batch, BatchPlan
 from pe.config import LossConfig
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
@@ -32,6 +32,15 @@ def batch_requests(batch: Batch) -> Requests:
     texts = [*batch.queries, *batch.documents]
     index = batch.asked + [len(instructions)] * len(batch.documents)
     return Requests(texts, [*instructions, Instruction(batch.document_instruction, "document")], index)
+
+
+def instructions_of(plan: BatchPlan) -> list[Instruction]:
+    """Every instruction that a batch of the plan may have, each once."""
+    found: dict[Instruction, None] = {}
+    for dataset in plan.datasets:
+        found |= dict.fromkeys(Instruction(text, "query") for text in dataset.wordings)
+        found[Instruction(dataset.document_instruction, "document")] = None
+    return list(found)
 
 
 def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accelerator: Accelerator) -> Tensor:

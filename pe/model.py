@@ -22,12 +22,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from pe.alignment import AlignedPrompts, Alignment, build_alignment
+from pe.alignment import AlignedPrompts, Alignment, build_alignment, together
 from pe.attention import KeyValues
 from pe.backbone import Backbone
 from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
 from pe.instructions import default_instruction
+from pe.lens import Lens
 from pe.loading import Filled
 from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, token_batches
 from pe.prompting import PromptingLLM, SoftPrompts
@@ -217,6 +218,7 @@ class PromptEmbedder(TrainableModule):
         name: what tables call it.
         prompter, alignment, backbone: its parts; only the first two (and a reader) train.
         skip: what goes around the soft prompt, where anything does; it trains too.
+        lens: what an instruction changes in an embedding, where anything; it trains too.
         instructions: those it was trained under, by name (see `pe.instructions`), `query` and `document` the sides'
             defaults; saved with it.
         truncation: counts since the model was made.
@@ -232,8 +234,9 @@ class PromptEmbedder(TrainableModule):
         backbone: Backbone,
         skip: LinearSkip | None = None,
         instructions: Mapping[str, str] | None = None,
+        lens: Lens | None = None,
     ) -> None:
-        """Put the parts together; where the options ask for a reader or a skip and none is given, a fresh one goes in.
+        """Put the parts together; a reader, skip or lens that the options ask for and that is not given is a fresh one.
 
         Raises:
             ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
@@ -249,10 +252,11 @@ class PromptEmbedder(TrainableModule):
         if config.skip != "none":
             backbone.check_states()
         self.skip = build_skip(config.skip, backbone.hidden_size, backbone.device) if skip is None else skip
+        self.lens = self._fresh_lens() if lens is None else lens
         self.instructions = dict(instructions or {})
         self.truncation = Truncation()
         self.captured: Captured | None = None
-        self._bank: dict[Instruction, Tensor] = {}
+        self._bank: dict[Instruction, AlignedPrompts] = {}
         self._bank_version: tuple[object, ...] = ()
         self._written: dict[Hashable, SoftPrompts] = {}
 
@@ -269,6 +273,10 @@ class PromptEmbedder(TrainableModule):
         backbone = Backbone.from_pretrained(config.backbone, device)
         alignment = build_alignment(prompter, backbone, config.alignment)
         return cls(config, prompter, alignment, backbone)
+
+    def _fresh_lens(self) -> Lens | None:
+        rank = self.config.lens_rank
+        return Lens(self.dimensions, self.prompter.hidden_size, rank, self.device) if rank else None
 
     @property
     def device(self) -> torch.device:
@@ -295,12 +303,20 @@ class PromptEmbedder(TrainableModule):
     def forward(self, requests: Requests | Texts) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
         if self.config.layout == "suffix":
-            states, skipped, back = self._read_and_prompt(requests)
-            return around(self.pool_prompt(states), skipped)[back]
+            states, skipped, gates, back = self._read_and_prompt(requests)
+            return self._through_lens(around(self.pool_prompt(states), skipped), gates)[back]
         assert isinstance(requests, Requests)
         order, ids, part = self._sorted(requests)
         embeddings = self._embed_behind_prefix(part, ids, *self.write_prompts(part))
         return embeddings[inverse(order, self.device)]
+
+    def _through_lens(self, embeddings: Tensor, gates: Tensor | None) -> Tensor:
+        """Unit vectors `[B, D]` as each text's instruction turns them."""
+        return embeddings if self.lens is None or gates is None else self.lens(embeddings, gates)
+
+    def _gates_of(self, prompts: AlignedPrompts, index: Sequence[int]) -> Tensor | None:
+        """`[B, R]` of prompt `index[b]` for each text."""
+        return None if prompts.gates is None else prompts.gates[to_device(index, self.device)]
 
     @in_turn
     def stepwise(self, requests: Requests | Texts) -> Tensor:
@@ -311,9 +327,9 @@ class PromptEmbedder(TrainableModule):
         """
         if self.config.layout != "suffix":
             raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
-        states, skipped, back = self._read_and_prompt(requests)
+        states, skipped, gates, back = self._read_and_prompt(requests)
         steps = [around(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
-        return torch.stack(steps)[:, back]
+        return self._through_lens(torch.stack(steps), gates)[:, back]
 
     @in_turn
     def prompted_and_means(self, requests: Requests) -> tuple[Tensor, Tensor]:
@@ -396,7 +412,8 @@ class PromptEmbedder(TrainableModule):
             self._written.clear()  # a fused optimiser raises no version: what was written before it must not be found
             captured = self.captured if torch.is_grad_enabled() and of_instruction else None
             prompts = (captured.prompts if captured else self.prompter)(requests)
-        return self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
+        aligned = self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
+        return aligned if self.lens is None else replace(aligned, gates=self.lens.gates(prompts.hidden))
 
     @torch.no_grad()
     def _frozen_prompts(self, requests: list[list[int]], *, keep: bool) -> SoftPrompts:
@@ -435,8 +452,9 @@ class PromptEmbedder(TrainableModule):
         order, ids, part = self._sorted(requests)
         return Texts(part, order, self.backbone.read(ids, None if self.skip is None else as_they_are))
 
-    def _read_and_prompt(self, requests: Requests | Texts) -> tuple[Tensor, Tensor | None, Tensor]:
-        """States `[B, K, D]` of the soft tokens behind each text, what goes around them, and where each text is.
+    def _read_and_prompt(self, requests: Requests | Texts) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """States `[B, K, D]` of the soft tokens behind each text, what goes around them, the gates of a lens, and where
+        each text is.
 
         The text pass goes first: a GPU is busy with it while the prompting LLM's many small kernels are launched.
         """
@@ -446,7 +464,9 @@ class PromptEmbedder(TrainableModule):
         else:
             order, ids, part = self._sorted(requests)
             context, skipped = self.read(ids)
-        return self.prompt_states(context, *self.write_prompts(part)), skipped, inverse(order, self.device)
+        prompts, index = self.write_prompts(part)
+        states, gates = self.prompt_states(context, prompts, index), self._gates_of(prompts, index)
+        return states, skipped, gates, inverse(order, self.device)
 
     def _skipped(self, context: KeyValues) -> Tensor | None:
         """What `read` says of the skip, of a context with the states themselves."""
@@ -616,15 +636,15 @@ class PromptEmbedder(TrainableModule):
         return embeddings
 
     def _encode_batch(
-        self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction], bank: Tensor | None
+        self, texts: Sequence[str], ids: list[list[int]], wanted: Sequence[Instruction], bank: AlignedPrompts | None
     ) -> Tensor:
-        """`[I, B, D]` of one batch, sorted by length already; `bank` `[I, K, D]` where texts change no prompt."""
+        """`[I, B, D]` of one batch, sorted by length already; `bank` of all I where texts change no prompt."""
         count = len(texts)
         if self.config.layout == "prefix":
             parts = []
             for place, item in enumerate(wanted):
                 requests = Requests(texts, [item], [0] * count)
-                prompts, index = self._encode_prompts(requests, None if bank is None else bank[place : place + 1])
+                prompts, index = self._encode_prompts(requests, bank, slice(place, place + 1))
                 parts.append(self._embed_behind_prefix(requests, ids, prompts, index))
             return torch.stack(parts)
         context, skipped = self.read(ids)
@@ -634,15 +654,17 @@ class PromptEmbedder(TrainableModule):
         for first in range(0, len(wanted), at_once):
             group = wanted[first : first + at_once]
             requests = Requests(list(texts) * len(group), group, [n for n in range(len(group)) for _ in texts])
-            prompts, index = self._encode_prompts(requests, None if bank is None else bank[first : first + at_once])
+            prompts, index = self._encode_prompts(requests, bank, slice(first, first + at_once))
             states = self.prompt_states(context, prompts, index, list(range(count)) * len(group))
-            parts.append(around(self.pool_prompt(states).unflatten(0, (len(group), count)), skipped))
+            pooled = around(self.pool_prompt(states).unflatten(0, (len(group), count)), skipped)
+            gates = self._gates_of(prompts, index)
+            parts.append(self._through_lens(pooled.flatten(0, 1), gates).unflatten(0, (len(group), count)))
         return torch.cat(parts)
 
-    def _encode_prompts(self, requests: Requests, bank: Tensor | None) -> tuple[AlignedPrompts, list[int]]:
-        if bank is None:
-            return self.write_prompts(requests)
-        return AlignedPrompts(bank, None), list(requests.index)
+    def _encode_prompts(
+        self, requests: Requests, bank: AlignedPrompts | None, part: slice
+    ) -> tuple[AlignedPrompts, list[int]]:
+        return self.write_prompts(requests) if bank is None else (bank.part(part), list(requests.index))
 
     @torch.no_grad()
     def prompt_bank(self, instructions: Iterable[Instruction]) -> Tensor:
@@ -665,11 +687,13 @@ class PromptEmbedder(TrainableModule):
                 )
         check_arguments((), [item.text for item in wanted], SIDES[0])
         with self.backbone.turns.taken():
-            return self._prompts_of(wanted)
+            return self._prompts_of(wanted).prompts
 
-    def _prompts_of(self, instructions: Sequence[Instruction]) -> Tensor:
+    def _prompts_of(self, instructions: Sequence[Instruction]) -> AlignedPrompts:
+        """The bank's prompts and gates of these instructions, in the backbone's input space."""
         version = weights_version(self)
-        now = version, _optimizer_steps, sample(self.prompter), sample(self.alignment)
+        parts = [self.prompter, self.alignment, *([] if self.lens is None else [self.lens])]
+        now = version, _optimizer_steps, *map(sample, parts)
         if version is None or now != self._bank_version:
             self._bank, self._bank_version = {}, now
             self._written.clear()
@@ -678,10 +702,19 @@ class PromptEmbedder(TrainableModule):
                 head = self.prompter_text(item)
                 aligned = self._align([(head, head)])
                 ids = self._soft_ids([0], aligned.prompts.shape[1])
-                self._bank[item] = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
-        return torch.stack([self._bank[item] for item in instructions])
+                rows = self.backbone.prompt_rows(ids, aligned.prompts, aligned.weight)
+                self._bank[item] = AlignedPrompts(rows[None], None, aligned.gates)
+        return together([self._bank[item] for item in instructions])
 
     # Training.
+
+    @in_turn
+    @torch.no_grad()
+    def start_lens(self, instructions: Sequence[Instruction]) -> None:
+        """Tell a lens, where there is one, what the instructions of training have in common."""
+        if self.lens is not None:
+            heads = [self.prompter_text(item) for item in instructions]
+            self.lens.start_at(self.prompter(self.prompter_ids([(head, head) for head in heads])).hidden)
 
     @in_turn
     def use_graphs(self, on: bool) -> None:
@@ -697,12 +730,13 @@ class PromptEmbedder(TrainableModule):
     # What trains, and what is saved.
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that train, by part: prompter, alignment, reader, skip."""
+        """Parameters that train, by part: prompter, alignment, reader, skip, lens."""
         parts = {
             "prompter": [p for p in self.prompter.parameters() if p.requires_grad],
             "alignment": [p for p in self.alignment.parameters() if p.requires_grad],
             "reader": [p for p in self.backbone.reader_parameters() if p.requires_grad],
             "skip": [] if self.skip is None else list(self.skip.parameters()),
+            "lens": [] if self.lens is None else list(self.lens.parameters()),
         }
         return {name: parameters for name, parameters in parts.items() if parameters}
 
@@ -722,7 +756,9 @@ class PromptEmbedder(TrainableModule):
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
-        parts = Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions)
+        parts = Parts(
+            self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions, self.lens
+        )
         write(parts, Path(path), include_backbone=include_backbone, card=card)
 
     @classmethod

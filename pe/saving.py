@@ -1,9 +1,9 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
-came from a hub; and the instructions of its training. `prompter/`, `reader/`, `alignment.safetensors` and
-`skip.safetensors` hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights where they are
-asked for. sentence-transformers loads the same folder, by two files of its own, whose prompts are those instructions.
+came from a hub; and the instructions of its training. `prompter/`, `reader/` and the files of alignment, skip and lens
+hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights where they are asked for.
+sentence-transformers loads the same folder, by two files of its own, whose prompts are those instructions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pe.backbone import Backbone
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
 from pe.files import exchange
 from pe.instructions import as_prompts, trained_instructions
+from pe.lens import Lens
 from pe.loading import (
     TextTokenizer,
     check_weights,
@@ -70,6 +71,7 @@ class Parts(NamedTuple):
     backbone: Backbone
     skip: LinearSkip | None
     instructions: Mapping[str, str]
+    lens: Lens | None = None
 
 
 def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> None:
@@ -112,11 +114,11 @@ def _open_to_others(folder: Path) -> None:
 
 def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool, card: str) -> None:
     """Write the parts to a new folder, which will stand at `path`."""
-    config, prompter, alignment, backbone, skip, instructions = parts
+    config, prompter, alignment, backbone, skip, instructions, lens = parts
     folder.mkdir()
     prompter.model.save_pretrained(folder / "prompter")
     prompter.text_tokenizer.tokenizer.save_pretrained(folder / "prompter")
-    small = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip}
+    small = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip, "lens": lens}
     for name, part in small.items():
         if part is not None:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.named_parameters()}
@@ -249,7 +251,11 @@ def read(
     if skip is not None:
         sizes = {name: tensor.shape for name, tensor in skip.state_dict().items()}
         skip.load_state_dict(_read_tensors(path / "skip.safetensors", sizes))
-    return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved))
+    lens = Lens(frozen.hidden_size, prompting.hidden_size, config.lens_rank, device) if config.lens_rank else None
+    if lens is not None:
+        sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
+        lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes))
+    return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
 
 
 def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:

@@ -37,7 +37,7 @@ from pe.files import write_text
 from pe.instruct_set import first_wordings, load_instruct_set
 from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
-from pe.losses import backward, batch_requests, random_state, set_random_state
+from pe.losses import backward, batch_requests, instructions_of, random_state, set_random_state
 from pe.model import PromptEmbedder, Requests, Texts, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
 from pe.runs import RunFolder, conditions_of, flatten
@@ -256,6 +256,7 @@ def embeddings_of(model: Trainable, stepwise: bool, requests: Requests | Texts) 
 def parameter_groups(parts: dict[str, list[nn.Parameter]], options: TrainConfig) -> list[dict[str, object]]:
     """One group a part with its own peak rate."""
     rates = {"alignment": options.alignment_lr, "reader": options.reader_lr, "skip": options.skip_lr}
+    rates["lens"] = options.lens_lr
     return [
         {"params": group, "lr": options.lr if (own := rates.get(name)) is None else own, "name": name}
         for name, group in parts.items()
@@ -436,6 +437,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     model = PromptEmbedder.from_config(recipe.model, accelerator.device)
     model.name = run.path.name
     model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
+    model.start_lens(instructions_of(plan))
     check_widths(recipe, model)
     if accelerator.is_main_process:
         contents = {"backbone": model.backbone.revision, "prompter": model.prompter.revision}

@@ -3,7 +3,7 @@
 Moves a trained PromptEmbedder to another backbone: the prompting LLM stays as it is, the alignment matrix (and reader
 and skip, where there are any) is trained anew. `--steps 0` trains nothing: the matrix is least squares over the shared
 tokens, the skip least squares over training texts, as the source embeds them. Of the options of the model, `backbone`,
-`alignment`, `reader`, `reader_lora`, `skip` and `max_length` may be given anew.
+`alignment`, `reader`, `reader_lora`, `skip`, `lens_rank` and `max_length` may be given anew.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pe.train import (
 )
 
 SHARES = (0.95, 0.99)
-MOVABLE = ("backbone", "alignment", "reader", "reader_lora", "skip", "max_length")
+MOVABLE = ("backbone", "alignment", "reader", "reader_lora", "skip", "lens_rank", "max_length")
 """Options of the model that are free in a move; all others belong to the prompting LLM as it was trained."""
 TEXTS_PER_DIMENSION = 8
 """Training texts that a skip is fitted on where nothing is trained, for each dimension of the new backbone."""
@@ -109,7 +109,10 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     prompter = source.prompter.requires_grad_(False)
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
-    return PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
+    moved = PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
+    if moved.lens is not None and source.lens is not None and moved.lens.gate.shape == source.lens.gate.shape:
+        moved.lens.keep_gates(source.lens)
+    return moved
 
 
 def reached(curve: Sequence[tuple[int, float, float]], source: float) -> list[Reached]:

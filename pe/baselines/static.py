@@ -21,6 +21,7 @@ from pe.backbone import Backbone
 from pe.baselines.common import content_hash, short_name
 from pe.config import ModelConfig
 from pe.files import written_into
+from pe.lens import Lens
 from pe.loading import Filled
 from pe.model import Instruction, PromptEmbedder, listed
 from pe.prompting import PromptingLLM
@@ -116,8 +117,19 @@ class StaticPromptEmbedder(PromptEmbedder):
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
 
+    def _fresh_lens(self) -> Lens | None:
+        """Its gates read the prompts themselves: there are no hidden states that wrote them."""
+        rank, width = self.config.lens_rank, self.dimensions
+        return Lens(width, width, rank, self.device) if rank else None
+
+    @torch.no_grad()
+    def start_lens(self, instructions: Sequence[Instruction]) -> None:
+        if self.lens is not None:
+            self.lens.start_at(self.static([str(self.prompter_text(item)) for item in instructions]))
+
     def _align(self, readings: Sequence[tuple[Filled, Filled]]) -> AlignedPrompts:
-        return AlignedPrompts(self.static([str(whole) for _, whole in readings]), None)
+        rows = self.static([str(whole) for _, whole in readings])
+        return AlignedPrompts(rows, None, None if self.lens is None else self.lens.gates(rows))
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.
