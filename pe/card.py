@@ -9,6 +9,7 @@ from pathlib import Path
 from pe.config import Recipe
 from pe.evaluate import Scores
 from pe.model import PromptEmbedder
+from pe.spread import Spread
 
 
 def shown(name: str) -> str:
@@ -50,8 +51,18 @@ they are prompts of these names.
 """
 
 
-def model_card(recipe: Recipe, model: PromptEmbedder, seconds: float, scores: Mapping[str, Scores]) -> str:
-    """What was trained on what, how to use it, and what it scores, as Markdown."""
+def alike(spread: Spread | None) -> str:
+    """How far its instructions are apart, and a warning where they are not; nothing where it has but one."""
+    if spread is None:
+        return ""
+    warning = f" **Warning: {spread.warning}.**" if spread.is_alike else ""
+    return f"M{str(spread)[1:]} (1: alike).{warning}\n\n"
+
+
+def model_card(
+    recipe: Recipe, model: PromptEmbedder, seconds: float, scores: Mapping[str, Scores], spread: Spread | None = None
+) -> str:
+    """What was trained on what, how to use it, what it scores and how far instructions are apart, as Markdown."""
     config = model.config
     data = "\n".join(f"| `{shown(item.path)}` | {item.weight:g} |" for item in recipe.data)
     tables = "\n".join(
@@ -83,6 +94,7 @@ A PromptEmbedder: `{shown(config.prompter.model)}` writes {config.prompter.soft_
 | reader | {config.reader} |
 | skip | {config.skip} |
 | alignment | {config.alignment.kind}, {config.alignment.init} |
+| lens | {config.lens_rank or "none"} |
 | prompting LLM | {config.prompter.trainable} |
 
 ## Training
@@ -93,4 +105,4 @@ resolved recipe is `recipe.yaml` in this folder.
 | --- | ---: |
 {data}
 
-{quality}"""
+{alike(spread)}{quality}"""

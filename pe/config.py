@@ -57,8 +57,9 @@ class PrompterConfig:
     """K, the soft tokens of a prompt."""
     temperature: float = 1.0
     """T of softmax(logits / T)."""
-    trainable: Literal["full", "lora"] = "full"
-    """What trains: all weights, or LoRA adapters; the vocabulary embedding is frozen in both."""
+    trainable: Literal["full", "lora", "none"] = "full"
+    """What trains: all weights, LoRA adapters, or nothing; the vocabulary embedding is frozen in all. With nothing,
+    each prompt is written once, and the model is saved by its name."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters of `trainable: lora`."""
 

@@ -74,8 +74,9 @@ class PromptingLLM(nn.Module):
         self.logit_scale = logit_scale(model)
         fuse_norms(model)
         self.check_generation()
-        if config.trainable == "lora":
+        if config.trainable != "full":
             model.requires_grad_(False)
+        if config.trainable == "lora":
             model.add_adapter(lora_config(config.lora), ADAPTER)
         model.get_input_embeddings().requires_grad_(False)
         model.get_output_embeddings().requires_grad_(False)

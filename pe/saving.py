@@ -116,7 +116,8 @@ def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool,
     """Write the parts to a new folder, which will stand at `path`."""
     config, prompter, alignment, backbone, skip, instructions, lens = parts
     folder.mkdir()
-    prompter.model.save_pretrained(folder / "prompter")
+    if prompter.config.trainable != "none":
+        prompter.model.save_pretrained(folder / "prompter")
     prompter.text_tokenizer.tokenizer.save_pretrained(folder / "prompter")
     small = {"alignment": alignment if isinstance(alignment, LinearAlignment) else None, "skip": skip, "lens": lens}
     for name, part in small.items():
@@ -126,7 +127,7 @@ def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool,
     if backbone.has_reader:
         backbone.model.save_pretrained(folder / "reader")
     base = prompter.config
-    has_base = base.trainable == "lora" and (include_backbone or _is_inside(base.model, path))
+    has_base = base.trainable != "full" and (include_backbone or _is_inside(base.model, path))
     include_backbone |= _is_inside(backbone.name, path)
     if has_base:
         _write_checkpoint(AutoModelForCausalLM, base.model, base.revision, prompter.model, folder / "prompter-base")
@@ -398,7 +399,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read_prompter(
     path: Path, config: ModelConfig, device: torch.device, saved: dict[str, Any], given: str | None
 ) -> PromptingLLM:
-    """The trained prompting LLM of a saved embedder: whole weights, or its base model with the saved adapter.
+    """The prompting LLM of a saved embedder: whole weights, or its base model, with the saved adapter if it has one.
 
     Raises:
         FileNotFoundError: its base model is not found.
@@ -413,7 +414,8 @@ def _read_prompter(
         prompter.config = options
         _check_tokenizer(path, str(folder), prompter.text_tokenizer, saved)
         return prompter
-    _check_adapter(folder)
+    if options.trainable == "lora":
+        _check_adapter(folder)
     saved = {"name": options.model, "revision": None} | saved
     own = saved.get("included", False) and given is None
     name = str(path / "prompter-base") if own else given or _locate(saved, path)
@@ -426,9 +428,10 @@ def _read_prompter(
         raise FileNotFoundError(f"{path}: the base of its prompting LLM cannot be had: {error}; {cure}") from error
     if not (own or revision is None or has_content(prompter.model, name, prompter.revision, saved)):
         raise ValueError(
-            f"{path}: its prompting LLM is an adapter of {saved['name']} with content {revision}, but {name} has"
-            f" content {prompter.revision}; give the former checkpoint's folder as prompter="
+            f"{path}: its prompting LLM is, or is an adapter of, {saved['name']} with content {revision}, but"
+            f" {name} has content {prompter.revision}; give the former checkpoint's folder as prompter="
         )
     _check_tokenizer(path, name, prompter.text_tokenizer, saved)
-    prompter.load_adapter(folder)
+    if options.trainable == "lora":
+        prompter.load_adapter(folder)
     return prompter

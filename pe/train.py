@@ -41,6 +41,7 @@ from pe.losses import backward, batch_requests, instructions_of, random_state, s
 from pe.model import PromptEmbedder, Requests, Texts, Truncation
 from pe.recipes import build_parser, load_recipe, write_yaml
 from pe.runs import RunFolder, conditions_of, flatten
+from pe.spread import Spread, spread
 from pe.tasks import TASKS
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
@@ -76,6 +77,7 @@ class History:
     Attributes:
         losses: by step.
         scores: (steps done, training seconds, mean score) of every evaluation while training.
+        spreads: (steps done, mean cosine of prompts or None, of embeddings) between instructions, at every checkpoint.
         seconds: training time, evaluations left out.
         texts, truncated: texts read on this process, and how many of them were cut to the token limit.
         tokens, padded: their tokens, and the tokens of the same batches with padding.
@@ -83,6 +85,7 @@ class History:
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
+    spreads: list[tuple[int, float | None, float]] = field(default_factory=list)
     seconds: float = 0.0
     texts: int = 0
     truncated: int = 0
@@ -222,6 +225,9 @@ def _fit(
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 if not detached(model, probe).isfinite().all():
                     raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
+                if isinstance(model, PromptEmbedder) and (found := spread_of(model, plan)):
+                    history.spreads.append((step + 1, found.prompts, found.embeddings))
+                    accelerator.log({"instructions_alike": found.embeddings}, step=step + 1)
                 if run:
                     states = gather_object([random_state()])
                     if accelerator.is_main_process:
@@ -231,6 +237,12 @@ def _fit(
         if isinstance(model, PromptEmbedder):
             model.use_graphs(False)
     return history
+
+
+def spread_of(model: PromptEmbedder, plan: BatchPlan) -> Spread | None:
+    """How alike the training instructions are to the model, on queries of the first batch."""
+    wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
+    return spread(model, wanted, plan.batch(0).queries)
 
 
 def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
@@ -468,11 +480,15 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         f" {history.truncated:,} of {history.texts:,} texts truncated",
         highlight=False,
     )
+    if found := spread_of(model, plan):
+        console.print(str(found), highlight=False)
+        if found.is_alike:
+            console.print(f"warning: {found.warning}", highlight=False)
     if recipe.evaluate.tasks:
         scores["trained"] = measure(model)
     if accelerator.is_main_process:
         write_scores(run.path / "scores.json", scores)
-        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores))
+        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores, found))
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
     return scores

@@ -48,6 +48,7 @@ from pe.train import (
     describe,
     fit,
     measurer,
+    spread_of,
 )
 
 SHARES = (0.95, 0.99)
@@ -203,7 +204,10 @@ def transfer(
             points = [point for point in history.scores if point[0] != end[0]] + [end]
             curve += [(step, spent + seconds, score) for step, seconds, score in points]
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
-    target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores))
+    found = spread_of(target, plan) if plan else None
+    if found:
+        console.print(str(found), highlight=False)
+    target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores, found))
     write_yaml(recipe, run.model / "recipe.yaml")
     report: dict[str, object] = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}
     report["scores"] = {name: found.to_dict() for name, found in scores.items()}
