@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,3 +131,17 @@ def test_the_control_has_one_too(tiny_models: Path) -> None:
     turned(static).eval()
     embeddings = static.encode_many(TEXTS, instructions=[FIND, AVOID])
     assert abs(embeddings[0] - embeddings[1]).max() > 0.05
+
+
+def test_a_frozen_prompting_llm_is_saved_by_name(tiny_models: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = configured(tiny_models)
+    config = dataclasses.replace(config, prompter=dataclasses.replace(config.prompter, trainable="none"))
+    model = turned(PromptEmbedder.from_config(config)).eval()
+    assert "prompter" not in model.trainable_parameters()
+    model.save_pretrained(tmp_path / "m")
+    assert not list((tmp_path / "m" / "prompter").glob("*.safetensors"))
+    again = PromptEmbedder.from_pretrained(tmp_path / "m")
+    assert (again.encode(TEXTS, instruction=FIND) == model.encode(TEXTS, instruction=FIND)).all()
+    model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    assert (tmp_path / "whole" / "prompter-base" / "model.safetensors").is_file()
