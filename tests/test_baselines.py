@@ -16,7 +16,7 @@ from pe.baselines.common import BARE, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.baselines.static import StaticPromptEmbedder
+from pe.baselines.static import StaticPromptEmbedder, StaticPrompts
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
@@ -300,3 +300,12 @@ def test_trains_what_it_says_and_nothing_else(kind: str, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "saved", card="card")
     assert (tmp_path / "saved" / "README.md").read_text() == "card"
     assert list((tmp_path / "saved").glob("*.safetensors"))
+
+
+def test_an_unknown_instruction_takes_the_prompt_spelled_most_like_it() -> None:
+    prompts = StaticPrompts(["find a contradiction", "find what follows"], [torch.zeros(2, 3), torch.ones(2, 3)])
+    unseen = ["Find contradicting texts", "what would follow?"]
+    assert prompts(unseen).unique().tolist() == [0.5]
+    prompts.unknown = "nearest"
+    assert prompts(unseen)[:, 0, 0].tolist() == [0, 1]
+    assert prompts(["find what follows"]).unique().tolist() == [1]

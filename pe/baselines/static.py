@@ -1,13 +1,14 @@
 """The control: one learned prompt for each instruction, without a prompting LLM.
 
 All that PromptEmbedder does with a prompt is inherited; only who writes it differs. An instruction that has no prompt
-of its own gets the mean of the learned ones.
+of its own gets the mean of the learned ones, or the prompt of the instruction that is spelled most like it.
 
 Legend: I instructions, K soft tokens, D the backbone's width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -33,18 +34,41 @@ class StaticPrompts(nn.Module):
     """A prompt `[K, D]` for each known text, in the backbone's input space.
 
     Every prompt is a parameter of its own, so that the optimiser leaves alone those without a gradient.
+
+    Attributes:
+        unknown: what another text gets: the mean of all prompts, or that of the known text spelled most like it.
     """
 
     def __init__(self, texts: Sequence[str], prompts: Sequence[Tensor]) -> None:
         super().__init__()
+        self.unknown: Literal["mean", "nearest"] = "mean"
         self.known = {text: place for place, text in enumerate(texts)}
         self.prompts = nn.ParameterList(nn.Parameter(prompt) for prompt in prompts)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Prompts `[len(texts), K, D]`; an unknown text gets the mean of all."""
+        """Prompts `[len(texts), K, D]`."""
         places = [self.known.get(text) for text in texts]
+        if self.unknown == "nearest":
+            places = [self.known[text] if text in self.known else self._nearest(text) for text in texts]
         mean = torch.stack(list(self.prompts)).mean(0) if None in places else torch.empty(0)
         return torch.stack([mean if place is None else self.prompts[place] for place in places])
+
+    def _nearest(self, text: str) -> int:
+        """Place of the known text whose bag of character trigrams has the largest cosine with that of `text`."""
+        own, bags = trigrams(text), {known: trigrams(known) for known in self.known}
+        return self.known[max(bags, key=lambda known: overlap(bags[known], own))]
+
+
+def trigrams(text: str) -> Counter[str]:
+    """How often each run of three characters stands in a text, its ends included."""
+    padded = f"  {text.casefold()}  "
+    return Counter(padded[i : i + 3] for i in range(len(padded) - 2))
+
+
+def overlap(a: Counter[str], b: Counter[str]) -> float:
+    """Cosine of two bags."""
+    size = (sum(n * n for n in a.values()) * sum(n * n for n in b.values())) ** 0.5
+    return sum(count * b[part] for part, count in a.items()) / size
 
 
 class StaticPromptEmbedder(PromptEmbedder):
