@@ -50,7 +50,7 @@ class PrompterConfig:
     """The prompting LLM and its continuous relaxation."""
 
     model: str = "models/tiny-prompter"
-    """Folder or hub name of a causal language model."""
+    """Folder or hub name of a causal language model, or a GGUF file of one."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
     soft_tokens: int = 5
@@ -73,7 +73,7 @@ class BackboneConfig:
     """The frozen embedding LLM."""
 
     model: str = "models/tiny-qwen3"
-    """Folder or hub name of a causal decoder."""
+    """Folder or hub name of a causal decoder, or a GGUF file of one."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
     dtype: Dtype = "auto"

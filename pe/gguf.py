@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.import_utils import is_gguf_available
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 
 
-def is_gguf(name: str) -> bool:
+def is_gguf(name: str | Path) -> bool:
     """Whether a model is named by a GGUF file."""
-    return name.lower().endswith(SUFFIX)
+    return str(name).lower().endswith(SUFFIX)
 
 
 def check_gguf(path: Path) -> None:
@@ -57,20 +66,43 @@ def load_gguf(auto: type, path: Path, dtype: torch.dtype) -> tuple[PreTrainedMod
         FileNotFoundError, ValueError: see `check_gguf`, or an architecture or tokenizer that transformers cannot read.
     """
     check_gguf(path)
-    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    try:
+    with read_by_transformers(path) as where:
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    config = without_quantisation(read.config)
+    config.dtype = dtype
+    model = auto.from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+    model.load_state_dict((read if type(model) is type(read) else read.base_model).state_dict())
+    model.tie_weights()
+    return model.eval(), load_gguf_tokenizer(path)
+
+
+def load_gguf_config(path: Path) -> PreTrainedConfig:
+    """What a GGUF file says of its model; errors as of `load_gguf`."""
+    check_gguf(path)
+    with read_by_transformers(path) as where:
+        return without_quantisation(AutoConfig.from_pretrained(path.parent, **where))
+
+
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file; errors as of `load_gguf`."""
+    check_gguf(path)
+    with read_by_transformers(path) as where:
+        return AutoTokenizer.from_pretrained(path.parent, **where)
+
+
+@contextlib.contextmanager
+def read_by_transformers(path: Path) -> Iterator[dict[str, Any]]:
+    """The options by which transformers reads a GGUF file; what it cannot read is a ValueError with the file's name."""
+    try:
+        yield {"gguf_file": path.name, "trust_remote_code": False}
     except (ValueError, KeyError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"{path}: transformers cannot read this GGUF file ({error}); give a checkpoint folder"
         ) from error
-    config = read.config
+
+
+def without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config of GGUF without what keeps its model from being saved."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = dtype
-    model = auto.from_config(config, dtype=dtype)  # type: ignore[attr-defined]
-    state = read.state_dict() if type(model) is type(read) else read.base_model.state_dict()
-    model.load_state_dict(state)
-    model.tie_weights()
-    return model.eval(), tokenizer
+    return config

@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from pe.gguf import is_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
+
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
@@ -207,6 +209,8 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
         FileNotFoundError: with the path tried and what to do.
         ValueError: a model that needs code of its own, an adapter, quantised weights.
     """
+    if is_gguf(name):
+        return load_gguf_config(Path(name))
     stored: dict[str, Any] = {}
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
@@ -256,12 +260,14 @@ def own_code(name: str) -> ValueError:
 def load_pretrained(
     auto: type, name: str, revision: str | None, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, safetensors only, no remote code.
+    """A model and its tokenizer, safetensors or a GGUF file only, no remote code.
 
     Raises:
         FileNotFoundError: with the path tried and what to do; no weights, or pickled ones alone.
         ValueError: see `load_config`; a weights file or a tokenizer that is cut short or damaged, with its name.
     """
+    if is_gguf(name):
+        return load_gguf(auto, Path(name), dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     config = load_config(name, revision)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "trust_remote_code": False}
     try:
@@ -301,6 +307,8 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: damaged, missing or with code of its own.
     """
+    if is_gguf(name):
+        return load_gguf_tokenizer(Path(name))
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -337,7 +345,9 @@ def find_file(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def checkpoint_files(name: str, revision: str | None) -> list[Path]:
-    """`config.json` and the weights that transformers loads; none if one of them is not found."""
+    """`config.json` and the weights that transformers loads, or a GGUF file; none if one of them is not found."""
+    if is_gguf(name):
+        return [Path(name)] if Path(name).is_file() else []
     weights = ["model.safetensors"]
     index = find_file(name, "model.safetensors.index.json", revision)
     if index and not find_file(name, weights[0], revision):

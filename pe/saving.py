@@ -28,6 +28,7 @@ from pe.alignment import Alignment, AlignmentReport, LinearAlignment, Vocabulary
 from pe.backbone import Backbone
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
 from pe.files import exchange
+from pe.gguf import is_gguf
 from pe.instructions import as_prompts, trained_instructions
 from pe.lens import Lens
 from pe.loading import (
@@ -166,7 +167,7 @@ def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included
     source = Path(name)
     return {
         "name": name,
-        "path": os.path.relpath(source.resolve(), path.resolve()) if source.is_dir() else None,
+        "path": os.path.relpath(source.resolve(), path.resolve()) if source.exists() else None,
         "revision": part.revision,
         "commit": commit_of(part.model),
         "tokenizer": part.text_tokenizer.behaviour,
@@ -349,7 +350,7 @@ def _locate(saved: Mapping[str, Any], path: Path) -> str:
     name, starts = saved["name"], (path.absolute(), path.resolve())
     above = [folder / name for start in starts for folder in (start, *start.parents)]
     places = [Path(name), path.resolve() / (saved.get("path") or name), *above]
-    here = (str(place) for place in places if os.access(place / "config.json", os.R_OK))
+    here = (str(place) for place in places if os.access(place if is_gguf(place) else place / "config.json", os.R_OK))
     return next((place for place in here if fingerprint(checkpoint_files(place, None)) == saved["revision"]), name)
 
 

@@ -1,12 +1,17 @@
 """GGUF files: read as an ordinary model, or refused by a sentence."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from pe.backbone import Backbone
+from pe.config import BackboneConfig, ModelConfig, PrompterConfig
 from pe.gguf import check_gguf, is_gguf, load_gguf
+from pe.model import PromptEmbedder
 from tests.gguf_files import write_gguf
 
 
@@ -67,3 +72,45 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "other.gguf", "gptj")
     with pytest.raises(ValueError, match=r"other\.gguf: transformers cannot read this GGUF file .*gptj"):
         load_gguf(AutoModelForCausalLM, path, torch.float32)
+
+
+def test_an_embedder_is_made_of_gguf_files_saved_and_moved(small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "models" / "small.gguf"
+    file.parent.mkdir()
+    shutil.copy(small, file)
+    config = ModelConfig(
+        prompter=PrompterConfig(model=str(file), soft_tokens=2, trainable="lora"),
+        backbone=BackboneConfig(model=str(file)),
+        max_length=32,
+    )
+    torch.manual_seed(0)
+    model = PromptEmbedder.from_config(config).eval()
+    expected = model.encode(["ab c", "b"], instruction="find it")
+    model.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    again = PromptEmbedder.from_pretrained(tmp_path / "elsewhere" / "model")
+    assert (again.encode(["ab c", "b"], instruction="find it") == expected).all()
+    again.save_pretrained(tmp_path / "whole", include_backbone=True)
+    file.unlink()
+    alone = PromptEmbedder.from_pretrained(tmp_path / "whole", dtype="float32")
+    assert abs(alone.encode(["ab c", "b"], instruction="find it") - expected).max() < 0.05  # weights are bfloat16 there
+
+
+def test_another_gguf_file_in_its_place_is_noticed(small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    shutil.copy(small, file)
+    config = ModelConfig(prompter=PrompterConfig(model=str(file)), backbone=BackboneConfig(model=str(file)))
+    config = dataclasses.replace(config, max_length=32)
+    PromptEmbedder.from_config(config).save_pretrained(tmp_path / "model")
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"content"):
+        PromptEmbedder.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", [b"hello", b""])
+def test_a_bad_file_as_backbone_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.gguf: expected a GGUF file, got one that does not begin with GGUF"):
+        Backbone.from_pretrained(BackboneConfig(model=str(tmp_path / "x.gguf")), torch.device("cpu"))
