@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import encoding, kernels, largest, plots, quality, records, scaling, transfer
+from bench import encoding, instruct, kernels, largest, plots, quality, records, scaling, transfer
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
 from bench.markdown import NOT_YET, gpu_line, grid, hardware, share, where
@@ -196,6 +196,7 @@ SECTIONS: dict[str, Render] = {
     "scaling": scaling.render,
     "encoding": encoding.render,
     "quality": quality.render,
+    "instruct": instruct.render,
     "transfer": transfer.render,
     "ops": kernels.render,
     "kernels": render_kernels,

@@ -114,10 +114,12 @@ def test_saved_again_and_moved(saved: Path, tiny_models: Path, tmp_path: Path) -
     assert np.allclose(copied.encode(TEXTS, prompt=TASK), expected, atol=1e-6)
     with pytest.raises(ValueError, match="content"):
         load(saved, model_kwargs={"backbone": str(tiny_models / "two")})
+    with pytest.raises(ValueError, match="prompter: expected none, since"):
+        load(saved, model_kwargs={"prompter": str(tiny_models / "prompter")})
     half = load(saved, model_kwargs={"dtype": "bfloat16"})
     assert half[0].embedder.backbone.dtype == torch.bfloat16
     assert np.allclose(half.encode(TEXTS, prompt=TASK), expected, atol=0.05)
-    with pytest.raises(ValueError, match=r"expected no key but 'backbone' and 'dtype' .*, got 'torch_type'"):
+    with pytest.raises(ValueError, match=r"expected no key but 'backbone', 'prompter' and 'dtype' .*, got 'torch_type'"):
         load(saved, model_kwargs={"torch_type": "bfloat16"})
 
 

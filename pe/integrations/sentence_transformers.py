@@ -160,16 +160,17 @@ class PromptModule(InputModule):
         trust_remote_code: bool = False,  # without it this class is not loaded; it changes nothing more
         **others: object,
     ) -> Self:
-        """Load a saved PromptEmbedder; `model_kwargs` may have its `backbone` and `dtype` (or `torch_dtype`).
+        """Load a saved PromptEmbedder; `model_kwargs` may have its `backbone`, `prompter`, `dtype` (`torch_dtype`).
 
         Raises:
             FileNotFoundError, ValueError: see `PromptEmbedder.from_pretrained`; or an option that would change nothing.
         """
         options = dict(model_kwargs or {})
-        backbone, dtype = options.pop("backbone", None), pop_dtype(options)
+        places = {name: options.pop(name, None) for name in ("backbone", "prompter")}
+        dtype = pop_dtype(options)
         if options:
             raise ValueError(
-                "model_kwargs: expected no key but 'backbone' and 'dtype' (or 'torch_dtype'), got"
+                "model_kwargs: expected no key but 'backbone', 'prompter' and 'dtype' (or 'torch_dtype'), got"
                 f" {', '.join(map(repr, options))}"
             )
         if backend != "torch":
@@ -185,4 +186,4 @@ class PromptModule(InputModule):
         )
         if folder is None:
             raise FileNotFoundError(f"{model_name_or_path}: no folder {subfolder!r} there; save the model again")
-        return cls(PromptEmbedder.from_pretrained(folder, backbone=backbone, dtype=dtype))
+        return cls(PromptEmbedder.from_pretrained(folder, dtype=dtype, **places))
