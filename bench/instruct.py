@@ -96,6 +96,7 @@ def as_record(name: str, title: str, scores: Scores, recipe: Recipe, recipe_name
         "rate": recipe.train.lr,
         "counterpart": recipe.loss.counterpart,
         "plain": sum(plain) / len(plain) if plain else None,
+        "by_task": scores.by_task,
         "instruct": {task: scores.tasks[task].parts for task in INSTRUCT_TASKS if task in scores.tasks},
         **others,
     }

@@ -30,6 +30,8 @@ LIMIT_BYTES = 1_000_000
 TRAIN_ROWS, EVAL_ROWS = 4_000, 400
 HELD_OUT = 10
 """A premise in so many is held out for evaluation."""
+PLAIN = "train/similar"
+"""Rows of `train/nli` as they are, less what is held out: one instruction, without a contradiction."""
 LURES = 3
 """A text of another domain is drawn from so many, or more at a tie, that share most words with the query."""
 
@@ -147,18 +149,19 @@ def distinct(items: Iterable[T], text: Callable[[T], str]) -> list[T]:
 # NLI: an entailed and a contradicting hypothesis change places.
 
 
-def nli(records: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows; no text of the one stands in the other."""
+def nli(records: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Training and evaluation rows, no text of the one in the other; and the records that hold no text of evaluation."""
     usable = [record for record in records if record.get("negatives") and _differ(record)]
     held_out = [record for record in usable if number_of("premise", letters(record["query"])) % HELD_OUT == 0]
     held_out = distinct(held_out, lambda record: record["query"])
     seen = {letters(text) for record in held_out for text in _texts(record)}
-    train = [record for record in usable if not seen & {letters(text) for text in _texts(record)}]
-    return [_nli_row(record) for record in train], [_nli_row(record) for record in held_out]
+    plain = [record for record in records if not seen & {letters(text) for text in _texts(record)}]
+    train = [record for record in plain if record in usable]
+    return [_nli_row(record) for record in train], [_nli_row(record) for record in held_out], plain
 
 
 def _texts(record: Row) -> list[str]:
-    return [record["query"], record["positive"], *record["negatives"]]
+    return [record["query"], record["positive"], *record.get("negatives", ())]
 
 
 def _differ(record: Row) -> bool:
@@ -257,7 +260,7 @@ class Overlap:
 
 def make(data: Path) -> dict[str, list[Row]]:
     """Rows by file below `data/instruct`."""
-    train, test = nli(read_jsonl(data / "train/nli.jsonl.xz"))
+    train, test, plain = nli(read_jsonl(data / "train/nli.jsonl.xz"))
     questions = {
         "train": [record["query"] for record in read_jsonl(data / "train/medquad.jsonl.xz")],
         "eval": [record["text"] for record in read_jsonl(data / "eval/medquad/queries.jsonl.xz")],
@@ -266,7 +269,7 @@ def make(data: Path) -> dict[str, list[Row]]:
         "train": read_jsonl(data / "train/clinc150.jsonl.xz"),
         "eval": read_jsonl(data / "eval/clinc150_test.jsonl.xz"),
     }
-    made = {"train/nli": train, "eval/nli": test}
+    made = {"train/nli": train, "eval/nli": test, PLAIN: plain}
     for part, count in (("train", TRAIN_ROWS), ("eval", EVAL_ROWS)):
         made[f"{part}/medquad"] = crossed(medical(questions[part]), ("medquad_disease", "medquad_kind"), count)
         made[f"{part}/clinc150"] = clinc(requests[part], count)
@@ -294,7 +297,8 @@ def main() -> None:
     for name, rows in make(arguments.data).items():
         path = target / f"{name}.jsonl.xz"
         write(rows, path)
-        read_rows(path, tasks)
+        if name != PLAIN:
+            read_rows(path, tasks)
         print(f"{name:16} {len(rows):>6,} rows {path.stat().st_size:>9,} bytes")
 
 

@@ -331,8 +331,11 @@ def script() -> ModuleType:
 
 
 def test_the_script_makes_what_ships(script: ModuleType) -> None:
-    train, held_out = script.nli(read_jsonl(DATA / "train/nli.jsonl.xz"))
+    train, held_out, plain = script.nli(read_jsonl(DATA / "train/nli.jsonl.xz"))
     assert train == read_jsonl(INSTRUCT / "train/nli.jsonl.xz")
+    assert plain == read_jsonl(INSTRUCT / "train/similar.jsonl.xz")
+    queries = {row["query"] for row in held_out}
+    assert not queries & {text for row in plain for text in (row["query"], row["positive"], *row["negatives"])}
     assert held_out == read_jsonl(INSTRUCT / "eval/nli.jsonl.xz")
     items = script.banking(read_jsonl(DATA / "eval/banking77_test.jsonl.xz"))
     made = script.crossed(items, ("banking_product", "banking_problem"), script.EVAL_ROWS)
