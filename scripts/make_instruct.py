@@ -150,7 +150,7 @@ def distinct(items: Iterable[T], text: Callable[[T], str]) -> list[T]:
 
 
 def nli(records: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Training and evaluation rows, no text of the one in the other; and the records that hold no text of evaluation."""
+    """Training and evaluation rows, no text of the one in the other; and the records without a text of evaluation."""
     usable = [record for record in records if record.get("negatives") and _differ(record)]
     held_out = [record for record in usable if number_of("premise", letters(record["query"])) % HELD_OUT == 0]
     held_out = distinct(held_out, lambda record: record["query"])

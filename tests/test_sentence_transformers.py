@@ -119,7 +119,9 @@ def test_saved_again_and_moved(saved: Path, tiny_models: Path, tmp_path: Path) -
     half = load(saved, model_kwargs={"dtype": "bfloat16"})
     assert half[0].embedder.backbone.dtype == torch.bfloat16
     assert np.allclose(half.encode(TEXTS, prompt=TASK), expected, atol=0.05)
-    with pytest.raises(ValueError, match=r"expected no key but 'backbone', 'prompter' and 'dtype' .*, got 'torch_type'"):
+    with pytest.raises(
+        ValueError, match=r"expected no key but 'backbone', 'prompter' and 'dtype' .*, got 'torch_type'"
+    ):
         load(saved, model_kwargs={"torch_type": "bfloat16"})
 
 
