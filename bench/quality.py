@@ -39,6 +39,7 @@ from pe.config import AlignmentConfig, LoraSettings, Recipe, Skip
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
 from pe.loading import has_instructions, quiet
+from pe.losses import instructions_of
 from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
 from pe.train import Trainable, build_accelerator, build_plan, fit
@@ -170,11 +171,7 @@ ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title
 
 def instructions(recipe: Recipe) -> list[Instruction]:
     """Every instruction of the training sets, both sides."""
-    found: list[Instruction] = []
-    for item in recipe.data:
-        documents = item.instruction if item.document_instruction is None else item.document_instruction
-        found += [Instruction(item.instruction, "query"), Instruction(documents, "document")]
-    return list(dict.fromkeys(found))
+    return instructions_of(build_plan(recipe, Console(quiet=True)))
 
 
 def evaluate(encoder: TextEncoder, recipe: Recipe) -> Scores:

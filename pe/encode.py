@@ -172,12 +172,14 @@ def encode_file(
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    parser.add_function_arguments(encode_file, as_positional=True, skip={"instruction", "backbone", "dtype"})
+    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype"}
+    parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
     parser.add_argument(
         "--instruction", type=str, default=None, help="a sentence, or a JSON list of them (default: that of training)"
     )
     parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
+    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
     return parser.parse_args(argv)
 

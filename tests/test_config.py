@@ -156,7 +156,6 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
         ("train:\n  lr: yes\n", 2, "Expected a <class 'float'>. Got value: True"),
         ("output: x\nmodel:\n  layout: sufix\n", 3, "'suffix', 'prefix'"),
         ("data: {path: a, instruction: b}\n", 1, "Expected a <class 'list'>"),
-        ("data:\n  - path: a\n", 1, "the following arguments are required: instruction"),
         ("train:\n  batch_size: 0\n", 2, "train.batch_size: expected at least 1, got 0"),
         ("model:\n  prompter:\n    temperature: 0\n", 3, "prompter.temperature: expected a positive number, got 0.0"),
         ("loss:\n  matryoshka: [0, 8]\n", 2, "loss.matryoshka: expected sizes of 1 or more, got (0, 8)"),
@@ -313,3 +312,9 @@ def test_a_data_set_names_itself(changes: dict[str, object], said: str) -> None:
     with pytest.raises(RecipeError) as caught:
         DatasetConfig(**({"path": "a.jsonl", "instruction": "i"} | changes))  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+def test_a_set_without_an_instruction_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data:\n  - path: a.jsonl\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: a\.jsonl: instruction: expected a sentence, got ''"):
+        load_recipe(tmp_path / "recipe.yaml")
