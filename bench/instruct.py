@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -115,9 +115,11 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
         found = spread(model, wanted, plan.batch(0).queries)
         known["alike"] = found and dataclasses.asdict(found)
     rows = []
-    for way in ("mean", "nearest") if isinstance(model, StaticPromptEmbedder) else ("",):
-        if isinstance(model, StaticPromptEmbedder):
-            model.static.unknown = "nearest" if way == "nearest" else "mean"
+    is_static = isinstance(model, StaticPromptEmbedder)
+    ways: tuple[Literal["mean", "nearest"] | None, ...] = ("mean", "nearest") if is_static else (None,)
+    for way in ways:
+        if way and isinstance(model, StaticPromptEmbedder):
+            model.meet_unknown(way)
         shown = f"{title}, unseen wordings: {way}" if way else title
         rows.append(as_record(name, shown, evaluate(model, recipe), recipe, recipe_name, **known))
     return rows

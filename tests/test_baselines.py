@@ -17,7 +17,7 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder, StaticPrompts
-from pe.config import LoraSettings, ModelConfig, PrompterConfig
+from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig
 from pe.kernels.info_nce import info_nce
 from pe.model import Instruction, Requests
 from tests.tiny import PLAIN, byte_tokenizer, decoder
@@ -309,3 +309,15 @@ def test_an_unknown_instruction_takes_the_prompt_spelled_most_like_it() -> None:
     prompts.unknown = "nearest"
     assert prompts(unseen)[:, 0, 0].tolist() == [0, 1]
     assert prompts(["find what follows"]).unique().tolist() == [1]
+
+
+def test_how_an_unknown_instruction_is_met_can_change(tiny_models: Path) -> None:
+    config = ModelConfig(backbone=BackboneConfig(model=str(tiny_models / "one")), max_length=32)
+    known = [Instruction("find a contradiction"), Instruction("find what follows")]
+    model = StaticPromptEmbedder.from_config(config, instructions=known).eval()
+    asked = {"instruction": "find contradictions"}
+    by_mean = model.encode(["a text"], **asked)
+    model.meet_unknown("nearest")
+    assert (model.encode(["a text"], **asked) == model.encode(["a text"], instruction=known[0].text)).all()
+    model.meet_unknown("mean")
+    assert (model.encode(["a text"], **asked) == by_mean).all()

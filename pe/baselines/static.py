@@ -26,6 +26,7 @@ from pe.lens import Lens
 from pe.loading import Filled
 from pe.model import Instruction, PromptEmbedder, listed
 from pe.prompting import PromptingLLM
+from pe.turns import in_turn
 
 Start = Literal["vocabulary", "instruction"]
 
@@ -140,6 +141,12 @@ class StaticPromptEmbedder(PromptEmbedder):
     @property
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
+
+    @in_turn
+    def meet_unknown(self, way: Literal["mean", "nearest"]) -> None:
+        """From now on give an unknown instruction the mean of all prompts, or that of what is spelled most like it."""
+        self.static.unknown = way
+        self._bank.clear()
 
     def _fresh_lens(self) -> Lens | None:
         """Its gates read the prompts themselves: there are no hidden states that wrote them."""
