@@ -429,7 +429,7 @@ def _read_prompter(
         raise FileNotFoundError(f"{path}: the base of its prompting LLM cannot be had: {error}; {cure}") from error
     if not (own or revision is None or has_content(prompter.model, name, prompter.revision, saved)):
         raise ValueError(
-            f"{path}: its prompting LLM is, or is an adapter of, {saved['name']} with content {revision}, but"
+            f"{path}: its prompting LLM is an adapter of {saved['name']} with content {revision}, but"
             f" {name} has content {prompter.revision}; give the former checkpoint's folder as prompter="
         )
     _check_tokenizer(path, name, prompter.text_tokenizer, saved)

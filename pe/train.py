@@ -225,7 +225,7 @@ def _fit(
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 if not detached(model, probe).isfinite().all():
                     raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
-                if isinstance(model, PromptEmbedder) and (found := spread_of(model, plan)):
+                if run and isinstance(model, PromptEmbedder) and (found := spread_of(model, plan)):
                     history.spreads.append((step + 1, found.prompts, found.embeddings))
                     accelerator.log({"instructions_alike": found.embeddings}, step=step + 1)
                 if run:
