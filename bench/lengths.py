@@ -21,7 +21,7 @@ import torch
 
 from bench.cases import ROOT, Case
 from pe.batches import BatchPlan
-from pe.data import load_dataset
+from pe.instruct_set import load_training_set
 from pe.loading import TextTokenizer, load_config, load_tokenizer
 from pe.model import Instruction, Requests
 
@@ -114,7 +114,7 @@ def measure(recipe_file: Path) -> dict[str, object]:
 
     found = []
     for item in recipe.data:
-        batch = BatchPlan([load_dataset(item)], [1.0], 1, ROWS, recipe.train.seed, hard_negatives=0).batch(0)
+        batch = BatchPlan([load_training_set(item)], [1.0], 1, ROWS, recipe.train.seed, hard_negatives=0).batch(0)
         heads = [f"Instruct: {text}\nQuery:" for text in (batch.instructions[0], batch.document_instruction)]
         instruction, document_instruction = tokens(heads, None)
         found.append(

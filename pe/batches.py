@@ -51,7 +51,7 @@ class Batch:
     document_ids: Ints
     """[N]"""
     counterparts: Ints
-    """[B] place of the document that is right under the contradicting instruction instead; -1: there is none."""
+    """[B] place of a document that is wrong here and, as a rule, right under the contradicting instruction; or -1."""
 
 
 def _later(order: Ints, avoid: Ints, head: int) -> Ints:
@@ -186,8 +186,8 @@ class BatchPlan:
             instructions=list(sentences.values()),
             asked=[names.index(example.asked) for example in examples],
             document_instruction=dataset.document_instruction,
-            queries=[dataset.query_text(example.query) for example in examples],
-            documents=[dataset.document_text(text) for text in documents],
+            queries=[dataset.config.query_text(example.query) for example in examples],
+            documents=[dataset.config.document_text(text) for text in documents],
             labels=labels,
             document_labels=np.concatenate([labels, np.full(len(negatives), -1, dtype=np.int64)]),
             query_ids=_ids([example.query for example in examples]),

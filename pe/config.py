@@ -213,6 +213,19 @@ class DatasetConfig:
         for name in ("query_template", "document_template"):
             _require("{text}" in getattr(self, name), f"{self.path}: {name}", "{text} in it", getattr(self, name))
 
+    @property
+    def of_documents(self) -> str:
+        """The instruction that documents stand under."""
+        return self.instruction if self.document_instruction is None else self.document_instruction
+
+    def query_text(self, text: str) -> str:
+        """A query in its template."""
+        return self.query_template.replace("{text}", text)
+
+    def document_text(self, text: str) -> str:
+        """A document in its template."""
+        return self.document_template.replace("{text}", text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -137,9 +137,6 @@ class TrainingSet(Protocol):
         """What row `index` gives to a batch."""
         ...
 
-    def query_text(self, text: str) -> str: ...
-    def document_text(self, text: str) -> str: ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -167,8 +164,7 @@ class Dataset:
 
     @property
     def document_instruction(self) -> str:
-        of_documents = self.config.document_instruction
-        return self.config.instruction if of_documents is None else of_documents
+        return self.config.of_documents
 
     def instructions(self, rng: np.random.Generator) -> dict[str, str]:
         """The instruction of a batch's queries, by name."""
@@ -187,17 +183,11 @@ class Dataset:
         other = first + (index - first + rng.integers(1, end - first)) % (end - first)
         return Example(self.queries[index], self.queries[other], (), label)
 
-    def query_text(self, text: str) -> str:
-        return self.config.query_template.replace("{text}", text)
-
-    def document_text(self, text: str) -> str:
-        return self.config.document_template.replace("{text}", text)
-
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` in its templates."""
         raw = self.draw(index, rng)
-        negatives = tuple(map(self.document_text, raw.negatives))
-        return Example(self.query_text(raw.query), self.document_text(raw.positive), negatives, raw.label)
+        negatives = tuple(map(self.config.document_text, raw.negatives))
+        return Example(self.config.query_text(raw.query), self.config.document_text(raw.positive), negatives, raw.label)
 
 
 class _Parts(NamedTuple):
@@ -270,6 +260,12 @@ def _check_positive_from(config: DatasetConfig, kind: Kind, where: str) -> None:
         raise DataError(f"{where}: positive_from: expected null for {braced(kind)}, got {config.positive_from}")
 
 
+def check_limit(config: DatasetConfig) -> None:
+    """Raise DataError for a limit that leaves no row."""
+    if config.max_rows is not None and config.max_rows < 1:
+        raise DataError(f"{config.path}: max_rows: expected at least 1, or null, got {config.max_rows}")
+
+
 def load_dataset(config: DatasetConfig) -> Dataset:
     """Read a data set and check every record of it.
 
@@ -278,8 +274,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
             `positive_from` is missing for scored pairs or given for others.
     """
     path, limit = config.path, config.max_rows
-    if limit is not None and limit < 1:
-        raise DataError(f"{path}: max_rows: expected at least 1, or null, got {limit}")
+    check_limit(config)
     on_hub = path.startswith(HUB)
     source: Iterator[tuple[int, Any]] = hub_rows(path) if on_hub else jsonl_lines(Path(path))
     kind: Kind | None = None

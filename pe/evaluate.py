@@ -32,7 +32,7 @@ from pe.instruct_score import (
     INSTRUCT_METRIC,
     INSTRUCT_TASKS,
     INSTRUCTIONS,
-    InstructSet,
+    ContradictingTasks,
     available_sets,
     read_set,
     rights,
@@ -171,14 +171,14 @@ def score(
             place = bar.add_task("")
             for number, (name, task) in enumerate(found.items(), start=1):
                 bar.update(place, description=f"{name} ({number} of {len(found)})")
-                if isinstance(task, InstructSet):
+                if isinstance(task, ContradictingTasks):
                     results[name] = _run_instruct(encoder, task, batch_tokens)
                 else:
                     results[name] = _run(encoder, task, instructions, batch_tokens)
     return Scores(model=encoder.name, revision=encoder.revision, tasks=results)
 
 
-def _run_instruct(encoder: TextEncoder, task: InstructSet, batch_tokens: int) -> TaskScore:
+def _run_instruct(encoder: TextEncoder, task: ContradictingTasks, batch_tokens: int) -> TaskScore:
     start = time.perf_counter()
     parts = rights(encoder, task, batch_tokens=batch_tokens)
     return TaskScore(
@@ -214,7 +214,7 @@ def _run(encoder: TextEncoder, task: AbsTask, instructions: Mapping[str, str] | 
     )
 
 
-def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | InstructSet]:
+def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | ContradictingTasks]:
     """The tasks of these names, in order, each once; none given: every offline task whose files are in `data`.
 
     Raises:
@@ -228,7 +228,7 @@ def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | Instruct
     if not names:
         example = TASKS["PE-STSb-dev"].files[0]
         raise EvaluationError(f"{data}: expected the files of at least one task, such as {example}, found none")
-    found: dict[str, AbsTask | InstructSet] = {}
+    found: dict[str, AbsTask | ContradictingTasks] = {}
     for name in names:
         found[name] = read_set(name, data) if name in INSTRUCT_TASKS else _mteb_task(name, data, offline)
     return found

@@ -65,34 +65,37 @@ def load_gguf(auto: type, path: Path, dtype: torch.dtype) -> tuple[PreTrainedMod
     Raises:
         FileNotFoundError, ValueError: see `check_gguf`, or an architecture or tokenizer that transformers cannot read.
     """
-    check_gguf(path)
     with read_by_transformers(path) as where:
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     config = without_quantisation(read.config)
     config.dtype = dtype
     model = auto.from_config(config, dtype=dtype)  # type: ignore[attr-defined]
     model.load_state_dict((read if type(model) is type(read) else read.base_model).state_dict())
     model.tie_weights()
-    return model.eval(), load_gguf_tokenizer(path)
+    return model.eval(), tokenizer
 
 
 def load_gguf_config(path: Path) -> PreTrainedConfig:
     """What a GGUF file says of its model; errors as of `load_gguf`."""
-    check_gguf(path)
     with read_by_transformers(path) as where:
         return without_quantisation(AutoConfig.from_pretrained(path.parent, **where))
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file; errors as of `load_gguf`."""
-    check_gguf(path)
     with read_by_transformers(path) as where:
         return AutoTokenizer.from_pretrained(path.parent, **where)
 
 
 @contextlib.contextmanager
 def read_by_transformers(path: Path) -> Iterator[dict[str, Any]]:
-    """The options by which transformers reads a GGUF file; what it cannot read is a ValueError with the file's name."""
+    """The options by which transformers reads a GGUF file, which is looked at first.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_gguf`; what transformers cannot read, with the file's name.
+    """
+    check_gguf(path)
     try:
         yield {"gguf_file": path.name, "trust_remote_code": False}
     except (ValueError, KeyError, NotImplementedError, TypeError) as error:

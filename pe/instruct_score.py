@@ -45,7 +45,7 @@ INSTRUCTIONS = "instruct/instructions.yaml"
 
 
 @dataclass(frozen=True)
-class InstructSet:
+class ContradictingTasks:
     """Two tasks that contradict each other, and the rows that both are measured on."""
 
     sides: tuple[InstructTask, InstructTask]
@@ -63,7 +63,7 @@ def _file(stem: str) -> str:
     return f"instruct/eval/{stem}.jsonl"
 
 
-def read_set(name: str, data: Path) -> InstructSet:
+def read_set(name: str, data: Path) -> ContradictingTasks:
     """The task of this name, over the files in `data`.
 
     Raises:
@@ -83,10 +83,10 @@ def read_set(name: str, data: Path) -> InstructSet:
     for task in (first, second):
         if not task.unseen:
             raise DataError(f"{instructions}: {task.name}: unseen: expected a wording to measure with, got none")
-    return InstructSet((first, second), read_rows(path, tasks))
+    return ContradictingTasks((first, second), read_rows(path, tasks))
 
 
-def rights(encoder: TextEncoder, found: InstructSet, *, batch_tokens: int = 16_384) -> dict[str, float]:
+def rights(encoder: TextEncoder, found: ContradictingTasks, *, batch_tokens: int = 16_384) -> dict[str, float]:
     """Right answers of 100: `right_unseen` and `right_seen`, and of either side, such as `follows_unseen`.
 
     A side's share is the mean over its wordings, `right_...` the mean of both sides. Seen are as many training wordings

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from pe.config import DatasetConfig
-from pe.data import Example, Report
+from pe.data import Example, Report, TrainingSet, check_limit, load_dataset
 from pe.instruct import InstructRow, InstructTask, read_instructions, read_rows
 from pe.records import DataError
 
@@ -56,12 +56,6 @@ class InstructSet:
             found.append(Example(row.query, side.positive, side.negatives, label, task.name))
         return found
 
-    def query_text(self, text: str) -> str:
-        return self.config.query_template.replace("{text}", text)
-
-    def document_text(self, text: str) -> str:
-        return self.config.document_template.replace("{text}", text)
-
 
 def load_instruct_set(config: DatasetConfig) -> InstructSet:
     """Read the rows of `config.path` under the tasks of `config.instruct`.
@@ -70,8 +64,10 @@ def load_instruct_set(config: DatasetConfig) -> InstructSet:
         DataError: a damaged file or row, a row with other sides than the rest, or tasks without wordings for training.
     """
     assert config.instruct is not None
+    check_limit(config)
     known = read_instructions(config.instruct)
-    rows = read_rows(config.path, known)[: config.max_rows]
+    whole = read_rows(config.path, known)
+    rows = whole[: config.max_rows]
     names = tuple(rows[0].sides)
     for number, row in enumerate(rows, start=1):
         if set(row.sides) != set(names) or len(names) != 2:
@@ -83,9 +79,20 @@ def load_instruct_set(config: DatasetConfig) -> InstructSet:
     if not first.train or not second.train:
         raise DataError(f"{config.path}: {first.name}: expected wordings to train on, got none in {config.instruct}")
     numbers = {query: number for number, query in enumerate(dict.fromkeys(row.query for row in rows))}
-    report = Report(path=config.path, keys=("query", *names), rows=len(rows), examples=2 * len(rows))
+    report = Report(
+        path=config.path,
+        keys=("query", *names),
+        rows=len(rows),
+        examples=len(rows),
+        max_rows=config.max_rows if len(rows) < len(whole) else None,
+    )
     labels = [numbers[row.query] for row in rows]
     return InstructSet(config=config, report=report, tasks=(first, second), rows=rows, labels=labels)
+
+
+def load_training_set(config: DatasetConfig) -> TrainingSet:
+    """Read a training set of either kind; errors as of `load_dataset` and `load_instruct_set`."""
+    return load_instruct_set(config) if config.instruct else load_dataset(config)
 
 
 def first_wordings(datasets: Sequence[object]) -> dict[str, str]:

@@ -26,9 +26,9 @@ def trained_instructions(data: Sequence[DatasetConfig]) -> dict[str, str]:
         return {}
     query = heaviest((item.instruction, item.weight) for item in data)
     beside = [item for item in data if item.instruction == query]
-    named = {"query": query, "document": heaviest((of_documents(item), item.weight) for item in beside)}
+    named = {"query": query, "document": heaviest((item.of_documents, item.weight) for item in beside)}
     for item in data:
-        name, documents = set_name(item.path), of_documents(item)
+        name, documents = set_name(item.path), item.of_documents
         named[free_name(name, item.instruction, named)] = item.instruction
         if documents != item.instruction:
             named[free_name(f"{name}-document", documents, named)] = documents
@@ -44,10 +44,6 @@ def as_prompts(instructions: Mapping[str, str]) -> dict[str, str]:
     """The prompts of sentence-transformers: all instructions, and the default of each side that has one."""
     defaults = {side: default_instruction(instructions, side) for side in ("query", "document")}
     return {side: default for side, default in defaults.items() if default} | dict(instructions)
-
-
-def of_documents(item: DatasetConfig) -> str:
-    return item.instruction if item.document_instruction is None else item.document_instruction
 
 
 def heaviest(weighted: Iterable[tuple[str, float]]) -> str:

@@ -13,9 +13,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -31,10 +31,9 @@ from pe.batches import Batch, BatchPlan
 from pe.card import model_card
 from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
-from pe.data import load_dataset
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.files import write_text
-from pe.instruct_set import first_wordings, load_instruct_set
+from pe.instruct_set import first_wordings, load_training_set
 from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests, instructions_of, random_state, set_random_state
@@ -77,7 +76,7 @@ class History:
     Attributes:
         losses: by step.
         scores: (steps done, training seconds, mean score) of every evaluation while training.
-        spreads: (steps done, mean cosine of prompts or None, of embeddings) between instructions, at every checkpoint.
+        spreads: (steps done, fields of `Spread`) at every checkpoint of a run.
         seconds: training time, evaluations left out.
         texts, truncated: texts read on this process, and how many of them were cut to the token limit.
         tokens, padded: their tokens, and the tokens of the same batches with padding.
@@ -85,12 +84,17 @@ class History:
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
-    spreads: list[tuple[int, float | None, float]] = field(default_factory=list)
+    spreads: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     seconds: float = 0.0
     texts: int = 0
     truncated: int = 0
     tokens: int = 0
     padded: int = 0
+
+    @property
+    def spread(self) -> Spread | None:
+        """How alike instructions are to the model at the last checkpoint; None without one, or of fewer than two."""
+        return Spread(**self.spreads[-1][1]) if self.spreads else None
 
     @property
     def padding_share(self) -> float:
@@ -226,7 +230,7 @@ def _fit(
                 if not detached(model, probe).isfinite().all():
                     raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
                 if run and isinstance(model, PromptEmbedder) and (found := spread_of(model, plan)):
-                    history.spreads.append((step + 1, found.prompts, found.embeddings))
+                    history.spreads.append((step + 1, asdict(found)))
                     accelerator.log({"instructions_alike": found.embeddings}, step=step + 1)
                 if run:
                     states = gather_object([random_state()])
@@ -243,6 +247,14 @@ def spread_of(model: PromptEmbedder, plan: BatchPlan) -> Spread | None:
     """How alike the training instructions are to the model, on queries of the first batch."""
     wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
     return spread(model, wanted, plan.batch(0).queries)
+
+
+def tell(found: Spread | None, console: Console) -> None:
+    """Print how alike instructions are, and a warning where they are not followed."""
+    if found is not None:
+        console.print(str(found), highlight=False)
+        if found.is_alike:
+            console.print(f"warning: {found.warning}", highlight=False)
 
 
 def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
@@ -267,8 +279,7 @@ def embeddings_of(model: Trainable, stepwise: bool, requests: Requests | Texts) 
 
 def parameter_groups(parts: dict[str, list[nn.Parameter]], options: TrainConfig) -> list[dict[str, object]]:
     """One group a part with its own peak rate."""
-    rates = {"alignment": options.alignment_lr, "reader": options.reader_lr, "skip": options.skip_lr}
-    rates["lens"] = options.lens_lr
+    rates = {name: getattr(options, f"{name}_lr") for name in ("alignment", "reader", "skip", "lens")}
     return [
         {"params": group, "lr": options.lr if (own := rates.get(name)) is None else own, "name": name}
         for name, group in parts.items()
@@ -414,7 +425,7 @@ def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
         raise RecipeError("data: expected at least one data set, got none")
     if not recipe.train.steps:
         raise RecipeError("train.steps: expected at least 1, got 0; only pe.transfer does without training")
-    datasets = [load_instruct_set(item) if item.instruct else load_dataset(item) for item in recipe.data]
+    datasets = [load_training_set(item) for item in recipe.data]
     for dataset in datasets:
         console.print(str(dataset.report), highlight=False)
     train = recipe.train
@@ -480,15 +491,12 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         f" {history.truncated:,} of {history.texts:,} texts truncated",
         highlight=False,
     )
-    if found := spread_of(model, plan):
-        console.print(str(found), highlight=False)
-        if found.is_alike:
-            console.print(f"warning: {found.warning}", highlight=False)
+    tell(history.spread, console)
     if recipe.evaluate.tasks:
         scores["trained"] = measure(model)
     if accelerator.is_main_process:
         write_scores(run.path / "scores.json", scores)
-        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores, found))
+        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores, history.spread))
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
     return scores

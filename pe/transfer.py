@@ -49,6 +49,7 @@ from pe.train import (
     fit,
     measurer,
     spread_of,
+    tell,
 )
 
 SHARES = (0.95, 0.99)
@@ -204,9 +205,8 @@ def transfer(
             points = [point for point in history.scores if point[0] != end[0]] + [end]
             curve += [(step, spent + seconds, score) for step, seconds, score in points]
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
-    found = spread_of(target, plan) if plan else None
-    if found:
-        console.print(str(found), highlight=False)
+    found = history.spread or (spread_of(target, plan) if plan else None)
+    tell(found, console)
     target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores, found))
     write_yaml(recipe, run.model / "recipe.yaml")
     report: dict[str, object] = {"curve": curve, "reached": [dataclasses.asdict(item) for item in result.reached]}

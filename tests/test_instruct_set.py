@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,13 @@ def test_tasks_without_training_wordings_are_refused(tmp_path: Path) -> None:
 def test_options_that_would_not_be_used_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         DatasetConfig(path="x.jsonl", instruct="tasks.yaml", **values)
+
+
+def test_a_limit_is_kept_and_told(tmp_path: Path) -> None:
+    config = written(tmp_path, [row(number) for number in range(6)])
+    limited = load_instruct_set(dataclasses.replace(config, max_rows=4))
+    assert len(limited) == 4
+    assert "stopped at max_rows = 4" in str(limited.report)
+    assert load_instruct_set(config).report.max_rows is None
+    with pytest.raises(DataError, match=r"x\.jsonl: max_rows: expected at least 1, or null, got 0"):
+        load_instruct_set(dataclasses.replace(config, max_rows=0))
