@@ -152,8 +152,8 @@ class ModelConfig:
     """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
     embedding (suffix); weighted: a mean in which each token has a learned weight."""
     lens_rank: int = 0
-    """R, the directions of an embedding that its instruction may turn round, by what the prompting LLM thought when it
-    wrote the prompt (see `pe/lens.py`); 0: none."""
+    """R, the directions of an embedding that its instruction may turn round, by the hidden states that wrote its prompt
+    (see `pe/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""

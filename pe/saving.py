@@ -159,7 +159,7 @@ def _is_inside(name: str, path: Path) -> bool:
     """Whether a model's folder is in the folder `path`, or looks so through a link."""
     source = Path(name)
     places = (source.absolute(), path.absolute()), (source.resolve(), path.resolve())
-    return source.is_dir() and any(inner.is_relative_to(outer) for inner, outer in places)
+    return source.exists() and any(inner.is_relative_to(outer) for inner, outer in places)
 
 
 def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included: bool) -> dict[str, Any]:

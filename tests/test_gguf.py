@@ -114,3 +114,21 @@ def test_a_bad_file_as_backbone_is_one_sentence(tmp_path: Path, content: bytes) 
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.gguf: expected a GGUF file, got one that does not begin with GGUF"):
         Backbone.from_pretrained(BackboneConfig(model=str(tmp_path / "x.gguf")), torch.device("cpu"))
+
+
+def test_a_gguf_backbone_in_the_folder_that_is_replaced_is_kept(small: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        prompter=PrompterConfig(model=str(small), soft_tokens=2),
+        backbone=BackboneConfig(model=str(small)),
+        max_length=32,
+    )
+    PromptEmbedder.from_config(config).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "own.gguf"
+    shutil.copy(small, file)
+    config = dataclasses.replace(config, backbone=BackboneConfig(model=str(file)))
+    model = PromptEmbedder.from_config(config)
+    expected = model.encode(["ab"], instruction="find it")
+    model.save_pretrained(tmp_path / "model")
+    assert not file.exists()
+    again = PromptEmbedder.from_pretrained(tmp_path / "model", dtype="float32")
+    assert abs(again.encode(["ab"], instruction="find it") - expected).max() < 0.05  # its weights are bfloat16 there

@@ -66,7 +66,7 @@ def test_the_center_is_the_mean_over_instructions(model: PromptEmbedder) -> None
     assert model.lens is not None
     heads = [model.prompter_text(Instruction(text)) for text in (FIND, AVOID)]
     hidden = model.prompter(model.prompter_ids([(head, head) for head in heads])).hidden
-    torch.testing.assert_close(model.lens.center.detach(), model.lens.thought(hidden).mean(0))
+    torch.testing.assert_close(model.lens.center.detach(), model.lens.averaged(hidden).mean(0))
 
 
 def test_an_instruction_turns_an_embedding(model: PromptEmbedder) -> None:
