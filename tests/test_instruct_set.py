@@ -105,11 +105,7 @@ def test_the_loss_sees_the_contradiction_but_no_other_positive(tmp_path: Path) -
     q, d = embeddings[0, :8], embeddings[0, 8:]
     losses, side = [], sides(batch)
     for b in range(8):
-        same = [
-            c
-            for c in range(8)
-            if c != b and sides(batch)[c] == sides(batch)[b] and batch.queries[c] == batch.queries[b]
-        ]
+        same = [c for c in range(8) if c != b and side[c] == side[b] and batch.queries[c] == batch.queries[b]]
         logits = (q[b] @ d.T / 0.1).index_fill(0, torch.tensor(same, dtype=torch.long), -torch.inf)
         losses.append(F.cross_entropy(logits, torch.tensor(b)))
     torch.testing.assert_close(got, torch.stack(losses).mean())
