@@ -413,7 +413,7 @@ class PromptEmbedder(TrainableModule):
             captured = self.captured if torch.is_grad_enabled() and of_instruction else None
             prompts = (captured.prompts if captured else self.prompter)(requests)
         aligned = self.alignment(SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device)))
-        return aligned if self.lens is None else replace(aligned, gates=self.lens.gates(prompts.hidden))
+        return aligned if self.lens is None else replace(aligned, gates=self.lens.gates(prompts.hidden[:, 0]))
 
     @torch.no_grad()
     def _frozen_prompts(self, requests: list[list[int]], *, keep: bool) -> SoftPrompts:
@@ -714,7 +714,7 @@ class PromptEmbedder(TrainableModule):
         """Tell a lens, where there is one, what the instructions of training have in common."""
         if self.lens is not None:
             heads = [self.prompter_text(item) for item in instructions]
-            self.lens.start_at(self.prompter(self.prompter_ids([(head, head) for head in heads])).hidden)
+            self.lens.start_at(self.prompter(self.prompter_ids([(head, head) for head in heads])).hidden[:, 0])
 
     @in_turn
     def use_graphs(self, on: bool) -> None:

@@ -149,18 +149,18 @@ class StaticPromptEmbedder(PromptEmbedder):
         self._bank.clear()
 
     def _fresh_lens(self) -> Lens | None:
-        """Its gates read the prompts themselves: there are no hidden states that wrote them."""
+        """Its gates read the mean of each prompt's rows: there are no hidden states that wrote them."""
         rank, width = self.config.lens_rank, self.dimensions
         return Lens(width, width, rank, self.device) if rank else None
 
     @torch.no_grad()
     def start_lens(self, instructions: Sequence[Instruction]) -> None:
         if self.lens is not None:
-            self.lens.start_at(self.static([str(self.prompter_text(item)) for item in instructions]))
+            self.lens.start_at(self.static([str(self.prompter_text(item)) for item in instructions]).mean(1))
 
     def _align(self, readings: Sequence[tuple[Filled, Filled]]) -> AlignedPrompts:
         rows = self.static([str(whole) for _, whole in readings])
-        return AlignedPrompts(rows, None, None if self.lens is None else self.lens.gates(rows))
+        return AlignedPrompts(rows, None, None if self.lens is None else self.lens.gates(rows.mean(1)))
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.
