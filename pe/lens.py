@@ -18,13 +18,17 @@ from pe.token_weights import standardize
 
 
 class Lens(nn.Module):
-    """V `[R, D]`, G `[R, H]`, U `[D, R]` and c `[H]`, float32; U is zero at the start, where nothing changes."""
+    """V `[R, D]`, G `[R, H]`, U `[D, R]` and c `[H]`, float32.
+
+    At the start V has orthonormal rows, U is its transpose and G is zero, so nothing changes: a random G, with U zero, turns
+    the embeddings of every instruction at random before it learns which directions matter.
+    """
 
     def __init__(self, width: int, hidden: int, rank: int, device: torch.device) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, width, device=device) / width**0.5)
-        self.gate = nn.Parameter(torch.randn(rank, hidden, device=device) / hidden**0.5)
-        self.up = nn.Parameter(torch.zeros(width, rank, device=device))
+        self.down = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, width, device=device)))
+        self.gate = nn.Parameter(torch.zeros(rank, hidden, device=device))
+        self.up = nn.Parameter(self.down.detach().T.clone())
         self.center = nn.Parameter(torch.zeros(hidden, device=device))
 
     @torch.no_grad()
@@ -34,9 +38,10 @@ class Lens(nn.Module):
 
     @torch.no_grad()
     def keep_gates(self, other: Lens) -> None:
-        """Take over what does not depend on the backbone: how an instruction is read."""
+        """Take over what does not depend on the backbone, how an instruction is read; U is zero until it is trained."""
         self.gate.copy_(other.gate)
         self.center.copy_(other.center)
+        self.up.zero_()
 
     def _standardized(self, hidden: Tensor) -> Tensor:
         """`[N, H]` float32, where the gates are."""

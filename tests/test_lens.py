@@ -37,7 +37,7 @@ def model(tiny_models: Path) -> PromptEmbedder:
 
 def turned(model: PromptEmbedder) -> PromptEmbedder:
     assert model.lens is not None
-    torch.nn.init.normal_(model.lens.up, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.lens.gate, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -50,7 +50,8 @@ def test_nothing_changes_at_the_start(model: PromptEmbedder) -> None:
 def test_the_formula() -> None:
     torch.manual_seed(0)
     lens = Lens(6, 4, 3, torch.device("cpu"))
-    torch.nn.init.normal_(lens.up)
+    for weight in (lens.gate, lens.up):
+        torch.nn.init.normal_(weight)
     hidden, e = torch.randn(2, 4), F.normalize(torch.randn(2, 6), dim=-1)
     lens.start_at(torch.randn(7, 4))
 
