@@ -419,24 +419,28 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], pages=[page], folder=results) == 1
     assert report.main([], pages=[page], folder=results) == 0
     assert report.main(["--check"], pages=[page], folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 10
+    assert page.read_text().count("Not yet measured.") == 12
     assert "GPU: not yet measured." in page.read_text()
 
-    times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "pe-suffix": 100.0}
+    times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "lora-packed": 200.0}
+    times |= {"pe-suffix": 100.0, "pe-suffix-weighted": 50.0}
     spreads = {name: {"median": ms, "p20": ms - 1, "p80": ms + 1} for name, ms in times.items()}
     rates = {"flops": 5e9, "product_flops_per_s": 1e11}
     records.append("step", [fake(name, ms=ms, rounds=5, **rates) for name, ms in spreads.items()])
-    above = {"lora-padded": {"above_mib": 100.0}, "pe-suffix": {"above_mib": 31.0}}
+    peaks = {"lora-padded": 100.0, "lora-packed": 60.0, "pe-suffix": 31.0, "pe-suffix-weighted": 30.0}
+    above = {name: {"above_mib": peak} for name, peak in peaks.items()}
     sizes = {"loaded_mib": 50.0, "peak_mib": 150.0, "interval_ms": 2.0, "longest_gap_ms": 3.0}
     found = [fake(name, memory={**sizes, **memory}) for name, memory in above.items()]
     records.append("memory", [*found, fake("pe-prefix", memory={"failed": "out of memory"})])
     assert report.main(["--check"], pages=[page], folder=results) == 1
     report.main([], pages=[page], folder=results)
     text = page.read_text()
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 | - |" in text
-    assert "| tiny, fixed | 3.00 | 4.00 | - | - | - | - | 0.31 | - |" in text
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 | 2.00 |" in text
+    assert "| tiny, fixed | 3.00 | 4.00 | 2.00 | 6.00 | 8.00 | 4.00 | 0.31 | 0.30 |" in text
     assert "| PE, suffix | 31 | 0.31 | - | 31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
+    assert "texts of one length |" in text
+    assert "| 50 ms | 200 ms | 4.00 | 0.50 |  |" in text
 
 
 def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,6 +546,7 @@ def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fi
     """Record a training of the quality table."""
     row = {"recipe": "tiny --x=1", "variant": variant, "seed": seed, "mean": mean, "cpu_seconds": seconds}
     more = {"seen": mean, "unseen": mean, "by_type": {}, "by_task": {"PE-A": mean, "PE-B": mean}, "rate": 0.003}
+    more |= {"steps": 120, "device": "cpu"}
     records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
 
 
