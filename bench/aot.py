@@ -12,12 +12,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench import records
+from bench.markdown import NOT_YET, gpu_line, grid
 from bench.ops import OPS
 from bench.records import ROOT
 
 SCRIPT = ROOT / "tests" / "kernels" / "aot.py"
+
+
+def render(folder: Path) -> str:
+    """What compilers say of each kernel in bfloat16: registers, shared KiB, spilled bytes, matrix instruction."""
+    latest = [group[-1] for group in records.newest("kernels", ("op", "kernel", "case", "dtype", "target"), folder)]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for record in latest:
+        if record["dtype"] == "bf16":
+            cell = f"{record['registers']} / {record['shared'] / 1024:.0f} / {record['spills']} {record['matrix']}"
+            cells.setdefault((record["kernel"], record["case"]), {})[record["target"]] = cell.strip()
+    targets = sorted(
+        {target for row in cells.values() for target in row}, key=lambda name: (name[0] != "s", len(name), name)
+    )
+    rows = [
+        [f"`{kernel}`, {case}", *(row.get(target, "-") for target in targets)] for (kernel, case), row in cells.items()
+    ]
+    table = grid(["kernel, configuration", *targets], rows)
+    return "\n\n".join([table if rows else NOT_YET, *gpu_line("kernels", folder)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

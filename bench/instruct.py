@@ -12,23 +12,21 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, origins
-from bench.quality import System, build_lora, evaluate, with_train
+from bench.quality import evaluate, with_train
+from bench.systems import INSTRUCTED
 from pe.baselines.static import StaticPromptEmbedder
-from pe.batches import BatchPlan
 from pe.cli import user_errors
-from pe.config import PrompterConfig, Recipe, TemplatesConfig
+from pe.config import Recipe
 from pe.evaluate import Scores
 from pe.instruct_score import INSTRUCT_TASKS
 from pe.loading import quiet
@@ -40,47 +38,6 @@ from pe.train import build_accelerator, build_plan, fit
 
 RECIPE = ROOT / "recipes" / "tiny-instruct.yaml"
 PARTS = ("right_seen", "right_unseen")
-Build = Callable[[Recipe, BatchPlan, torch.device], System]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A system: its row's title, and how it is built."""
-
-    title: str
-    build: Build
-
-
-def pe(**changes: Any) -> Build:
-    """The recipe's embedder, with some options of the model changed; its lens knows the instructions of the plan."""
-
-    def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
-        model = PromptEmbedder.from_config(dataclasses.replace(recipe.model, **changes), device)
-        model.start_lens(instructions_of(plan))
-        return model
-
-    return build
-
-
-def static(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
-    model = StaticPromptEmbedder.from_config(recipe.model, device, instructions=instructions_of(plan))
-    model.start_lens(instructions_of(plan))
-    return model
-
-
-def lora(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
-    return build_lora("weighted", 0.0)(recipe, device)
-
-
-SYSTEMS = {
-    "pe": Entry(title="PE, lens", build=pe()),
-    "pe-no-lens": Entry(title="PE, no lens", build=pe(lens_rank=0)),
-    "pe-tiny-prompter": Entry(
-        title="PE, lens, tiny-prompter", build=pe(prompter=PrompterConfig(), templates=TemplatesConfig())
-    ),
-    "static": Entry(title="static prompts, lens (control)", build=static),
-    "lora": Entry(title="LoRA that reads the instruction, weighted mean, no dropout", build=lora),
-}
 
 
 def as_record(name: str, title: str, scores: Scores, recipe: Recipe, recipe_name: str, **others: Any) -> records.Record:
@@ -106,7 +63,7 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
     """Train a system under the recipe's seed; a record, or two of a control with two ways to meet what it never saw."""
     set_seed(recipe.train.seed)
     plan, accelerator = build_plan(recipe, Console(quiet=True)), build_accelerator(recipe)
-    model, title = SYSTEMS[name].build(recipe, plan, accelerator.device), SYSTEMS[name].title
+    model, title = INSTRUCTED[name].build(recipe, plan, accelerator.device), INSTRUCTED[name].title
     started = time.process_time()
     history = fit(model, plan, recipe, accelerator)
     known: dict[str, Any] = {"seconds": history.seconds, "cpu_seconds": time.process_time() - started}
@@ -169,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, default=RECIPE)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=INSTRUCTED, default=list(INSTRUCTED))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     given, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     with user_errors("bench.instruct"):

@@ -303,7 +303,7 @@ def table(found: Sequence[records.Record]) -> Table:
 
 
 def render(folder: Path) -> str:
-    """The section of BENCHMARKS.md: one table an op and device, from the newest run of every case."""
+    """The section of `bench/tables/kernels.md`: one table an op and device, from the newest run of every case."""
     tables: dict[tuple[str, str | None], list[list[records.Record]]] = {}
     for group in records.newest("ops", ("op", "case", "gpu", "dtype"), folder):
         tables.setdefault((group[0]["op"], group[0]["gpu"]), []).append(group)

@@ -1,8 +1,9 @@
-"""What the sections of BENCHMARKS.md share: tables, and the sentence that says where a record was taken."""
+"""What the pages of benchmarks share: tables, and the sentence that says where a record was taken."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import records
@@ -50,10 +51,20 @@ def where(record: Record) -> str:
     return f"{on}; {dtype_of(record)}; {versions}; {commit}; {record['date'][:10]}"
 
 
-def origins(rows: Sequence[Record]) -> str:
-    """Where rows were taken: the newest record of every machine, a paragraph each."""
-    last = {hardware(row): row for row in sorted(rows, key=lambda row: str(row["date"]))}
-    return "\n\n".join(f"{where(row)}." for row in last.values())
+def machines(rows: Sequence[Record]) -> dict[str, Record]:
+    """The newest record of every machine, in the order of its first one."""
+    return {hardware(row): row for row in sorted(rows, key=lambda row: str(row["date"]))}
+
+
+def letters(rows: Sequence[Record]) -> dict[str, str]:
+    """A letter for every machine, for columns that mix them."""
+    return dict(zip(machines(rows), string.ascii_uppercase, strict=False))
+
+
+def origins(rows: Sequence[Record], marks: Mapping[str, str] | None = None) -> str:
+    """Where rows were taken, a paragraph for every machine, behind its letter of `marks`."""
+    shown = [(f"{marks[name]}: " if marks else "", row) for name, row in machines(rows).items()]
+    return "\n\n".join(f"{mark}{where(row)}." for mark, row in shown)
 
 
 def gpu_line(kind: str, folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "plots"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#999999"
 MARKERS = "os^Dvpx"
 LABELS = 34
 """Points below the axes that their numbers and title take; the legend stands under them."""
@@ -41,6 +42,7 @@ class Series:
         label: its entry in the legend.
         x, y: as many values each.
         x_range, y_range: lowest and highest value at each point, drawn as an error bar; None: no bar.
+        is_background: in grey, behind the others.
     """
 
     label: str
@@ -48,6 +50,7 @@ class Series:
     y: Sequence[float]
     x_range: Sequence[tuple[float, float]] | None = None
     y_range: Sequence[tuple[float, float]] | None = None
+    is_background: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ def _draw(axes: Any, panel: Panel, marker_only: bool) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     for place, series in enumerate(panel.series):
-        colour, marker = looks(place)
+        colour, marker = (GREY, ".") if series.is_background else looks(place)
         axes.errorbar(
             series.x,
             series.y,
@@ -107,6 +110,7 @@ def _draw(axes: Any, panel: Panel, marker_only: bool) -> None:
             marker=marker,
             linestyle="none" if marker_only else "-",
             capsize=2,
+            zorder=1 if series.is_background else 2,
         )
     for name, axis, set_scale in (("x", axes.xaxis, axes.set_xscale), ("y", axes.yaxis, axes.set_yscale)):
         if name in panel.log:

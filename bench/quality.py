@@ -16,46 +16,26 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import bfloat16, plots, records
-from bench.cases import ALONE, ROOT
-from bench.markdown import NOT_YET, grid, origins
+from bench.cases import ROOT
+from bench.markdown import NOT_YET, grid, hardware, letters, origins
 from bench.plots import Panel, Series
-from pe.backbone import Backbone
-from pe.baselines.common import Pooling, Templates
+from bench.systems import FROZEN, SYSTEMS
 from pe.baselines.frozen import FrozenEncoder
-from pe.baselines.linear import LinearEmbedder
-from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
-from pe.baselines.static import StaticPromptEmbedder
 from pe.cli import user_errors
-from pe.config import AlignmentConfig, LoraSettings, Recipe, Skip
+from pe.config import Recipe
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
 from pe.loading import has_instructions, quiet
-from pe.losses import instructions_of
-from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
-from pe.train import Trainable, build_accelerator, build_plan, fit
-
-
-class System(Trainable, TextEncoder, Protocol):
-    """Something that trains and encodes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A system: its row's title, how it is built for a recipe, and how often it takes the recipe's steps."""
-
-    title: str
-    build: Callable[[Recipe, torch.device], System]
-    times: int = 1
+from pe.train import build_accelerator, build_plan, fit
 
 
 class Row(NamedTuple):
@@ -67,111 +47,17 @@ class Row(NamedTuple):
     cpu_seconds: float | None = None
 
 
-def build_pe(**changes: Any) -> Callable[[Recipe, torch.device], System]:
-    """PromptEmbedder of the recipe, with some options changed."""
-
-    def build(recipe: Recipe, device: torch.device) -> System:
-        return PromptEmbedder.from_config(dataclasses.replace(recipe.model, **changes), device)
-
-    return build
-
-
-def build_static(skip: Skip) -> Callable[[Recipe, torch.device], System]:
-    def build(recipe: Recipe, device: torch.device) -> System:
-        config = dataclasses.replace(recipe.model, skip=skip)
-        return StaticPromptEmbedder.from_config(config, device, instructions=instructions(recipe))
-
-    return build
-
-
-def build_linear(recipe: Recipe, device: torch.device) -> System:
-    return LinearEmbedder.from_config(recipe.model.backbone, device, max_length=recipe.model.max_length)
-
-
-def build_lora(
-    pooling: Pooling, dropout: float = 0.1, upper_layers: int | None = None
-) -> Callable[[Recipe, torch.device], System]:
-    """LoRA in its packed form, by default with the published dropout, which costs a third of its time."""
-
-    def build(recipe: Recipe, device: torch.device) -> System:
-        backbone = Backbone.from_pretrained(recipe.model.backbone, device)
-        config = LoraBaselineConfig(
-            backbone=recipe.model.backbone,
-            lora=LoraSettings(rank=16, alpha=64, dropout=dropout),
-            form="packed",
-            pooling=pooling,
-            upper_layers=None if upper_layers is None else min(upper_layers, backbone.num_layers),
-            max_length=recipe.model.max_length,
-        )
-        return LoraEmbedder(config, backbone)
-
-    return build
-
-
 PROTOCOL = 2
 """Of new records. 2: LoRA adapters (LoRA's, the reader's) train in float32; before, in the frozen weights' bfloat16."""
 TUNING_SEED = 100
 TUNING_STEPS = 60
 EARLIER = "† Not yet measured again: its adapters trained in the frozen weights' type instead of float32."
-FROZEN = {
-    "frozen backbone, mean": None,
-    "frozen backbone, mean, instruction before queries": Templates(),
-}
-BOTH = "instruction_and_text"
-PREFIX = {"layout": "prefix", "pooling": "mean_text", **ALONE}
-SYSTEMS = {
-    "pe-weighted": Entry(title="PE, suffix, reader, weighted skip", build=build_pe(skip="weighted")),
-    "pe-weighted-longer": Entry(
-        title="PE, suffix, reader, weighted skip, 4 times the steps", build=build_pe(skip="weighted"), times=4
-    ),
-    "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
-    "pe-skip-longer": Entry(
-        title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
-    ),
-    "pe-skip-no-reader": Entry(title="PE, suffix, skip", build=build_pe(skip="linear", reader="none")),
-    "pe": Entry(title="PE, suffix, reader", build=build_pe(skip="none")),
-    "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(skip="none"), times=4),
-    "pe-no-reader": Entry(title="PE, suffix", build=build_pe(**ALONE)),
-    "pe-text": Entry(title="PE, suffix, reader, text read", build=build_pe(skip="none", conditioning=BOTH)),
-    "pe-text-no-reader": Entry(title="PE, suffix, text read", build=build_pe(**ALONE, conditioning=BOTH)),
-    "pe-vocabulary": Entry(
-        title="PE, suffix, reader, vocabulary",
-        build=build_pe(skip="none", alignment=AlignmentConfig(kind="vocabulary")),
-    ),
-    "pe-prefix": Entry(title="PE, prefix", build=build_pe(**PREFIX)),
-    "pe-prefix-text": Entry(title="PE, prefix, text read", build=build_pe(**PREFIX, conditioning=BOTH)),
-    "static-weighted": Entry(title="static prompts, reader, weighted skip (control)", build=build_static("weighted")),
-    "static-skip": Entry(title="static prompts, reader, skip (control)", build=build_static("linear")),
-    "static": Entry(title="static prompts, reader (control)", build=build_static("none")),
-    "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
-    "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
-    "lora-mean-longer": Entry(title="LoRA, mean, 4 times the steps", build=build_lora("mean"), times=4),
-    "lora-weighted": Entry(title="LoRA, weighted mean", build=build_lora("weighted")),
-    "lora-weighted-longer": Entry(
-        title="LoRA, weighted mean, 4 times the steps", build=build_lora("weighted"), times=4
-    ),
-    "lora-weighted-dropless": Entry(title="LoRA, weighted mean, no dropout", build=build_lora("weighted", 0.0)),
-    "lora-weighted-dropless-longer": Entry(
-        title="LoRA, weighted mean, no dropout, 4 times the steps", build=build_lora("weighted", 0.0), times=4
-    ),
-    "lora-last-layers": Entry(
-        title="LoRA, weighted mean, no dropout, last 3 layers", build=build_lora("weighted", 0.0, 3)
-    ),
-    "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
-}
-"""`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-weighted-dropless", "lora-last"))
-CLAIMED = ("pe-weighted", "static-weighted", "pe-weighted-longer")
-"""What the page's first lines set against LoRA of as many steps: ours, and the control without a prompting LLM."""
 WITHIN = 0.5
 """Points below the best LoRA's mean that score as well as it does, or down to its lowest seed where that is less."""
 ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
 """Of the table's rows."""
-
-
-def instructions(recipe: Recipe) -> list[Instruction]:
-    """Every instruction of the training sets, both sides."""
-    return instructions_of(build_plan(recipe, Console(quiet=True)))
+Variants = Mapping[str, Sequence[records.Record]]
 
 
 def evaluate(encoder: TextEncoder, recipe: Recipe) -> Scores:
@@ -183,7 +69,7 @@ def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
     """The trained system under the recipe's seed."""
     set_seed(recipe.train.seed)
     plan = build_plan(recipe, Console(quiet=True))
-    model = SYSTEMS[name].build(recipe, device)
+    model = SYSTEMS[name].build(recipe, plan, device)
     started = time.process_time()
     history = fit(model, plan, recipe, build_accelerator(recipe))
     spent = time.process_time() - started
@@ -193,7 +79,8 @@ def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
 def untrained(name: str, recipe: Recipe, device: torch.device) -> Row:
     """The system as it is built, under the recipe's seed."""
     set_seed(recipe.train.seed)
-    return Row(f"{SYSTEMS[name].title}, untrained", evaluate(SYSTEMS[name].build(recipe, device), recipe))
+    model = SYSTEMS[name].build(recipe, build_plan(recipe, Console(quiet=True)), device)
+    return Row(f"{SYSTEMS[name].title}, untrained", evaluate(model, recipe))
 
 
 def frozen(title: str, recipe: Recipe, device: torch.device) -> Row:
@@ -312,8 +199,8 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     """The newest record of every seed, by recipe and variant; of an earlier protocol where none is current.
 
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
-    Each row's `least_seconds` are the processor seconds of its variant's fastest training, of every protocol: what else
-    the machine does only adds to them. Bfloat16 that a processor has no instructions for is no measure of time.
+    Each row's `quickest` is the record of its variant's fastest training, of every protocol: what else the machine does
+    only adds to its seconds. Bfloat16 that a processor has no instructions for is no measure of time.
     """
     rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
@@ -321,9 +208,9 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     for row in sorted(latest.values(), key=lambda row: ORDER.index(row["variant"])):
         same = [other for other in rows if (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])]
         timed = [other for other in same if other.get("native_bfloat16", True) or other["dtype"] != "bfloat16"]
-        spent = [seconds for other in timed if (seconds := other.get("cpu_seconds")) is not None]
-        least = {"least_seconds": min(spent, default=None)}
-        found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | least)
+        timed = [other for other in timed if other.get("cpu_seconds") is not None]
+        quickest = min(timed, key=lambda other: other["cpu_seconds"], default=None)
+        found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | {"quickest": quickest})
     for variants in found.values():
         for name, own in variants.items():
             variants[name] = [row for row in own if is_current(row)] or own
@@ -338,6 +225,17 @@ def middle(found: Sequence[float | None]) -> float | None:
     """The mean, or None where one is undefined."""
     known = [value for value in found if value is not None]
     return sum(known) / len(known) if found and len(known) == len(found) else None
+
+
+def mean_of(variants: Variants, title: str) -> float | None:
+    """A variant's mean score over its tasks and seeds; None where it has none."""
+    return middle(values(variants.get(title, []), "mean"))
+
+
+def seconds_of(variants: Variants, title: str) -> float | None:
+    """Processor seconds of a variant's fastest training; None where none was timed."""
+    quickest = next((row["quickest"] for row in variants.get(title, [])), None)
+    return None if quickest is None else float(quickest["cpu_seconds"])
 
 
 def mean_and_spread(scores: Sequence[float | None]) -> str:
@@ -360,86 +258,89 @@ def render(folder: Path) -> str:
     for recipe, variants in newest(folder).items():
         every = [row for rows in variants.values() for row in rows]
         kinds = list(dict.fromkeys(kind for row in every for kind in row["by_type"]))
-        best = max((middle(values(rows, "mean")) or 0.0 for name, rows in variants.items() if name in PEERS), default=0)
+        timed = [rows[0]["quickest"] for rows in variants.values() if rows[0]["quickest"]]
+        machines = letters([*every, *timed])
+        best = max((mean_of(variants, name) or 0.0 for name in variants if name in PEERS), default=0)
         table = []
         for name, rows in variants.items():
-            mean = middle(values(rows, "mean"))
+            mean, seconds = mean_of(variants, name), seconds_of(variants, name)
             own = f"{mean / best:.0%}" if mean and best else "-"
-            spent = rows[0]["least_seconds"]
             sides = [mean_and_spread(values(rows, side)) for side in ("seen", "unseen")]
             by_kind = ["-" if (score := middle(values(rows, kind))) is None else f"{score:.1f}" for kind in kinds]
-            seconds = "-" if spent is None else f"{spent:,.0f}"
+            time = "-" if seconds is None else f"{seconds:,.0f} {machines[hardware(rows[0]['quickest'])]}"
             seeds, rate = str(len(rows)), f"{rows[0]['rate']:g}" if rows[0].get("cpu_seconds") else "-"
             title = name if all(map(is_current, rows)) else f"{name} †"
-            table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, seconds, rate, seeds])
+            table.append([title, mean_and_spread(values(rows, "mean")), own, *sides, *by_kind, time, rate, seeds])
         sides = ["seen instructions", "unseen instructions"]
-        header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s", "rate", "seeds"]
+        header = ["", "mean of all tasks", "share of LoRA", *sides, *kinds, "processor s, machine", "rate", "seeds"]
         tasks = ", ".join(name.removeprefix("PE-") for name in every[-1]["by_task"])
-        image = f"![Score against training time](bench/plots/{plot_name(recipe)})\n\n" if series(variants) else ""
+        image = f"![Score against training time](../plots/{plot_name(recipe)})\n\n" if series(variants) else ""
         note = "" if all(map(is_current, every)) else f"{EARLIER}\n\n"
-        parts.append(f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{origins(every)}")
+        parts.append(
+            f"**{recipe}** ({tasks})\n\n{grid(header, table)}\n\n{note}{image}{origins([*every, *timed], machines)}"
+        )
     return "\n\n".join(parts or [NOT_YET])
 
 
-def claims(folder: Path) -> list[str]:
-    """What `CLAIMED` score and cost beside LoRA of as many steps: a paragraph for each recipe."""
-    paragraphs = []
-    for recipe, variants in newest(folder).items():
-        found = [claim(variants, times) for times in sorted({entry.times for entry in SYSTEMS.values()})]
-        if sentences := [sentence for sentence in found if sentence]:
-            tasks = len(next(iter(variants.values()))[-1]["by_task"])
-            paragraphs.append(f"Scores of {recipe.split()[0]}, mean of {tasks} tasks. {' '.join(sentences)}")
-    return paragraphs
+class Match(NamedTuple):
+    """Titles: one of ours, the LoRA that scores highest in as many steps, and the quickest as good (`WITHIN`)."""
+
+    ours: str
+    best: str
+    quickest: str
 
 
-def claim(variants: Mapping[str, Sequence[records.Record]], times: int) -> str:
-    """A sentence about the systems of `times` the recipe's steps; empty without a LoRA or anything that is claimed.
-
-    Shares of the score are of the best LoRA, shares of the time of the quickest one that scores as well (see `WITHIN`).
-    """
-    means = {title: mean for title, rows in variants.items() if (mean := middle(values(rows, "mean")))}
-    spent = {title: seconds for title, rows in variants.items() if (seconds := rows[0]["least_seconds"])}
-    titles = {name: own.title for name, own in SYSTEMS.items() if own.times == times and own.title in means}
-    peers = [title for name, title in titles.items() if name.startswith("lora-")]
-    claimed = [titles[name] for name in CLAIMED if name in titles]
-    if not peers or not claimed:
-        return ""
-    best = max(peers, key=means.__getitem__)
+def match(name: str, variants: Variants) -> Match | None:
+    """A system beside the LoRAs of as many steps; None where it, or every LoRA that scores as well, lacks a figure."""
+    ours, times = SYSTEMS[name].title, SYSTEMS[name].times
+    titles = [own.title for key, own in SYSTEMS.items() if key.startswith("lora-") and own.times == times]
+    means = {title: mean for title in titles if (mean := mean_of(variants, title))}
+    if not means or not mean_of(variants, ours) or not seconds_of(variants, ours):
+        return None
+    best = max(means, key=means.__getitem__)
     lowest = min([means[best] - WITHIN, *(row["mean"] for row in variants[best])])
-    as_good = [peer for peer in peers if peer in spent and means[peer] >= lowest]
-    quickest = min(as_good, key=spent.__getitem__, default=best)
-    longer = f", {times} times the steps"
-
-    def scored(title: str) -> str:
-        return f"{title.removesuffix(longer)} {means[title]:.1f}"
-
-    parts = [f"{scored(best)}, the best LoRA{' and the quickest within its spread' * (best in spent)}"]
-    if quickest != best:
-        parts = [f"{scored(best)}, the best LoRA", f"{scored(quickest)}, the quickest within its spread"]
-    for title in claimed:
-        is_timed = title in spent and quickest in spent
-        time = f" in {spent[title] / spent[quickest]:.0%} of the quickest's time" if is_timed else ""
-        parts.append(f"{scored(title)}, {means[title] / means[best]:.0%} of the best LoRA's score{time}")
-    steps = "the recipe's steps" if times == 1 else f"{times} times its steps"
-    return f"In {steps}: {'; '.join(parts)}."
+    as_good = {title: at for title, mean in means.items() if mean >= lowest and (at := seconds_of(variants, title))}
+    return Match(ours, best, min(as_good, key=as_good.__getitem__)) if as_good else None
 
 
-def series(variants: Mapping[str, Sequence[records.Record]]) -> list[Series]:
+def series(variants: Variants) -> list[Series]:
     """Each trained variant's score and processor seconds of training, with the spread over the seeds."""
     found = []
     for name, rows in variants.items():
-        spent, scores = rows[0]["least_seconds"], [v for v in values(rows, "mean") if v is not None]
-        if spent is not None and len(scores) == len(rows):
+        seconds, scores = seconds_of(variants, name), [v for v in values(rows, "mean") if v is not None]
+        if seconds is not None and len(scores) == len(rows):
             ends = (min(scores), max(scores))
-            found.append(Series(label=name, x=[spent], y=[sum(scores) / len(scores)], y_range=[ends]))
+            found.append(Series(label=name, x=[seconds], y=[sum(scores) / len(scores)], y_range=[ends]))
     return found
 
 
+def frontier(found: Sequence[Series]) -> list[Series]:
+    """The points that no quicker one matches, quickest first."""
+    kept: list[Series] = []
+    for point in sorted(found, key=lambda point: (point.x[0], -point.y[0])):
+        if not kept or point.y[0] > kept[-1].y[0]:
+            kept.append(point)
+    return kept
+
+
 def draw(folder: Path, target: Path = plots.FOLDER) -> None:
-    """Score against processor seconds of training, one file a recipe."""
+    """Score against processor seconds of training, one file a recipe; only the frontier's points have names."""
     for recipe, variants in newest(folder).items():
         if trained := series(variants):
-            panel = Panel(x="processor seconds of training", y="mean of all tasks", series=trained)
+            best = frontier(trained)
+            rest = [point for point in trained if point not in best]
+            others = Series(
+                label="all others: another one is quicker and scores as well",
+                x=[point.x[0] for point in rest],
+                y=[point.y[0] for point in rest],
+                is_background=True,
+            )
+            panel = Panel(
+                x="processor seconds of training",
+                y="mean of all tasks",
+                series=[*best, *([others] if rest else [])],
+                log="x",
+            )
             plots.points(target / plot_name(recipe), panel)
 
 

@@ -21,6 +21,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+RENDERED = ("bench/results", "bench/plots", "bench/tables", "BENCHMARKS.md")
+"""What measuring and rendering write: a commit is clean whatever they hold."""
 PACKAGES = ("torch", "transformers", "peft", "triton", "mteb", "flash-attn", "flash-attn-3")
 Record = dict[str, Any]
 
@@ -90,7 +92,7 @@ def origin() -> Record:
     """
     if commit := os.environ.get("PE_COMMIT"):
         return {"commit": commit[:12], "dirty": os.environ.get("PE_DIRTY") == "1"}
-    status = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!bench/plots", ":!BENCHMARKS.md")
+    status = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in RENDERED))
     return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
 
 

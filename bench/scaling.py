@@ -352,7 +352,7 @@ def render(folder: Path) -> str:
             ]
             parts.append("Left out:\n\n" + "\n".join(lines))
         parts += [
-            f"![Time and memory against {AXES[group[0]['axis']].title}](bench/plots/{plot_name(group[0])})"
+            f"![Time and memory against {AXES[group[0]['axis']].title}](../plots/{plot_name(group[0])})"
             for group in groups
         ]
         parts.append(f"{where(first)}.")

@@ -1,6 +1,6 @@
 """`python -m bench.transfer CHECKPOINT --backbone NEW [--steps N] [--scratch lora-mean ...]`
 
-Moves a trained PromptEmbedder as `pe.transfer` does, and trains each system of `--scratch` (names of `bench.quality`)
+Moves a trained PromptEmbedder as `pe.transfer` does, and trains each system of `--scratch` (names of `bench.systems`)
 from scratch on the new backbone with the same data, batches and steps. The level that all are timed to is the source's
 score on its own backbone; scores along the way go to the records as a curve.
 """
@@ -18,8 +18,9 @@ from rich.console import Console
 from bench import plots, records
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.plots import Panel, Series
-from bench.quality import SYSTEMS, with_train
+from bench.quality import with_train
 from bench.records import Record
+from bench.systems import SYSTEMS
 from pe.config import Recipe
 from pe.loading import quiet
 from pe.saving import read_config
@@ -63,10 +64,9 @@ def moved(result: Transfer, recipe: Recipe, source: str, texts: int | None) -> R
 def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Record:
     """A system trained on the recipe's backbone alone, scored as often as the recipe says."""
     set_seed(recipe.train.seed)
-    accelerator = build_accelerator(recipe)
-    model, measure = SYSTEMS[system].build(recipe, accelerator.device), measurer(recipe)
+    accelerator, plan = build_accelerator(recipe), build_plan(recipe, Console(quiet=True))
+    model, measure = SYSTEMS[system].build(recipe, plan, accelerator.device), measurer(recipe)
     curve = [(0, 0.0, measure(model).mean)]
-    plan = build_plan(recipe, Console(quiet=True))
     history = fit(model, plan, recipe, accelerator, evaluate=lambda: measure(model).mean)
     return record(f"{SYSTEMS[system].title}, from scratch", level, [*curve, *history.scores], recipe, source)
 
@@ -105,7 +105,7 @@ def render(folder: Path) -> str:
             scores = [f"{row[field]:.1f}" for field in ("source_score", "start_score", "end_score")]
             rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
         header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
-        image = f"![Score against seconds of training](bench/plots/{plot_name(name)})\n\n" if has_curves(group) else ""
+        image = f"![Score against seconds of training](../plots/{plot_name(name)})\n\n" if has_curves(group) else ""
         parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}{origins(group)}")
     return "\n\n".join(parts or [NOT_YET])
 

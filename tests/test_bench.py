@@ -13,20 +13,37 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoModel, AutoModelForCausalLM
 from triton.errors import TritonError
 
-from bench import aot, bfloat16, cases, largest, lengths, markdown, memory, quality, records, report, step, transfer
+from bench import (
+    aot,
+    bfloat16,
+    cases,
+    largest,
+    lengths,
+    markdown,
+    memory,
+    quality,
+    records,
+    report,
+    step,
+    step_tables,
+    summary,
+    transfer,
+)
 from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, default_variants, trainable
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Distribution, SetLengths, workload
+from bench.systems import FROZEN, SYSTEMS
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
 from pe.recipes import load_recipe
-from pe.train import train
+from pe.train import build_plan, train
 from tests.test_train import write_recipe
 
 CPU = Setting.of("cpu")
@@ -166,9 +183,9 @@ def test_a_variant_that_fails_is_a_row(results: Path, monkeypatch: pytest.Monkey
     assert 0 < step.use(found[2]) < 1
     assert step.utilisation({**found[2], "peak_flops_per_s": step.rate(found[2])}) == "100%"
     assert step.table(found).row_count == 3
-    monkeypatch.setattr(report, "MEASURED", ("toy",))
+    monkeypatch.setattr(step_tables, "MEASURED", ("toy",))
     records.append("step", found)
-    assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in report.render_step(results)
+    assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in step_tables.render_step(results)
 
 
 @pytest.mark.parametrize("variant", default_variants("cpu"))
@@ -315,7 +332,7 @@ def test_quality_tunes_trains_and_scores(
     quality.main(run)
     assert "PE, suffix, reader, seed 1" in capsys.readouterr().out
     found = records.read("quality", results)
-    assert len(found) == len(quality.FROZEN) + 1 + 2 * len(systems)
+    assert len(found) == len(FROZEN) + 1 + 2 * len(systems)
     by_name = {(record["variant"], record["seed"]): record for record in found}
     assert by_name["static prompts, reader (control)", 1]["rate"] == 0.1
     assert by_name["PE, suffix, reader", 1]["rate"] == best
@@ -376,10 +393,11 @@ def test_products_go_through_float32_where_there_is_nothing_better(has: bool, mo
         assert isinstance(_get_current_dispatch_mode(), bfloat16.WideProducts) is not has
 
 
-@pytest.mark.parametrize("name", quality.SYSTEMS)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_of_the_quality_table_is_built(name: str, tiny_models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tiny_models, tmp_path))
-    model = quality.SYSTEMS[name].build(recipe, CPU.device)
+    plan = build_plan(recipe, Console(quiet=True))
+    model = SYSTEMS[name].build(recipe, plan, CPU.device)
     assert model.trainable_parameters()
     assert model.encode(["a cat"], instruction="Find the same thing").shape[0] == 1
 
@@ -398,27 +416,31 @@ def fake(variant: str, **fields: Any) -> records.Record:
 
 def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = write_page(tmp_path)
-    assert report.main(["--check"], page=page, folder=results) == 1
-    assert report.main([], page=page, folder=results) == 0
-    assert report.main(["--check"], page=page, folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 10
+    assert report.main(["--check"], pages=[page], folder=results) == 1
+    assert report.main([], pages=[page], folder=results) == 0
+    assert report.main(["--check"], pages=[page], folder=results) == 0
+    assert page.read_text().count("Not yet measured.") == 12
     assert "GPU: not yet measured." in page.read_text()
 
-    times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "pe-suffix": 100.0}
+    times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "lora-packed": 200.0}
+    times |= {"pe-suffix": 100.0, "pe-suffix-weighted": 50.0}
     spreads = {name: {"median": ms, "p20": ms - 1, "p80": ms + 1} for name, ms in times.items()}
     rates = {"flops": 5e9, "product_flops_per_s": 1e11}
     records.append("step", [fake(name, ms=ms, rounds=5, **rates) for name, ms in spreads.items()])
-    above = {"lora-padded": {"above_mib": 100.0}, "pe-suffix": {"above_mib": 31.0}}
+    peaks = {"lora-padded": 100.0, "lora-packed": 60.0, "pe-suffix": 31.0, "pe-suffix-weighted": 30.0}
+    above = {name: {"above_mib": peak} for name, peak in peaks.items()}
     sizes = {"loaded_mib": 50.0, "peak_mib": 150.0, "interval_ms": 2.0, "longest_gap_ms": 3.0}
     found = [fake(name, memory={**sizes, **memory}) for name, memory in above.items()]
     records.append("memory", [*found, fake("pe-prefix", memory={"failed": "out of memory"})])
-    assert report.main(["--check"], page=page, folder=results) == 1
-    report.main([], page=page, folder=results)
+    assert report.main(["--check"], pages=[page], folder=results) == 1
+    report.main([], pages=[page], folder=results)
     text = page.read_text()
-    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 | - |" in text
-    assert "| tiny, fixed | 3.00 | 4.00 | - | - | - | - | 0.31 | - |" in text
+    assert "| PE, suffix | 100 | 99 to 101 | 163,840 | 5, 50% | 3.00 | 4.00 | 2.00 |" in text
+    assert "| tiny, fixed | 3.00 | 4.00 | 2.00 | 6.00 | 8.00 | 4.00 | 0.31 | 0.30 |" in text
     assert "| PE, suffix | 31 | 0.31 | - | 31 | 50 | 150 |" in text
     assert "| PE, prefix | failed: out of memory |" in text
+    assert "texts of one length |" in text
+    assert "| 50 ms | 200 ms | 4.00 | 0.50 |  |" in text
 
 
 def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +450,7 @@ def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: 
         records.append("step", [fake(name, ms=spread, rounds=5, **fields) for name in variants])
 
     def shown() -> list[list[float]]:
-        return [[record["ms"]["median"] for record in group] for group in report.measured("step", results)]
+        return [[record["ms"]["median"] for record in group] for group in step_tables.measured("step", results)]
 
     take("first", 1.0, "lora-padded", "pe-suffix")
     take("second", 2.0, "lora-padded")
@@ -440,10 +462,10 @@ def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: 
         monkeypatch.setattr(records, "hardware", lambda gpu=gpu: {"gpu": gpu, "driver": "1"})
         take("third", 4.0, *variants, device="cuda")
     assert shown() == [[3.0, 3.0], [4.0], [4.0, 4.0]]
-    headline = report.render_headline(results)
-    assert "NVIDIA H200, driver 1" in headline
-    assert "H100" not in headline  # LoRA alone is no claim
-    assert "H100" in report.render_step(results)
+    shares = step_tables.render_shares(results)
+    assert "NVIDIA H200, driver 1" in shares
+    assert "H100" not in shares  # LoRA alone is no share
+    assert "H100" in step_tables.render_step(results)
 
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -516,51 +538,64 @@ def test_the_quality_table_names_every_machine_of_its_rows(results: Path, monkey
         records.append("quality", [row | more | {"variant": "LoRA, mean", "seed": seed}])
     page = quality.render(results)
     assert page.count("Chip (AVX512)") == page.count("Chip (AVX2)") == 1
+    assert "| 1 A |" in page
+    assert "A: Chip (AVX512)" in page
 
 
 def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fields: Any) -> None:
     """Record a training of the quality table."""
     row = {"recipe": "tiny --x=1", "variant": variant, "seed": seed, "mean": mean, "cpu_seconds": seconds}
     more = {"seen": mean, "unseen": mean, "by_type": {}, "by_task": {"PE-A": mean, "PE-B": mean}, "rate": 0.003}
+    more |= {"steps": 120, "device": "cpu"}
     records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
 
 
 def test_shares_of_time_are_of_the_quickest_lora_that_scores_as_well(results: Path) -> None:
+    def short() -> list[str] | None:
+        row = summary.training_row("pe-weighted", summary.scored(results))
+        return row and row[2:]
+
     for seed, mean in enumerate((52.0, 54.0, 56.0)):
         scored("LoRA, weighted mean", mean, 300.0, seed)
-    scored("LoRA, weighted mean, no dropout", 52.0, 200.0)  # as low as the best one's lowest seed
-    scored("LoRA, mean", 51.9, 100.0)
+    assert short() is None
     scored("PE, suffix, reader, weighted skip", 45.9, 50.0)
+    scored("LoRA, mean", 51.9, 100.0)
+    assert short() == ["50 s, score 45.9", "300 s, score 54.0", "6.00", "", "85% of 54.0"]
+    scored("LoRA, weighted mean, no dropout", 52.0, 200.0)  # as low as the best one's lowest seed
+    assert short() == ["50 s, score 45.9", "200 s, score 52.0", "4.00", "", "85% of 54.0"]
     scored("static prompts, reader, weighted skip (control)", 40.5, 40.0)
-    (claim,) = quality.claims(results)
-    short = (
-        "Scores of tiny, mean of 2 tasks. In the recipe's steps: LoRA, weighted mean 54.0, the best LoRA;"
-        " LoRA, weighted mean, no dropout 52.0, the quickest within its spread;"
-        " PE, suffix, reader, weighted skip 45.9, 85% of the best LoRA's score in 25% of the quickest's time;"
-        " static prompts, reader, weighted skip (control) 40.5, 75% of the best LoRA's score in 20% of the quickest's"
-        " time."
-    )
-    assert claim == short
-    assert claim in report.render_headline(results)
+    lost = summary.render_losses(results)
+    assert "score 40.5 there, ours 45.9; on instructions unseen in training 40.5 and 45.9" in lost
+
+    def longer() -> list[str] | None:
+        row = summary.training_row("pe-weighted-longer", summary.scored(results))
+        return row and row[2:]
 
     scored("PE, suffix, reader, weighted skip, 4 times the steps", 48.0, 240.0)
-    assert quality.claims(results) == [short], "no LoRA of as many steps"
+    assert longer() is None, "no LoRA of as many steps"
     scored("LoRA, weighted mean, no dropout, 4 times the steps", 60.0, 800.0)
     scored("LoRA, weighted mean, 4 times the steps", 59.4, 400.0)
-    (claim,) = quality.claims(results)
-    assert claim == (
-        f"{short} In 4 times its steps: LoRA, weighted mean, no dropout 60.0, the best LoRA and the quickest within its"
-        " spread; PE, suffix, reader, weighted skip 48.0, 80% of the best LoRA's score in 30% of the quickest's time."
-    )
+    assert longer() == ["240 s, score 48.0", "800 s, score 60.0", "3.33", "", "80% of 60.0"]
+    lost = summary.render_losses(results)
+    assert "60.0 in 800 s, ours 48.0 in 240 s. LoRA's short run has 52.0 in 200 s" in lost
     scored("LoRA, weighted mean, 4 times the steps", 59.5, 400.0)  # half a point below one seed
-    assert "LoRA, weighted mean 59.5, the quickest within its spread" in quality.claims(results)[0]
-    assert "80% of the best LoRA's score in 60% of the quickest's time" in quality.claims(results)[0]
+    assert longer() == ["240 s, score 48.0", "400 s, score 59.5", "1.67", "", "80% of 60.0"]
 
 
-def test_claimed_scores_and_the_order_of_the_quality_table(results: Path) -> None:
-    assert quality.claims(results) == []
+def test_the_best_lora_counts_though_it_was_not_timed(results: Path) -> None:
+    scored("PE, suffix, reader, weighted skip", 45.0, 50.0)
     scored("LoRA, mean", 50.0, 200.0)
-    assert quality.claims(results) == []
+    assert quality.match("pe-weighted", summary.scored(results)) == (
+        "PE, suffix, reader, weighted skip",
+        "LoRA, mean",
+        "LoRA, mean",
+    )
+    scored("LoRA, weighted mean", 60.0, None)
+    assert quality.match("pe-weighted", summary.scored(results)) is None
+
+
+def test_the_order_and_the_frontier_of_the_quality_table(results: Path, tmp_path: Path) -> None:
+    scored("LoRA, mean", 50.0, 200.0)
     scored("PE, of long ago", 99.0, 1.0)
     scored("LoRA, last token", 40.0, 100.0)
     scored("PE, suffix, reader, weighted skip", 44.0, 50.0)
@@ -568,24 +603,18 @@ def test_claimed_scores_and_the_order_of_the_quality_table(results: Path) -> Non
     scored("PE, suffix, reader, weighted skip", 11.0, 40.0, seed=2, protocol=1)
     scored("PE, suffix, reader, weighted skip, untrained", 9.0, None)
     scored("PE, suffix, reader", 43.0, 40.0, protocol=1)
-    (claim,) = quality.claims(results)
-    best = "LoRA, mean 50.0, the best LoRA and the quickest within its spread"
-    own = "PE, suffix, reader, weighted skip 45.0, 90% of the best LoRA's score in 20% of the quickest's time"
-    assert claim == f"Scores of tiny, mean of 2 tasks. In the recipe's steps: {best}; {own}."
-    scored("LoRA, weighted mean", 60.0, None)
-    (untimed,) = quality.claims(results)
-    own = "PE, suffix, reader, weighted skip 45.0, 75% of the best LoRA's score"
-    assert untimed.endswith(f": LoRA, weighted mean 60.0, the best LoRA; {own}.")
     rows = [line.split(" | ")[0] for line in quality.render(results).splitlines() if line.startswith("| ")][2:]
     skip = "| PE, suffix, reader, weighted skip"
-    assert rows == [
-        f"{skip}, untrained",
-        skip,
-        "| PE, suffix, reader †",
-        "| LoRA, mean",
-        "| LoRA, weighted mean",
-        "| LoRA, last token",
+    assert rows == [f"{skip}, untrained", skip, "| PE, suffix, reader †", "| LoRA, mean", "| LoRA, last token"]
+    named = quality.frontier(quality.series(summary.scored(results)))
+    assert [(item.label, item.x[0]) for item in named] == [
+        ("PE, suffix, reader, weighted skip", 40.0),
+        ("LoRA, mean", 200.0),
     ]
+    quality.draw(results, tmp_path)
+    (drawn,) = tmp_path.glob("*.svg")
+    assert "all others" in drawn.read_text()
+    assert "last token" not in drawn.read_text()
 
 
 COMMANDS = sorted(path.stem for path in (records.ROOT / "bench").glob("*.py") if "\ndef main(" in path.read_text())
@@ -622,14 +651,14 @@ def test_page_shows_transfer_and_kernels(results: Path, tmp_path: Path) -> None:
     assert image.read_text().count("level: one") == 1
     resources = {"registers": 128, "spills": 0, "shared": 4096, "matrix": "wgmma", "dtype": "bf16", "case": "default"}
     records.append("kernels", [{"op": "pool", "kernel": "pool_normalize", "target": "sm_90", **resources}])
-    assert "| `pool_normalize`, default | 128 / 4 / 0 wgmma |" in report.render_kernels(results)
+    assert "| `pool_normalize`, default | 128 / 4 / 0 wgmma |" in aot.render(results)
 
 
 def test_page_without_markers_is_refused(results: Path, tmp_path: Path) -> None:
     page = write_page(tmp_path)
     page.write_text(page.read_text().replace("<!-- end:step -->", ""))
-    with pytest.raises(ValueError, match="expected one pair <!-- begin:step -->"):
-        report.main([], page=page, folder=results)
+    with pytest.raises(ValueError, match=r"between one pair of markers, got otherwise: \[\'step\'\]"):
+        report.main([], pages=[page], folder=results)
 
 
 def test_the_page_of_the_repository_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_command_records_prints_and_draws(
 
     text = scaling.render(results)
     assert "| queries of a batch |" in text
-    assert "(bench/plots/scaling-toy-batch.svg)" in text
+    assert "(../plots/scaling-toy-batch.svg)" in text
     (path,) = scaling.draw(results, tmp_path / "plots")
     first = path.read_bytes()
     assert path.name == "scaling-toy-batch.svg"
