@@ -42,10 +42,12 @@ class Batch:
     """B texts."""
     documents: list[str]
     """N texts: the positives in the order of the queries, then the hard negatives in that order."""
+    sides: Ints
+    """[B] which of S contradicting sides each query is on; S is 1 where nothing contradicts."""
     labels: Ints
-    """[B]; -1: none."""
+    """[B] what a query and its positive share on the query's side; -1: none."""
     document_labels: Ints
-    """[N]; -1: none, as for every hard negative."""
+    """[S, N] what a document is on each side; -1: none, as for every hard negative."""
     query_ids: Ints
     """[B] `text_id` of the texts before their template, so a query can be compared with a document."""
     document_ids: Ints
@@ -178,7 +180,12 @@ class BatchPlan:
         documents += negatives
         places = {text: place for place, text in reversed(list(enumerate(documents)))}
         counterparts = [places[example.negatives[0]] if dataset.contradicts else -1 for example in examples]
-        labels = np.array([example.label for example in examples], dtype=np.int64)
+        sides, labels, other_labels = np.array(
+            [(example.side, example.label, example.other_label) for example in examples], dtype=np.int64
+        ).T
+        document_labels = np.full((dataset.queries_of_a_row, len(documents)), -1, dtype=np.int64)
+        document_labels[:, : len(examples)] = other_labels
+        document_labels[sides, np.arange(len(examples))] = labels
         instructions = list(dict.fromkeys(example.instruction for example in examples))
         return Batch(
             dataset=which,
@@ -187,8 +194,9 @@ class BatchPlan:
             document_instruction=dataset.document_instruction,
             queries=[dataset.config.query_text(example.query) for example in examples],
             documents=[dataset.config.document_text(text) for text in documents],
+            sides=sides,
             labels=labels,
-            document_labels=np.concatenate([labels, np.full(len(negatives), -1, dtype=np.int64)]),
+            document_labels=document_labels,
             query_ids=_ids([example.query for example in examples]),
             document_ids=_ids(documents),
             counterparts=np.array(counterparts, dtype=np.int64),

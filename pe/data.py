@@ -88,13 +88,18 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Example:
-    """A query, a document that answers it, documents that do not, its label (-1: none) and its instruction."""
+    """A query, a document that answers it, documents that do not, and its instruction."""
 
     query: str
     positive: str
     negatives: tuple[str, ...]
     label: int
+    """What query and positive share; -1: none."""
     instruction: str
+    side: int = 0
+    """Which of the contradicting sides the query is on; labels of one side say nothing of another's."""
+    other_label: int = -1
+    """The positive's label on the other side; -1: none."""
 
 
 class TrainingSet(Protocol):

@@ -13,6 +13,9 @@ instruction. A task has wordings for training and wordings that are never traine
 A row of a data set holds a query and both sides of the contradiction:
 
     {"query": text, "sides": {"nli-follows": {"positive": text, "negatives": [text]}, "nli-contradicts": {...}}}
+
+Where positives of other rows may be right too, labels say which: a side's `shared_label` is what its positive has in common
+with the query (a disease), `other_label` what the positive is under the task that contradicts it (symptoms).
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ class Side:
 
     positive: str
     negatives: tuple[str, ...]
+    shared_label: str | None = None
+    """What the positive has in common with the query."""
+    other_label: str | None = None
+    """What the positive is under the contradicting task."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def _mapping(key: str, value: Any) -> None:
 
 
 ROW: Kind = {"query": _text, "sides": _mapping}
-SIDE: Kind = {"positive": _text, "negatives": _texts}
+SIDE: Kind = {"positive": _text, "negatives": _texts, "shared_label": _text, "other_label": _text}
 
 
 def _row(record: Record, tasks: Mapping[str, InstructTask]) -> InstructRow:
@@ -223,4 +230,4 @@ def _side(where: str, side: Any) -> Side:
         raise RecordError(
             "both", f"{where}: expected another positive than the negatives, got {side['positive']!r:.80}"
         )
-    return Side(side["positive"], tuple(side["negatives"]))
+    return Side(side["positive"], tuple(side["negatives"]), side.get("shared_label"), side.get("other_label"))

@@ -26,8 +26,9 @@ class InstructSet:
     report: Report
     tasks: tuple[InstructTask, InstructTask]
     rows: list[InstructRow]
-    labels: list[int]
-    """A number for each row's query: another row of the same query is none of its negatives."""
+    labels: dict[tuple[int, str], int]
+    """A number for each label of a side, and for the query of each row without one: another row of the same query is none
+    of its negatives."""
 
     queries_of_a_row: ClassVar[int] = 2
     contradicts: ClassVar[bool] = True
@@ -48,8 +49,9 @@ class InstructSet:
         row, found = self.rows[index], []
         for place, task in enumerate(self.tasks):
             side, wording = row.sides[task.name], task.train[rng.integers(len(task.train))]
-            label = 2 * self.labels[index] + place
-            found.append(Example(row.query, side.positive, side.negatives, label, wording))
+            label = self.labels[place, side.shared_label or row.query]
+            other = self.labels.get((1 - place, side.other_label or ""), -1)
+            found.append(Example(row.query, side.positive, side.negatives, label, wording, place, other))
         return found
 
 
@@ -74,7 +76,8 @@ def load_instruct_set(config: DatasetConfig) -> InstructSet:
     first, second = (known[name] for name in names)
     if not first.train or not second.train:
         raise DataError(f"{config.path}: {first.name}: expected wordings to train on, got none in {config.instruct}")
-    numbers = {query: number for number, query in enumerate(dict.fromkeys(row.query for row in rows))}
+    keys = ((place, row.sides[task].shared_label or row.query) for row in rows for place, task in enumerate(names))
+    labels = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     report = Report(
         path=config.path,
         keys=("query", *names),
@@ -82,7 +85,6 @@ def load_instruct_set(config: DatasetConfig) -> InstructSet:
         examples=len(rows),
         max_rows=config.max_rows if len(rows) < len(whole) else None,
     )
-    labels = [numbers[row.query] for row in rows]
     return InstructSet(config=config, report=report, tasks=(first, second), rows=rows, labels=labels)
 
 

@@ -60,10 +60,14 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
     if too_large := [m for m in config.matryoshka if m > size]:
         raise ValueError(f"loss.matryoshka: expected sizes up to {size}, the backbone's width, got {too_large}")
     count, device = len(batch.queries), embeddings.device
-    query_ids, labels = (to_device(torch.from_numpy(x), device) for x in (batch.query_ids, batch.labels))
-    ids, document_labels = (to_device(torch.from_numpy(x), device) for x in (batch.document_ids, batch.document_labels))
+    query_ids, labels, sides = (
+        to_device(torch.from_numpy(x), device) for x in (batch.query_ids, batch.labels, batch.sides)
+    )
+    ids, document_labels = (
+        to_device(torch.from_numpy(x), device) for x in (batch.document_ids, batch.document_labels.T)
+    )
     labels = torch.where(labels < 0, query_ids, labels)  # another positive of a query is none of its negatives
-    document_labels = torch.cat([labels, document_labels[count:]])
+    document_labels = document_labels.index_put((torch.arange(count, device=device), sides), labels)
     queries, documents, first = embeddings[:, :count].transpose(0, 1), embeddings[:, count:].transpose(0, 1), 0
     if accelerator.num_processes > 1:
         documents, first = gather_rows(documents, accelerator)
@@ -76,22 +80,23 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
             gather_rows(rows, accelerator)[0] for rows in (queries, query_ids, labels, positive)
         )
     losses = []
-    for step in range(embeddings.shape[0]):
-        for width in (size, *config.matryoshka):
-            q, d = (cut(x[:, step], width) for x in (queries, documents))
-            losses.append(
-                info_nce(
-                    q,
-                    d,
-                    positive,
-                    temperature=config.temperature,
-                    query_ids=query_ids if masked else None,
-                    doc_ids=ids if masked else None,
-                    query_labels=labels if masked else None,
-                    doc_labels=document_labels if masked else None,
-                    symmetric=config.symmetric,
+    for side, labels_of_side in enumerate(document_labels.unbind(1)):
+        own = to_device(torch.from_numpy(np.flatnonzero(batch.sides == side)), device)
+        for step in range(embeddings.shape[0]):
+            for width in (size, *config.matryoshka):
+                q, d = (cut(x[:, step], width) for x in (queries, documents))
+                losses.append(
+                    info_nce(
+                        q[own],
+                        d,
+                        positive[own],
+                        temperature=config.temperature,
+                        query_ids=query_ids[own] if masked else None,
+                        doc_ids=ids if masked else None,
+                        query_labels=labels[own] if masked else None,
+                        doc_labels=labels_of_side.contiguous() if masked else None,
+                    )
                 )
-            )
     return torch.stack(losses).mean()
 
 

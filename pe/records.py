@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 HUB = "hf://"
 JSONL = (".jsonl", ".jsonl.xz", ".jsonl.gz")
-OPTIONAL = ("negatives",)
+OPTIONAL = ("negatives", "shared_label", "other_label")
 INT64 = range(-(2**63), 2**63)
 
 

@@ -132,10 +132,14 @@ def sample(rows: Sequence[T], count: int, text: Callable[[T], str]) -> list[T]:
     return [rows[i] for i in sorted(kept)]
 
 
-def row(query: str, **sides: tuple[str, list[str]]) -> Row:
-    """A row; a side is given as its positive and its negatives."""
-    named = {name.replace("_", "-"): {"positive": right, "negatives": wrong} for name, (right, wrong) in sides.items()}
-    return {"query": query, "sides": named}
+def row(query: str, **sides: Row) -> Row:
+    return {"query": query, "sides": {name.replace("_", "-"): side for name, side in sides.items()}}
+
+
+def side(right: str, wrong: list[str], shared: str | None = None, other: str | None = None) -> Row:
+    """A side with its positive, its negatives and, where positives have some, the labels of `pe/instruct.py`."""
+    labels = {"shared_label": shared, "other_label": other} if shared and other else {}
+    return {"positive": right, "negatives": wrong, **labels}
 
 
 def distinct(items: Iterable[T], text: Callable[[T], str]) -> list[T]:
@@ -170,7 +174,7 @@ def _differ(record: Row) -> bool:
 
 def _nli_row(record: Row) -> Row:
     right, wrong = record["positive"], record["negatives"]
-    return row(record["query"], nli_follows=(right, wrong), nli_contradicts=(wrong[0], [right]))
+    return row(record["query"], nli_follows=side(right, wrong), nli_contradicts=side(wrong[0], [right]))
 
 
 # MedQuAD and Banking77: two properties of a text; what shares one of them with the query differs in the other.
@@ -184,11 +188,13 @@ def crossed(items: Sequence[Item], sides: tuple[str, str], count: int) -> list[R
         by_second[item.second].append(item)
     rows = []
     for item in items:
-        first = [other.text for other in by_first[item.first] if other.second != item.second]
-        second = [other.text for other in by_second[item.second] if _unrelated(other.first, item.first)]
+        first = [other for other in by_first[item.first] if other.second != item.second]
+        second = [other for other in by_second[item.second] if _unrelated(other.first, item.first)]
         if first and second:
             one, two = draw(first, "first", item.text), draw(second, "second", item.text)
-            rows.append(row(item.text, **{sides[0]: (one, [two]), sides[1]: (two, [one])}))
+            like_first = side(one.text, [two.text], item.first, one.second)
+            like_second = side(two.text, [one.text], item.second, two.first)
+            rows.append(row(item.text, **{sides[0]: like_first, sides[1]: like_second}))
     return sample(rows, count, lambda made: str(made["query"]))
 
 
@@ -230,11 +236,12 @@ def clinc(records: Iterable[Row], count: int) -> list[Row]:
     rows = []
     for item in sample(items, count, lambda item: item.text):
         same = [text for text in by_intent[item.first] if text != item.text]
-        near = [other.text for other in by_domain[item.second] if other.first != item.first]
+        near = [other for other in by_domain[item.second] if other.first != item.first]
         shared = np.where(domains == item.second, -1, overlap.with_text(item.text))
         far = [items[i].text for i in np.flatnonzero(shared >= np.partition(shared, -LURES)[-LURES])]
-        intent = draw(same, "intent", item.text), [draw(near, "not the intent", item.text)]
-        domain = draw(near, "domain", item.text), [draw(far, "not the domain", item.text)]
+        beside, within = draw(near, "not the intent", item.text), draw(near, "domain", item.text)
+        intent = side(draw(same, "intent", item.text), [beside.text], item.first, item.second)
+        domain = side(within.text, [draw(far, "not the domain", item.text)], item.second, within.first)
         rows.append(row(item.text, clinc_intent=intent, clinc_domain=domain))
     return rows
 

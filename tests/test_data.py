@@ -610,11 +610,13 @@ def test_batches_are_homogeneous_and_laid_out_as_said(three: list[Dataset]) -> N
     for step in range(60):
         batch = plan.batch(step)
         assert len(batch.queries) == len(batch.labels) == len(batch.query_ids) == 8
-        assert len(batch.documents) == len(batch.document_labels) == len(batch.document_ids)
+        assert batch.document_labels.shape == (1, len(batch.documents))
+        assert len(batch.documents) == len(batch.document_ids)
+        assert not batch.sides.any()
         assert batch.instructions == ["Find the answer."]
         assert {array.dtype for array in (batch.labels, batch.document_labels)} == {np.dtype(np.int64)}
-        np.testing.assert_array_equal(batch.document_labels[:8], batch.labels)
-        assert (batch.document_labels[8:] == -1).all()
+        np.testing.assert_array_equal(batch.document_labels[0, :8], batch.labels)
+        assert (batch.document_labels[0, 8:] == -1).all()
         if batch.dataset == 1:
             assert len(batch.documents) == 8
             numbers = [int(query[1 : query.index(".")]) for query in batch.queries]

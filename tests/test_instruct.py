@@ -211,7 +211,10 @@ FOLLOWS, CONTRADICTS = ROW["sides"].values()
             with_side(negatives=["a dog moves"]),
             "sides.nli-follows: expected another positive than the negatives, got 'a dog m",
         ),
-        (with_side(negative=["a"]), "sides.nli-follows: expected {positive, negatives?}, got the key 'negative'; did"),
+        (
+            with_side(negative=["a"]),
+            "sides.nli-follows: expected {positive, negatives?, shared_label?, other_label?}, got the key 'negative'; did",
+        ),
     ],
 )
 def test_bad_rows(row: object, message: str, tasks: dict[str, InstructTask], tmp_path: Path) -> None:
@@ -388,6 +391,8 @@ def test_what_shares_one_property_differs_in_the_other(script: ModuleType) -> No
         assert same[-1] != kind
         assert other[-1] == kind
         assert "gout" not in disease or "gout" not in other, "a disease within another is no other disease"
+        labels = [(side["shared_label"], side["other_label"]) for side in row["sides"].values()]
+        assert labels == [(" ".join(disease), same[-1]), (kind, " ".join(other[:-1]))]
 
 
 def test_sides_of_a_request(script: ModuleType) -> None:
@@ -403,6 +408,9 @@ def test_sides_of_a_request(script: ModuleType) -> None:
         assert ours not in (found["clinc-intent"][1], found["clinc-domain"][0])
         assert script.DOMAIN_OF[found["clinc-intent"][1]] == script.DOMAIN_OF[found["clinc-domain"][0]] == domain
         assert script.DOMAIN_OF[found["clinc-domain"][1]] != domain
+        assert sides["clinc-intent"]["shared_label"] == ours
+        assert sides["clinc-domain"]["shared_label"] == sides["clinc-intent"]["other_label"] == domain
+        assert sides["clinc-domain"]["other_label"] == found["clinc-domain"][0]
 
 
 # The score.

@@ -111,6 +111,35 @@ def test_the_loss_sees_the_contradiction_but_no_other_positive(tmp_path: Path) -
     torch.testing.assert_close(got, torch.stack(losses).mean())
 
 
+def test_what_another_row_shows_to_be_right_too_is_no_negative(tmp_path: Path) -> None:
+    """Labels of one side mask on that side alone: rows 0 and 1 share a *yea*, and row 2 differs from 0 by a *nay*."""
+    yea, nay = ["A", "A", "B", "C"], ["x", "y", "x", "z"]
+    rows = [row(number) for number in range(4)]
+    for number, made in enumerate(rows):
+        made["sides"]["yea"] |= {"shared_label": yea[number], "other_label": "y" if number == 3 else "q"}
+        made["sides"]["nay"] |= {"shared_label": nay[number], "other_label": "B" if number == 0 else "Q"}
+    batch = BatchPlan([load_instruct_set(written(tmp_path, rows))], [1.0], 1, 8, 0).batch(0)
+    side = sides(batch)
+    assert side == batch.sides.tolist()
+    number = [int(query.split()[1]) for query in batch.queries]
+    right = {  # of each side and document, its label there
+        0: {f"yes {n}": yea[n] for n in range(4)} | {"no 0": "B"},
+        1: {f"no {n}": nay[n] for n in range(4)} | {"yes 3": "y"},
+    }
+    torch.manual_seed(0)
+    embeddings = F.normalize(torch.randn(1, 16, 6), dim=-1)
+    got = contrastive_loss(embeddings, batch, LossConfig(temperature=0.1), Accelerator(cpu=True))
+    q, d, losses, masked = embeddings[0, :8], embeddings[0, 8:], [], 0
+    for b in range(8):
+        own = (yea, nay)[side[b]][number[b]]
+        same = [c for c in range(8) if c != b and right[side[b]].get(batch.documents[c]) == own]
+        masked += len(same)
+        logits = (q[b] @ d.T / 0.1).index_fill(0, torch.tensor(same, dtype=torch.long), -torch.inf)
+        losses.append(F.cross_entropy(logits, torch.tensor(b)))
+    assert masked == 6
+    torch.testing.assert_close(got, torch.stack(losses).mean())
+
+
 def test_counterpart_loss_is_a_choice_between_two(dataset: InstructSet) -> None:
     batch = BatchPlan([dataset], [1.0], 1, 4, 0).batch(0)
     torch.manual_seed(1)

@@ -97,7 +97,7 @@ def plain_loss(embeddings: Tensor, batch: Batch, temperature: float) -> float:
     for i in range(count):
         terms = []
         for j in range(len(documents)):
-            same_label = batch.labels[i] >= 0 and batch.document_labels[j] == batch.labels[i]
+            same_label = batch.labels[i] >= 0 and batch.document_labels[0, j] == batch.labels[i]
             same_text = batch.document_ids[j] in (batch.document_ids[i], batch.query_ids[i])
             same_query = j < count and batch.query_ids[j] == batch.query_ids[i]
             if j == i or not (same_label or same_text or same_query):
