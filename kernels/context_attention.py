@@ -708,7 +708,8 @@ def _check(
     require(window is None or window >= 1, "window", "None or an int >= 1", window)
     require(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
     if is_triton:
-        require(max(D, Dv) <= MAX_WIDTH, "q", f"head widths of at most {MAX_WIDTH} for the Triton path", D)
+        for name, width in (("q", D), ("v", Dv)):
+            require(width <= MAX_WIDTH, name, f"a head width of at most {MAX_WIDTH} for the Triton path", width)
         longest = f"at most {MAX_ROWS // (H // Hkv)} for the Triton path at {H} heads to {Hkv}"
         require(max_seqlen * (H // Hkv) <= MAX_ROWS, "max_seqlen", longest, max_seqlen)
 

@@ -274,6 +274,8 @@ def test_the_longest_sequence_fits_the_grid(chip: int, dtype: torch.dtype, width
 @pytest.mark.parametrize(
     ("widths", "max_seqlen", "message"),
     [
+        ((272, 16), 3, "q: expected a head width of at most 256 for the Triton path, got 272"),
+        ((16, 272), 3, "v: expected a head width of at most 256 for the Triton path, got 272"),
         ((16, 16), 1048561, "max_seqlen: expected at most 1048560 for the Triton path at 4 heads to 2, got 1048561"),
     ],
 )
