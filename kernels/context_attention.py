@@ -17,11 +17,9 @@ G = H / Hkv, D key width, Dv value width, Lq longest sequence, Lc longest contex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,186 +34,14 @@ from pe.kernels._checks import (
     require_range,
     require_same_device,
     use_triton,
-    values_are_free,
 )
 from pe.kernels._triton import LOG2E, distinct, floor_power, generation, tile, triton_op, unit_stride, wrap_triton
+from pe.kernels.context_attention_torch import context_attention_torch
 
-BY_SEQUENCE_FROM = 1 << 16  # padded key and value elements a sequence from which CPUs go sequence by sequence
-SCORES_AT_ONCE = 1 << 20  # of segments that a CPU puts together; from 2^17 to 2^23 all measured alike
 PROGRAMS = 264  # split a context's keys or users until about this many programs run: two for each of 132 processors
-LARGEST_AXIS = 65_535  # of a grid, but its first
+MAX_ROWS = 65_535 * 32  # the largest second axis of a grid, in the smallest tiles that a long sequence gets
 MAX_WIDTH = 256
 CONFIGS = ({"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4, "num_stages": 1})
-
-
-def context_attention_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    max_seqlen: int,
-    context_k: Tensor | None = None,
-    context_v: Tensor | None = None,
-    cu_context: Tensor | None = None,
-    context_index: Tensor | None = None,
-    max_context: int = 0,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Plain torch on a padded [B, Lq] x [B, Lc + Lq] problem: one masked softmax, no host sync."""
-    (T, H, D), Hkv, B = q.shape, k.shape[1], cu_seqlens.shape[0] - 1
-    if T == 0:
-        related = [x[:0].sum() for x in (q, k, v, context_k, context_v, sinks) if x is not None]
-        return q.new_zeros(0, H, v.shape[2]) + sum(related)
-    scale = D**-0.5 if scale is None else scale
-    i = torch.arange(max_seqlen, device=q.device)
-    begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    own = torch.minimum(begin + i, end - 1).clamp(min=0)  # [B, Lq], past the end the sequence's last token again
-    keys, values = [k[own].transpose(1, 2)], [v[own].transpose(1, 2)]  # [B, Hkv, Lq, D]
-    visible, position = (i <= i[:, None]).expand(B, -1, -1), i.expand(B, -1)
-    key_position = position
-    if context_k is not None and context_v is not None and cu_context is not None and context_k.shape[0] > 0:
-        segment = torch.arange(B, device=q.device) if context_index is None else context_index
-        begin, end = cu_context[:-1][segment, None], cu_context[1:][segment, None]
-        c = torch.arange(max_context, device=q.device)
-        context = torch.minimum(begin + c, end - 1).clamp(min=0)  # [B, Lc]
-        dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
-        keys.insert(0, context_k.to(dtype)[context].transpose(1, 2))
-        values.insert(0, context_v.to(dtype)[context].transpose(1, 2))
-        visible = torch.cat([(c < end - begin)[:, None, :].expand(-1, max_seqlen, -1), visible], dim=2)
-        position = position + (end - begin)
-        key_position = torch.cat([c.expand(B, -1), position], dim=1)
-    if window is not None:
-        visible = visible & (position[:, :, None] - key_position[:, None, :] < window)
-    q_pad = q[own].unflatten(2, (Hkv, H // Hkv)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, Lq, D]
-    out = _attend_ref(q_pad, keys, values, visible[:, None, None], scale, softcap, sinks)
-    out = out.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, Lq, H, Dv]
-    sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(T, device=q.device), right=True)
-    return out[sequence, torch.arange(T, device=q.device) - cu_seqlens[sequence]].to(q.dtype)
-
-
-def _attend_ref(
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    visible: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """q [..., U, Hkv, G, Lq, D] on key and value parts [..., U, Hkv, L, D]: the parts' scores are joined, they are not.
-
-    A part [..., Hkv, L, D] is shared by all U, not copied. visible is broadcast to [..., U, Hkv, G, Lq, sum of L];
-    -> [..., U, Hkv, G, Lq, Dv], at least float32.
-    """
-    dtype, group = torch.promote_types(q.dtype, torch.float32), q.shape[-3:-1]
-    rows = (q.to(dtype) * scale).flatten(-3, -2)  # [..., Hkv, G·Lq, D]
-    scores = torch.cat([_product(rows, part.to(dtype).transpose(-2, -1)) for part in keys], dim=-1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.unflatten(-2, group).masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(dtype).view(*q.shape[-4:-2], 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    p = scores.softmax(dim=-1).flatten(-3, -2)
-    first, out = 0, rows.new_zeros(())
-    for part in values:
-        out = out + _product(p[..., first : first + part.shape[-2]], part.to(dtype))
-        first += part.shape[-2]
-    return out.unflatten(-2, group)
-
-
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows [..., U, Hkv, R, X] times a matrix [..., U, Hkv, X, Y], or times one [..., Hkv, X, Y] that all U share."""
-    if rows.dim() == matrix.dim():
-        return rows @ matrix
-    return (rows.transpose(-4, -3).flatten(-3, -2) @ matrix).unflatten(-2, (rows.shape[-4], -1)).transpose(-4, -3)
-
-
-def _by_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    context: tuple[Tensor, Tensor, Tensor] | None,
-    context_index: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The reference without padding: S segments of one length, each with U sequences of one length, at a time.
-
-    A sequence shares its segment, which is then read once for all, if it has fewer tokens; else it stands alone, where
-    it can behind a copy of its segment (`_behind_copies`). With gradient S is 1, a view: backward would keep a copy of
-    several. Reads the lengths on the host, so it is for CPUs, where it is several times faster than the padded form
-    once the padded contexts no longer fit the cache.
-    """
-    H, Hkv, lengths = q.shape[1], k.shape[1], cu_seqlens.diff().tolist()
-    is_plain = window is None and softcap is None and sinks is None
-    index = range(len(lengths)) if context_index is None else context_index.tolist()
-    context_lengths, context_parts = [0] * len(lengths), None
-    if context is not None:
-        dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
-        context_lengths = context[2].diff().tolist()
-        context_parts = [part[: sum(context_lengths)].to(dtype).split(context_lengths) for part in context[:2]]
-    users: dict[tuple[int, int, int], list[int]] = {}
-    copied: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for b, (n, segment) in enumerate(zip(lengths, index, strict=True)):
-        is_longer = n >= context_lengths[segment]
-        if n > 0 and is_longer and is_plain:
-            copied.setdefault((n, context_lengths[segment]), []).append((segment, b))
-        elif n > 0:
-            users.setdefault((n, segment, b if is_longer else -1), []).append(b)
-    alike: dict[tuple[int, int, int, int], list[tuple[int, list[int]]]] = {}
-    for (n, segment, alone), members in users.items():
-        alike.setdefault((n, context_lengths[segment], len(members), alone), []).append((segment, members))
-    own, out = [part.split(lengths) for part in (q, k, v)], dict[int, Tensor]()
-    for pairs in copied.values():
-        behind, places = zip(*pairs, strict=True)
-        rows, *own_kv = (_stacked(part, places) for part in own)
-        context_kv = [_stacked(part, behind).to(q.dtype) for part in context_parts or ()]
-        out.update(zip(places, _behind_copies(rows, own_kv, context_kv, scale), strict=True))
-    tensors = (q, k, v, sinks, *(context or ()))
-    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    for (n, n_context, count, _), groups in alike.items():
-        at_once = 1 if keeps else max(1, SCORES_AT_ONCE // (count * H * n * (n_context + n)))
-        for first in range(0, len(groups), at_once):
-            segments, sharing = zip(*groups[first : first + at_once], strict=True)
-            members = [b for several in sharing for b in several]
-            rows, *own_kv = (_stacked(part, members).unflatten(0, (-1, count)) for part in own)  # [S, U, n, heads, D]
-            keys, values = ([part.transpose(2, 3)] for part in own_kv)
-            if context_parts is not None:
-                keys.insert(0, _stacked(context_parts[0], segments).transpose(1, 2))  # [S, Hkv, L, D]
-                values.insert(0, _stacked(context_parts[1], segments).transpose(1, 2))
-            distance = torch.arange(n_context, n_context + n)[:, None] - torch.arange(n_context + n)
-            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            rows = rows.unflatten(3, (Hkv, -1)).permute(0, 1, 3, 4, 2, 5)  # [S, U, Hkv, G, n, D]
-            attended = _attend_ref(rows, keys, values, visible, scale, softcap, sinks)
-            attended = attended.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(0, 1)  # [S·U, n, H, Dv]
-            out.update(zip(members, attended.to(q.dtype), strict=True))
-    return torch.cat([out[b] for b in sorted(out)])
-
-
-def _behind_copies(rows: Tensor, own: Sequence[Tensor], context: Sequence[Tensor], scale: float) -> Tensor:
-    """torch's causal attention, which keeps no scores, over a copy of the context and what follows.
-
-    rows [S, n, H, D], own keys and values [S, n, Hkv, D], those of a context [S, L, Hkv, D] or none -> [S, n, H, Dv].
-    The context asks nothing: zeros stand for its queries.
-    """
-    n = rows.shape[1]
-    both = [torch.cat([x, y], dim=1) for x, y in zip(context, own, strict=True)] if context else own
-    q, k, v = (x.transpose(1, 2) for x in (rows, *both))
-    q = F.pad(q, (0, 0, k.shape[2] - n, 0))
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return attended[:, :, -n:].transpose(1, 2)
-
-
-def _stacked(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
-    return torch.stack([parts[i] for i in places]) if len(places) > 1 else parts[places[0]][None]
 
 
 @triton.jit
@@ -234,15 +60,6 @@ def _visible(distance, window, HAS_WINDOW: tl.constexpr):
     if HAS_WINDOW:
         visible = visible & (distance < window)
     return visible
-
-
-@triton.jit
-def _row_tile_and_split(SPLITS: tl.constexpr, IS_FOLDED: tl.constexpr):
-    """Which rows a program owns and which split of the keys; where IS_FOLDED the third axis counts row tiles too."""
-    row_tile, split = tl.program_id(1), tl.program_id(2)
-    if IS_FOLDED:
-        row_tile, split = split // SPLITS * tl.num_programs(1) + row_tile, split % SPLITS
-    return row_tile, split
 
 
 @triton.jit
@@ -268,30 +85,11 @@ def _context_of(b, cu_context_ptr, context_index_ptr, HAS_CONTEXT: tl.constexpr,
 
 @triton.jit
 def _attend_blocks(
-    acc,
-    total,
-    top,
-    q,
-    k_ptr,
-    v_ptr,
-    first,
-    last,
-    shift,
-    position_m,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ALL_VISIBLE: tl.constexpr,
-):
+    acc, total, top, q, k_ptr, v_ptr,
+    first, last, shift, position_m, window, qk_scale, cap_scale, stride_kt, stride_vt,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALL_VISIBLE: tl.constexpr,
+):  # fmt: skip
     """Online softmax of a tile of rows over keys [first, last) of one segment, key n at position n + shift."""
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_d, mask_dv = offs_d < D, offs_dv < DV
@@ -324,31 +122,11 @@ def _whole_blocks(first, last, seen_by_all, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc,
-    total,
-    top,
-    q,
-    k_ptr,
-    v_ptr,
-    first,
-    last,
-    seen_by_all,
-    shift,
-    position_m,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SOME_WHOLE: tl.constexpr,
-):
+    acc, total, top, q, k_ptr, v_ptr,
+    first, last, seen_by_all, shift, position_m, window, qk_scale, cap_scale, stride_kt, stride_vt,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SOME_WHOLE: tl.constexpr,
+):  # fmt: skip
     """The same, where SOME_WHOLE masked only from the first block that holds a key some row does not see."""
     if SOME_WHOLE:
         whole = _whole_blocks(first, last, seen_by_all, BLOCK_N)
@@ -365,53 +143,18 @@ def _attend(
 
 @triton.jit
 def _context_attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cu_ptr,
-    context_k_ptr,
-    context_v_ptr,
-    cu_context_ptr,
-    context_index_ptr,
-    sinks_ptr,
-    o_ptr,
-    lse_ptr,
-    T,
-    n_kv_heads,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ckt,
-    stride_ckh,
-    stride_cvt,
-    stride_cvh,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    IS_LONG: tl.constexpr,
-    IS_FOLDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, cu_ptr, context_k_ptr, context_v_ptr, cu_context_ptr, context_index_ptr, sinks_ptr,
+    o_ptr, lse_ptr, T, n_kv_heads, window, qk_scale, cap_scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ckt, stride_ckh, stride_cvt, stride_cvh,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IS_LONG: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """One program owns BLOCK_M rows (tokens x grouped heads) of one sequence and key/value head, on one key split."""
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    row_tile, split = _row_tile_and_split(SPLITS, IS_FOLDED)
+    row_tile, split = tl.program_id(1), tl.program_id(2)
     first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
@@ -463,16 +206,9 @@ def _context_attention_fwd_kernel(
 
 @triton.jit
 def _context_attention_merge_kernel(
-    partial_ptr,
-    partial_lse_ptr,
-    o_ptr,
-    lse_ptr,
-    n_rows,
-    DV: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    partial_ptr, partial_lse_ptr, o_ptr, lse_ptr, n_rows,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """One program merges the splits of BLOCK_R rows (token, head) by their log-sum-exps."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -516,31 +252,11 @@ def _dlogits(p, z, dp, delta, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _accumulate_dq_blocks(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    first,
-    last,
-    shift,
-    position_m,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ALL_VISIBLE: tl.constexpr,
-):
+    dq, q, do, lse, delta, k_ptr, v_ptr,
+    first, last, shift, position_m, window, qk_scale, cap_scale, stride_kt, stride_vt,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALL_VISIBLE: tl.constexpr,
+):  # fmt: skip
     """dq += dz K over keys [first, last) of one segment."""
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     mask_d, mask_dv = offs_d < D, offs_dv < DV
@@ -561,32 +277,11 @@ def _accumulate_dq_blocks(
 
 @triton.jit
 def _accumulate_dq(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    first,
-    last,
-    seen_by_all,
-    shift,
-    position_m,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SOME_WHOLE: tl.constexpr,
-):
+    dq, q, do, lse, delta, k_ptr, v_ptr,
+    first, last, seen_by_all, shift, position_m, window, qk_scale, cap_scale, stride_kt, stride_vt,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SOME_WHOLE: tl.constexpr,
+):  # fmt: skip
     """The same, where SOME_WHOLE masked only from the first block that holds a key some row does not see."""
     if SOME_WHOLE:
         whole = _whole_blocks(first, last, seen_by_all, BLOCK_N)
@@ -603,56 +298,19 @@ def _accumulate_dq(
 
 @triton.jit
 def _context_attention_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cu_ptr,
-    context_k_ptr,
-    context_v_ptr,
-    cu_context_ptr,
-    context_index_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    T,
-    n_kv_heads,
-    window,
-    scale,
-    qk_scale,
-    cap_scale,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ckt,
-    stride_ckh,
-    stride_cvt,
-    stride_cvh,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_LONG: tl.constexpr,
-    IS_FOLDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, cu_ptr, context_k_ptr, context_v_ptr, cu_context_ptr, context_index_ptr,
+    o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, n_kv_heads, window, scale, qk_scale, cap_scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ckt, stride_ckh, stride_cvt, stride_cvh,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_LONG: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """One program owns dq of BLOCK_M rows of one sequence and key/value head on one key split, and their delta."""
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
     b, kv_head = (tl.program_id(0) // n_kv_heads).to(tl.int64), (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    row_tile, split = _row_tile_and_split(SPLITS, IS_FOLDED)
+    row_tile, split = tl.program_id(1), tl.program_id(2)
     first_row = row_tile * BLOCK_M
     begin = tl.load(cu_ptr + b)
     length = tl.load(cu_ptr + b + 1) - begin
@@ -703,38 +361,12 @@ def _context_attention_bwd_dq_kernel(
 
 @triton.jit
 def _accumulate_dkv(
-    dk,
-    dv,
-    k,
-    v,
-    q_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    begin,
-    length,
-    kv_head,
-    begin_row,
-    end_row,
-    context,
-    position_n,
-    mask_n,
-    n_kv_heads,
-    window,
-    qk_scale,
-    cap_scale,
-    stride_qt,
-    stride_qh,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ALL_VISIBLE: tl.constexpr,
-):
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, begin, length, kv_head, begin_row, end_row,
+    context, position_n, mask_n, n_kv_heads, window, qk_scale, cap_scale, stride_qt, stride_qh,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALL_VISIBLE: tl.constexpr,
+):  # fmt: skip
     """dk += dzᵀ q and dv += Pᵀ do over rows [begin_row, end_row) of one sequence, in whole tiles up to its last row.
 
     P and dz are [keys, rows]: as they come out they are operands of the next products. Rows and keys past the end are
@@ -763,37 +395,13 @@ def _accumulate_dkv(
 
 @triton.jit
 def _context_attention_bwd_own_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cu_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    n_kv_heads,
-    window,
-    scale,
-    qk_scale,
-    cap_scale,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_LONG: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, cu_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    n_kv_heads, window, scale, qk_scale, cap_scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_LONG: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """One program owns dk and dv of BLOCK_N own keys of one sequence and key/value head."""
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
@@ -834,42 +442,13 @@ def _context_attention_bwd_own_kernel(
 
 @triton.jit
 def _context_attention_bwd_context_kernel(
-    q_ptr,
-    context_k_ptr,
-    context_v_ptr,
-    cu_ptr,
-    cu_context_ptr,
-    user_ptr,
-    user_begin_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    C,
-    n_kv_heads,
-    window,
-    scale,
-    qk_scale,
-    cap_scale,
-    stride_qt,
-    stride_qh,
-    stride_ckt,
-    stride_ckh,
-    stride_cvt,
-    stride_cvh,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    q_ptr, context_k_ptr, context_v_ptr, cu_ptr, cu_context_ptr, user_ptr, user_begin_ptr,
+    do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, C, n_kv_heads, window, scale, qk_scale, cap_scale,
+    stride_qt, stride_qh, stride_ckt, stride_ckh, stride_cvt, stride_cvh,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """One program owns BLOCK_N keys of one context segment and key/value head, for every SPLITS-th of its users."""
     scale = tl.cast(scale, tl.float32)
     qk_scale, cap_scale = tl.cast(qk_scale, tl.float32), tl.cast(cap_scale, tl.float32)
@@ -910,11 +489,6 @@ def _context_attention_bwd_context_kernel(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_dv[None, :])
 
 
-def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """Factor of q kᵀ before tanh (base 2 without a cap) and the base-2 factor after it."""
-    return (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
-
-
 def _blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int, largest_m: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of a program that owns rows and walks over keys."""
     width, chip = max(q.shape[2], v.shape[2]), generation(q.device)
@@ -934,42 +508,23 @@ def _key_blocks(q: Tensor, v: Tensor, n_rows: int, n_keys: int) -> tuple[int, in
 
 
 def _common(q: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> dict[str, Any]:
-    """Arguments of every kernel but the merge."""
-    qk_scale, cap_scale = _scales(scale, softcap)
+    """Arguments of every kernel but the merge; qk_scale goes before tanh, cap_scale behind it."""
+    (_, H, D), (_, Hkv, Dv) = q.shape, v.shape
+    qk_scale, cap_scale = (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
     return {
-        "n_kv_heads": v.shape[1],
-        "window": 0 if window is None else window,
-        "qk_scale": qk_scale,
-        "cap_scale": cap_scale,
-        "stride_qt": q.stride(0),
-        "stride_qh": q.stride(1),
-        "G": q.shape[1] // v.shape[1],
-        "D": q.shape[2],
-        "DV": v.shape[2],
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "BLOCK_D": tile(q.shape[2], 16, MAX_WIDTH),
-        "BLOCK_DV": tile(v.shape[2], 16, MAX_WIDTH),
-    }
+        "n_kv_heads": Hkv, "window": window or 0, "qk_scale": qk_scale, "cap_scale": cap_scale,
+        "stride_qt": q.stride(0), "stride_qh": q.stride(1),
+        "G": H // Hkv, "D": D, "DV": Dv, "HAS_WINDOW": window is not None, "HAS_SOFTCAP": softcap is not None,
+        "BLOCK_D": tile(D, 16, MAX_WIDTH), "BLOCK_DV": tile(Dv, 16, MAX_WIDTH),
+    }  # fmt: skip
 
 
 def _over_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    cu_context: Tensor | None,
-    context_index: Tensor | None,
-    max_seqlen: int,
-    max_context: int,
-    largest_m: int,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid, and what the kernels that own rows take besides, such as the splits of the context's keys.
-
-    The second axis ends at 65,535, fewer row tiles than one long sequence has: what is left goes to the third.
-    """
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    context_k: Tensor | None, context_v: Tensor | None, cu_context: Tensor | None, context_index: Tensor | None,
+    max_seqlen: int, max_context: int, largest_m: int,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    """Grid, and what the kernels that own rows take besides, such as the splits of the context's keys."""
     B, Hkv, G = cu_seqlens.shape[0] - 1, v.shape[1], q.shape[1] // v.shape[1]
     has_context = context_k is not None and max_context > 0
     block_m, block_n, num_warps, num_stages = _blocks(q, v, max_seqlen * G, max(max_context, max_seqlen), largest_m)
@@ -978,55 +533,25 @@ def _over_rows(
     splits = floor_power(splits)
     ck, cv = k if context_k is None else context_k, v if context_v is None else context_v
     arguments = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "cu_ptr": cu_seqlens,
-        "context_k_ptr": ck,
-        "context_v_ptr": cv,
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "cu_ptr": cu_seqlens, "context_k_ptr": ck, "context_v_ptr": cv,
         "cu_context_ptr": cu_seqlens if cu_context is None else cu_context,
-        "context_index_ptr": cu_seqlens if context_index is None else context_index,
-        "T": q.shape[0],
-        "stride_kt": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_vt": v.stride(0),
-        "stride_vh": v.stride(1),
-        "stride_ckt": ck.stride(0),
-        "stride_ckh": ck.stride(1),
-        "stride_cvt": cv.stride(0),
-        "stride_cvh": cv.stride(1),
-        "HAS_CONTEXT": has_context,
-        "HAS_INDEX": context_index is not None,
-        "IS_LONG": max_seqlen > block_own,
-        "IS_FOLDED": row_tiles > LARGEST_AXIS,
-        "SPLITS": splits,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_OWN": block_own,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-    layers = triton.cdiv(row_tiles, LARGEST_AXIS)
-    return (B * Hkv, triton.cdiv(row_tiles, layers), splits * layers), arguments
+        "context_index_ptr": cu_seqlens if context_index is None else context_index, "T": q.shape[0],
+        "stride_kt": k.stride(0), "stride_kh": k.stride(1), "stride_vt": v.stride(0), "stride_vh": v.stride(1),
+        "stride_ckt": ck.stride(0), "stride_ckh": ck.stride(1), "stride_cvt": cv.stride(0), "stride_cvh": cv.stride(1),
+        "HAS_CONTEXT": has_context, "HAS_INDEX": context_index is not None, "IS_LONG": max_seqlen > block_own,
+        "SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_OWN": block_own,
+        "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+    return (B * Hkv, row_tiles, splits), arguments
 
 
 @triton_op("pe::context_attention_fwd")
 def _context_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    cu_context: Tensor | None,
-    context_index: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    context_k: Tensor | None, context_v: Tensor | None, cu_context: Tensor | None, context_index: Tensor | None,
     sinks: Tensor | None,
-    max_seqlen: int,
-    max_context: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+    max_seqlen: int, max_context: int, scale: float, window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [T, H, Dv] in q's dtype and the base-2 log-sum-exp [T, H] float32."""
     (T, H), Dv = q.shape[:2], v.shape[2]
     common = _common(q, v, scale, window, softcap)
@@ -1038,52 +563,25 @@ def _context_attention_fwd(
         partial = q.new_empty(splits, T, H, Dv, dtype=torch.float32)
         partial_lse = q.new_empty(splits, T, H, dtype=torch.float32)
     wrap_triton(_context_attention_fwd_kernel, CONFIGS)[grid](
-        **common,
-        **arguments,
-        sinks_ptr=q if sinks is None else sinks,
-        o_ptr=partial,
-        lse_ptr=partial_lse,
+        **common, **arguments, sinks_ptr=q if sinks is None else sinks, o_ptr=partial, lse_ptr=partial_lse,
         HAS_SINKS=sinks is not None,
-    )
+    )  # fmt: skip
     if splits > 1:
         wrap_triton(_context_attention_merge_kernel)[(triton.cdiv(T * H, 16),)](
-            partial_ptr=partial,
-            partial_lse_ptr=partial_lse,
-            o_ptr=o,
-            lse_ptr=lse,
-            n_rows=T * H,
-            DV=Dv,
-            SPLITS=splits,
-            BLOCK_R=16,
-            BLOCK_DV=common["BLOCK_DV"],
-            num_warps=4,
-        )
+            partial_ptr=partial, partial_lse_ptr=partial_lse, o_ptr=o, lse_ptr=lse, n_rows=T * H,
+            DV=Dv, SPLITS=splits, BLOCK_R=16, BLOCK_DV=common["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
     return o, lse
 
 
 @triton_op("pe::context_attention_bwd")
 def _context_attention_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    cu_context: Tensor | None,
-    context_index: Tensor | None,
-    sinks: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    max_seqlen: int,
-    max_context: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    needs_own: bool,
-    needs_context: bool,
-    needs_sinks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    context_k: Tensor | None, context_v: Tensor | None, cu_context: Tensor | None, context_index: Tensor | None,
+    sinks: Tensor | None, o: Tensor, lse: Tensor,
+    max_seqlen: int, max_context: int, scale: float, window: int | None, softcap: float | None,
+    needs_own: bool, needs_context: bool, needs_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dcontext_k, dcontext_v and dsinks; an empty tensor for each that is not asked for."""
     (T, H, D), (_, Hkv, Dv), B = q.shape, v.shape, cu_seqlens.shape[0] - 1
     common = _common(q, v, scale, window, softcap)
@@ -1100,21 +598,10 @@ def _context_attention_bwd(
         dk, dv = k.new_empty(T, Hkv, D), v.new_empty(T, Hkv, Dv)
         block_m, block_n, num_warps, num_stages = _key_blocks(q, v, max_seqlen * H // Hkv, max_seqlen)
         wrap_triton(_context_attention_bwd_own_kernel, CONFIGS)[(B * Hkv, triton.cdiv(max_seqlen, block_n))](
-            **common,
-            k_ptr=k,
-            v_ptr=v,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            stride_kt=k.stride(0),
-            stride_kh=k.stride(1),
-            stride_vt=v.stride(0),
-            stride_vh=v.stride(1),
-            IS_LONG=max_seqlen > block_n,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+            **common, k_ptr=k, v_ptr=v, dk_ptr=dk, dv_ptr=dv,
+            stride_kt=k.stride(0), stride_kh=k.stride(1), stride_vt=v.stride(0), stride_vh=v.stride(1),
+            IS_LONG=max_seqlen > block_n, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
     if needs_context and context_k is not None and context_v is not None and cu_context is not None:
         C, N = context_k.shape[0], cu_context.shape[0] - 1
         users = user_begin = cu_context
@@ -1128,26 +615,13 @@ def _context_attention_bwd(
         dck, dcv = q.new_empty(user_splits, C, Hkv, D, dtype=dtype), q.new_empty(user_splits, C, Hkv, Dv, dtype=dtype)
         if key_tiles > 0 and N > 0:
             wrap_triton(_context_attention_bwd_context_kernel, CONFIGS)[(N * Hkv, key_tiles, user_splits)](
-                **common,
-                context_k_ptr=context_k,
-                context_v_ptr=context_v,
-                cu_context_ptr=cu_context,
-                user_ptr=users,
-                user_begin_ptr=user_begin,
-                dk_ptr=dck,
-                dv_ptr=dcv,
-                C=C,
-                stride_ckt=context_k.stride(0),
-                stride_ckh=context_k.stride(1),
-                stride_cvt=context_v.stride(0),
-                stride_cvh=context_v.stride(1),
-                HAS_INDEX=context_index is not None,
-                SPLITS=user_splits,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
+                **common, context_k_ptr=context_k, context_v_ptr=context_v, cu_context_ptr=cu_context, user_ptr=users,
+                user_begin_ptr=user_begin, dk_ptr=dck, dv_ptr=dcv, C=C,
+                stride_ckt=context_k.stride(0), stride_ckh=context_k.stride(1),
+                stride_cvt=context_v.stride(0), stride_cvh=context_v.stride(1),
+                HAS_INDEX=context_index is not None, SPLITS=user_splits, BLOCK_M=block_m, BLOCK_N=block_n,
+                num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
         dck, dcv = _sum_splits(dck, q.dtype), _sum_splits(dcv, q.dtype)
     if needs_sinks and sinks is not None:
         dsinks = -(torch.exp2(sinks.float() * LOG2E - lse) * delta).sum(dim=0).to(sinks.dtype)
@@ -1161,22 +635,11 @@ def _sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        context_k: Tensor | None,
-        context_v: Tensor | None,
-        cu_context: Tensor | None,
-        context_index: Tensor | None,
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+        context_k: Tensor | None, context_v: Tensor | None, cu_context: Tensor | None, context_index: Tensor | None,
         sinks: Tensor | None,
-        max_seqlen: int,
-        max_context: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+        max_seqlen: int, max_context: int, scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
         tensors = q, k, v, cu_seqlens, context_k, context_v, cu_context, context_index, sinks
         options = max_seqlen, max_context, scale, window, softcap
         o, lse = _context_attention_fwd(*tensors, *options)
@@ -1196,24 +659,68 @@ class _ContextAttention(torch.autograd.Function):
         return dq, dk, dv, None, dck, dcv, None, None, dsinks, None, None, None, None, None
 
 
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    context_k: Tensor | None, context_v: Tensor | None, cu_context: Tensor | None, context_index: Tensor | None,
+    max_context: int, window: int | None, softcap: float | None, sinks: Tensor | None, is_triton: bool,
+) -> None:  # fmt: skip
+    """Raise ValueError on what `context_attention` does not take, or its kernels do not where `is_triton`."""
+    require_float("q", q, 3)
+    require_float("k", k, 3)
+    require_float("v", v, 3)
+    (T, H, D), Hkv, Dv = q.shape, k.shape[1], v.shape[2]
+    require(k.shape[0] == T and k.shape[2] == D, "k", f"shape [{T}, Hkv, {D}]", k.shape)
+    require(v.shape[0] == T and v.shape[1] == Hkv, "v", f"shape [{T}, {Hkv}, Dv]", v.shape)
+    require(Hkv >= 1 and H % Hkv == 0, "k", f"a number of heads that divides q's {H}", k.shape)
+    require_offsets("cu_seqlens", cu_seqlens, T)
+    require_longest("max_seqlen", max_seqlen, cu_seqlens, T)
+    B = cu_seqlens.shape[0] - 1
+    given = (context_k is not None, context_v is not None, cu_context is not None)
+    require(len(set(given)) == 1, "context_k, context_v, cu_context", "all three or none", given)
+    if context_k is not None and context_v is not None and cu_context is not None:
+        C = context_k.shape[0]
+        require(tuple(context_k.shape) == (C, Hkv, D), "context_k", f"shape [C, {Hkv}, {D}]", context_k.shape)
+        require(tuple(context_v.shape) == (C, Hkv, Dv), "context_v", f"shape {C, Hkv, Dv}", context_v.shape)
+        has_grad = context_k.requires_grad or context_v.requires_grad
+        require_offsets("cu_context", cu_context, C, has_rest=not has_grad)
+        require_longest("max_context", max_context, cu_context, C if has_grad else 0)
+        n_segments = cu_context.shape[0] - 1
+        if context_index is None:
+            require(n_segments == B, "cu_context", f"shape [{B + 1}] without a context_index", cu_context.shape)
+        else:
+            require(tuple(context_index.shape) == (B,), "context_index", f"shape [{B}]", context_index.shape)
+            is_integer = context_index.dtype in (torch.int32, torch.int64)
+            require(is_integer, "context_index", "int32 or int64", context_index.dtype)
+            require_range("context_index", context_index, 0, n_segments)
+    else:
+        require(context_index is None, "context_index", "None without a context", "a tensor")
+    if sinks is not None:
+        require_float("sinks", sinks, 1)
+        require(sinks.shape[0] == H, "sinks", f"shape [{H}]", sinks.shape)
+    states = {"k": k, "v": v, "context_k": context_k, "context_v": context_v}
+    for name, tensor in states.items():
+        if tensor is not None:
+            require(tensor.dtype == q.dtype, name, f"q's dtype {q.dtype}", tensor.dtype)
+    others = {"cu_seqlens": cu_seqlens, "cu_context": cu_context, "context_index": context_index, "sinks": sinks}
+    for name, tensor in (states | others).items():
+        if tensor is not None:
+            require_same_device(name, tensor, q.device)
+    require(window is None or window >= 1, "window", "None or an int >= 1", window)
+    require(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
+    if is_triton:
+        for name, width in (("q", D), ("v", Dv)):
+            require(width <= MAX_WIDTH, name, f"a head width of at most {MAX_WIDTH} for the Triton path", width)
+        longest = f"at most {MAX_ROWS // (H // Hkv)} for the Triton path at {H} heads to {Hkv}"
+        require(max_seqlen * (H // Hkv) <= MAX_ROWS, "max_seqlen", longest, max_seqlen)
+
+
 def context_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    max_seqlen: int,
-    context_k: Tensor | None = None,
-    context_v: Tensor | None = None,
-    cu_context: Tensor | None = None,
-    context_index: Tensor | None = None,
-    max_context: int = 0,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_seqlen: int,
+    context_k: Tensor | None = None, context_v: Tensor | None = None, cu_context: Tensor | None = None,
+    context_index: Tensor | None = None, max_context: int = 0,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of packed sequences over their own earlier tokens and a context segment each.
 
     q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv], cu_seqlens [B + 1] int32 -> [T, H, Dv] in q's dtype.
@@ -1224,69 +731,25 @@ def context_attention(
     with `window` only keys less than `window` positions back. Query head h reads key/value head h // (H / Hkv).
     scale: default D ** -0.5. softcap: s tanh(score / s) before masking. sinks [H]: one more logit a head in the
     denominator. Differentiable in q, k, v, context_k, context_v and sinks; what asks for no gradient costs none, but q.
-    Raises ValueError on shapes, dtypes or devices that do not fit, and (CPU) on offsets or indices out of range.
+    Raises ValueError on shapes, dtypes or devices that do not fit, (CPU) on offsets or indices out of range, and
+    (Triton) on heads wider than MAX_WIDTH or a max_seqlen of more than MAX_ROWS rows a key/value head.
     """
-    require_float("q", q, 3)
-    require_float("k", k, 3)
-    require_float("v", v, 3)
-    (T, H, D), Hkv, B = q.shape, k.shape[1], cu_seqlens.shape[0] - 1
-    require(k.shape[0] == T and k.shape[2] == D, "k", f"shape [{T}, Hkv, {D}]", k.shape)
-    require(v.shape[0] == T and v.shape[1] == Hkv, "v", f"shape [{T}, {Hkv}, Dv]", v.shape)
-    require(Hkv >= 1 and H % Hkv == 0, "k", f"a number of heads that divides q's {H}", k.shape)
-    require_offsets("cu_seqlens", cu_seqlens, T)
-    require_longest("max_seqlen", max_seqlen, cu_seqlens, T)
-    given = (context_k is not None, context_v is not None, cu_context is not None)
-    require(len(set(given)) == 1, "context_k, context_v, cu_context", "all three or none", given)
-    if context_k is not None and context_v is not None and cu_context is not None:
-        C = context_k.shape[0]
-        expected_k, expected_v = (C, Hkv, D), (C, Hkv, v.shape[2])
-        require(tuple(context_k.shape) == expected_k, "context_k", f"shape [C, {Hkv}, {D}]", context_k.shape)
-        require(tuple(context_v.shape) == expected_v, "context_v", f"shape {expected_v}", context_v.shape)
-        has_grad = context_k.requires_grad or context_v.requires_grad
-        require_offsets("cu_context", cu_context, C, has_rest=not has_grad)
-        require_longest("max_context", max_context, cu_context, C if has_grad else 0)
-        n_segments = cu_context.shape[0] - 1
-        if context_index is None:
-            require(n_segments == B, "cu_context", f"shape [{B + 1}] without a context_index", cu_context.shape)
-        else:
-            require(context_index.dim() == 1 and context_index.shape[0] == B, "context_index", f"shape [{B}]",
-                    context_index.shape)  # fmt: skip
-            is_integer = context_index.dtype in (torch.int32, torch.int64)
-            require(is_integer, "context_index", "int32 or int64", context_index.dtype)
-            require_range("context_index", context_index, 0, n_segments)
-    else:
-        require(context_index is None, "context_index", "None without a context", "a tensor")
-    if sinks is not None:
-        require_float("sinks", sinks, 1)
-        require(sinks.shape[0] == H, "sinks", f"shape [{H}]", sinks.shape)
-    for name, tensor in (("k", k), ("v", v), ("context_k", context_k), ("context_v", context_v)):
-        if tensor is not None:
-            require(tensor.dtype == q.dtype, name, f"q's dtype {q.dtype}", tensor.dtype)
-    for name, tensor in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("context_k", context_k),
-                         ("context_v", context_v), ("cu_context", cu_context), ("context_index", context_index),
-                         ("sinks", sinks)):  # fmt: skip
-        if tensor is not None:
-            require_same_device(name, tensor, q.device)
-    require(window is None or window >= 1, "window", "None or an int >= 1", window)
-    require(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
-    scale = D**-0.5 if scale is None else scale
+    is_triton = use_triton(impl, q) and q.numel() > 0
+    _check(
+        q, k, v, cu_seqlens, max_seqlen, context_k, context_v, cu_context, context_index, max_context, window, softcap,
+        sinks, is_triton,
+    )  # fmt: skip
     if window is not None and window >= max_seqlen + max_context:
         window = None
-    if use_triton(impl, q) and T > 0:
-        require(max(D, v.shape[2]) <= MAX_WIDTH, "q", f"head widths of at most {MAX_WIDTH} for the Triton path", D)
-        own = unit_stride(q), unit_stride(k), unit_stride(v), cu_seqlens.contiguous()
-        context = (None if x is None else unit_stride(x) for x in (context_k, context_v))
-        rest = (None if x is None else x.contiguous() for x in (cu_context, context_index, sinks))
-        tensors = distinct(*own, *context, *rest)
-        return _ContextAttention.apply(*tensors, max_seqlen, max_context, scale, window, softcap)
-    is_large = (max_seqlen + max_context) * Hkv * (D + v.shape[2]) > BY_SEQUENCE_FROM
-    is_shared = cu_context is not None and 2 * (cu_context.shape[0] - 1) < B
-    if T > 0 and values_are_free(q) and (is_large or is_shared):
-        whole = None
-        if context_k is not None and context_v is not None and cu_context is not None:
-            whole = (context_k, context_v, cu_context)
-        return _by_sequence(q, k, v, cu_seqlens, whole, context_index, scale, window, softcap, sinks)
-    return context_attention_ref(
-        q, k, v, cu_seqlens, max_seqlen=max_seqlen, context_k=context_k, context_v=context_v, cu_context=cu_context,
-        context_index=context_index, max_context=max_context, scale=scale, window=window, softcap=softcap, sinks=sinks,
-    )  # fmt: skip
+    if not is_triton:
+        return context_attention_torch(
+            q, k, v, cu_seqlens, max_seqlen=max_seqlen, context_k=context_k, context_v=context_v,
+            cu_context=cu_context, context_index=context_index, max_context=max_context, scale=scale, window=window,
+            softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    own = unit_stride(q), unit_stride(k), unit_stride(v), cu_seqlens.contiguous()
+    context = (None if x is None else unit_stride(x) for x in (context_k, context_v))
+    rest = (None if x is None else x.contiguous() for x in (cu_context, context_index, sinks))
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    tensors = distinct(*own, *context, *rest)
+    return _ContextAttention.apply(*tensors, max_seqlen, max_context, scale, window, softcap)

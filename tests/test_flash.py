@@ -28,7 +28,7 @@ from pe.flash import (
     packages_for,
     torch_attention,
 )
-from pe.kernels.context_attention import context_attention_ref
+from pe.kernels.context_attention_torch import context_attention_ref
 from pe.packing import Segments
 from tests.test_backbone import backbone
 

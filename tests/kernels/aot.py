@@ -154,7 +154,6 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("prompt_rows", "default", tuple(TARGETS), prompt_rows, (8192, 4096, 1280, 1024)),
     ("context_attention", "default", tuple(TARGETS), context_attention, (16, 5, 512, (32, 8), 128, 16, False)),
     ("context_attention", "many queries", tuple(TARGETS), context_attention, (64, 512, 32, (32, 8), 128, 4, False)),
-    ("context_attention", "a million tokens", ("sm_90",), context_attention, (1, 1 << 20, 32, (64, 8), 128, 1, False)),
     ("context_attention", "every option", ("sm_80", "gfx942"), context_attention, (8, 5, 512, (16, 4), 64, 2, True)),
     ("context_attention", "width 256", ("sm_100",), context_attention, (16, 256, 64, (8, 4), 256, 16, True)),
     ("pool_normalize", "default", tuple(TARGETS), pool_normalize, (65536, 4096, 256, "mean", "rms")),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from pe.kernels import context_attention as module
+from pe.kernels import context_attention_torch
 from pe.kernels.context_attention import context_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +53,7 @@ def plain_loop(
 def test_reference_is_attention_key_by_key(
     context: str, window: int | None, softcap: float | None, with_sinks: bool, padded: bool, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(module, "BY_SEQUENCE_FROM", 1 << 30 if padded else 0)
+    monkeypatch.setattr(context_attention_torch, "BY_SEQUENCE_FROM", 1 << 30 if padded else 0)
     double: Any = {"dtype": torch.float64, "requires_grad": True}
     q, k, v = (torch.randn(6, heads, d, **double) for heads, d in ((4, 3), (2, 3), (2, 5)))
     sinks = torch.randn(4, **double) if with_sinks else None
@@ -74,7 +75,7 @@ def test_reference_is_attention_key_by_key(
 @pytest.mark.parametrize("at_once", [1, 1 << 20])
 def test_sequences_that_share_a_segment_go_together(at_once: int, monkeypatch: Any) -> None:
     """Of two tokens five each behind two segments of six, one behind a third, three behind one of two; and two more."""
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(context_attention_torch, "SCORES_AT_ONCE", at_once)
     double: Any = {"dtype": torch.float64, "requires_grad": True}
     lengths = [2, 2, 3, 2, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     index, parts = [0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 2, 2, 3, 2, 2, 2], [6, 2, 6, 6]
@@ -253,31 +254,35 @@ def test_an_empty_context_changes_nothing(impl: str) -> None:
     torch.testing.assert_close(behind, own)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "width"), [(1 << 20, 64, 8, 128), (1 << 18, 71, 1, 64)])
-def test_a_long_sequence_fits_the_grid(tokens: int, heads: int, kv_heads: int, width: int) -> None:
+@pytest.mark.parametrize("chip", [0, 8, 9, 10])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)])
+def test_the_longest_sequence_fits_the_grid(chip: int, dtype: torch.dtype, width: int, monkeypatch: Any) -> None:
     """The first axis of a launch ends at 2^31 - 1, the others at 65,535."""
-    q, k = (torch.empty(tokens, n, width, dtype=torch.bfloat16, device="meta") for n in (heads, kv_heads))
+    monkeypatch.setattr(module, "generation", lambda device: chip)
+    heads, kv_heads = 64, 8
+    tokens = module.MAX_ROWS * kv_heads // heads
+    q, k = (torch.empty(tokens, n, width, dtype=dtype, device="meta") for n in (heads, kv_heads))
     for largest in (64, 128):
-        grid, _ = module._over_rows(q, k, k, torch.empty(2), None, None, None, None, tokens, 0, largest)
-        rows = tokens * heads // kv_heads
+        grid, arguments = module._over_rows(q, k, k, torch.empty(2), None, None, None, None, tokens, 0, largest)
         assert grid[0] == kv_heads
-        assert rows <= grid[1] * grid[2] * largest < rows + 8 * largest
+        assert tokens * heads // kv_heads <= grid[1] * arguments["BLOCK_M"]
         assert max(grid[1:]) < 1 << 16
+    _, block_n, _, _ = module._key_blocks(q, k, module.MAX_ROWS, module.MAX_ROWS)
+    assert -(-module.MAX_ROWS // block_n) < 1 << 16
 
 
-@pytest.mark.parametrize("largest", [1, 2])
-def test_row_tiles_on_two_axes_change_nothing(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (torch.randn(150, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
-    context = [torch.randn(90, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
-    results = []
-    for axis in (module.LARGEST_AXIS, largest):
-        monkeypatch.setattr(module, "LARGEST_AXIS", axis)
-        out = context_attention(
-            q, k, v, offsets([140, 10], DEVICE), max_seqlen=140, context_k=context[0], context_v=context[1],
-            cu_context=offsets([50, 40], DEVICE), max_context=50, impl="triton",
-        )  # fmt: skip
-        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, *context))])
-    assert all(map(torch.equal, *results))
+@pytest.mark.parametrize(
+    ("widths", "max_seqlen", "message"),
+    [
+        ((272, 16), 3, "q: expected a head width of at most 256 for the Triton path, got 272"),
+        ((16, 272), 3, "v: expected a head width of at most 256 for the Triton path, got 272"),
+        ((16, 16), 1048561, "max_seqlen: expected at most 1048560 for the Triton path at 4 heads to 2, got 1048561"),
+    ],
+)
+def test_what_the_kernels_do_not_take_raises(widths: tuple[int, int], max_seqlen: int, message: str) -> None:
+    q, k, v = (torch.randn(3, heads, d, device=DEVICE) for heads, d in ((4, widths[0]), (2, widths[0]), (2, widths[1])))
+    with pytest.raises(ValueError, match=message):
+        context_attention(q, k, v, offsets([3], DEVICE), max_seqlen=max_seqlen, impl="triton")
 
 
 def test_rows_behind_the_last_segment_bound_nothing() -> None:
