@@ -14,8 +14,8 @@ A row of a data set holds a query and both sides of the contradiction:
 
     {"query": text, "sides": {"nli-follows": {"positive": text, "negatives": [text]}, "nli-contradicts": {...}}}
 
-Where positives of other rows may be right too, labels say which: a side's `shared_label` is what its positive has in common
-with the query (a disease), `other_label` what the positive is under the task that contradicts it (symptoms).
+Where positives of other rows may be right too, labels say which: a side's `shared_label` is what its positive has in
+common with the query (a disease), `other_label` what the positive is under the task that contradicts it (symptoms).
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class InstructSet:
     tasks: tuple[InstructTask, InstructTask]
     rows: list[InstructRow]
     labels: dict[tuple[int, str], int]
-    """A number for each label of a side, and for the query of each row without one: another row of the same query is none
-    of its negatives."""
+    """A number for each label of a side, and for the query of each row without one: another row of the same query is
+    none of its negatives."""
 
     queries_of_a_row: ClassVar[int] = 2
     contradicts: ClassVar[bool] = True

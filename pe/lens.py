@@ -1,8 +1,8 @@
 """What an instruction changes in an embedding: e' = normalise(e + U (g ⊙ V e)), g = G h.
 
-h is the prompting LLM's last hidden state as it wrote the first soft token, standardised, less c, at first the mean over
-the instructions of training (what these have in common says nothing of what one asks for), and standardised again. A
-soft prompt alone moves all embeddings alike; through the lens an instruction turns directions round, so that what is
+h is the prompting LLM's last hidden state as it wrote the first soft token, standardised, less c, at first the mean
+over the instructions of training (what these have in common says nothing of what one asks for), and standardised again.
+A soft prompt alone moves all embeddings alike; through the lens an instruction turns directions round, so that what is
 near under one is far under another. It costs two products of D x R a text.
 
 Legend: B texts, N prompts, H width of the hidden state, D the backbone's width, R rank.
@@ -20,8 +20,8 @@ from pe.token_weights import standardize
 class Lens(nn.Module):
     """V `[R, D]`, G `[R, H]`, U `[D, R]` and c `[H]`, float32.
 
-    At the start V has orthonormal rows, U is its transpose and G is zero, so nothing changes: a random G, with U zero, turns
-    the embeddings of every instruction at random before it learns which directions matter.
+    At the start V has orthonormal rows, U is its transpose and G is zero, so nothing changes: a random G, with U zero,
+    turns the embeddings of every instruction at random before it learns which directions matter.
     """
 
     def __init__(self, width: int, hidden: int, rank: int, device: torch.device) -> None:

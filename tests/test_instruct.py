@@ -213,7 +213,7 @@ FOLLOWS, CONTRADICTS = ROW["sides"].values()
         ),
         (
             with_side(negative=["a"]),
-            "sides.nli-follows: expected {positive, negatives?, shared_label?, other_label?}, got the key 'negative'; did",
+            "expected {positive, negatives?, shared_label?, other_label?}, got the key 'negative'; did",
         ),
     ],
 )
