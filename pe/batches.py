@@ -165,7 +165,6 @@ class BatchPlan:
         epochs, rows = self.rows(step, process_index, process_count)
         which = int(self.sets[step])
         dataset = self.datasets[which]
-        sentences = dataset.instructions(np.random.default_rng((self.seed, 3, step)))
         examples, negatives = [], []
         for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True):
             rng = np.random.default_rng((self.seed, 2, which, epoch, row))
@@ -180,11 +179,11 @@ class BatchPlan:
         places = {text: place for place, text in reversed(list(enumerate(documents)))}
         counterparts = [places[example.negatives[0]] if dataset.contradicts else -1 for example in examples]
         labels = np.array([example.label for example in examples], dtype=np.int64)
-        names = list(sentences)
+        instructions = list(dict.fromkeys(example.instruction for example in examples))
         return Batch(
             dataset=which,
-            instructions=list(sentences.values()),
-            asked=[names.index(example.asked) for example in examples],
+            instructions=instructions,
+            asked=[instructions.index(example.instruction) for example in examples],
             document_instruction=dataset.document_instruction,
             queries=[dataset.config.query_text(example.query) for example in examples],
             documents=[dataset.config.document_text(text) for text in documents],

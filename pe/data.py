@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -88,14 +88,13 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Example:
-    """A query, a document that answers it, documents that do not, and its label (-1: none)."""
+    """A query, a document that answers it, documents that do not, its label (-1: none) and its instruction."""
 
     query: str
     positive: str
     negatives: tuple[str, ...]
     label: int
-    asked: str = ""
-    """Which of the set's instructions it is under, by name; plain sets have one, without a name."""
+    instruction: str
 
 
 class TrainingSet(Protocol):
@@ -127,10 +126,6 @@ class TrainingSet(Protocol):
 
     def __len__(self) -> int:
         """Rows."""
-        ...
-
-    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
-        """Instructions of a batch's queries, by name."""
         ...
 
     def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
@@ -166,28 +161,28 @@ class Dataset:
     def document_instruction(self) -> str:
         return self.config.of_documents
 
-    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
-        """The instruction of a batch's queries, by name."""
-        return {"": self.config.instruction}
-
     def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
         """What row `index` gives to a batch."""
         return [self.draw(index, rng)]
 
     def draw(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` as it stands in the file; a labelled text's positive is another text of its label."""
-        label = int(self.labels[index])
+        label, instruction = int(self.labels[index]), self.config.instruction
         if label < 0:
-            return Example(self.queries[index], self.positives[index], self.negatives[index], label)
+            return Example(self.queries[index], self.positives[index], self.negatives[index], label, instruction)
         first, end = np.searchsorted(self.labels, (label, label + 1))
         other = first + (index - first + rng.integers(1, end - first)) % (end - first)
-        return Example(self.queries[index], self.queries[other], (), label)
+        return Example(self.queries[index], self.queries[other], (), label, instruction)
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` in its templates."""
-        raw = self.draw(index, rng)
-        negatives = tuple(map(self.config.document_text, raw.negatives))
-        return Example(self.config.query_text(raw.query), self.config.document_text(raw.positive), negatives, raw.label)
+        raw, of_documents = self.draw(index, rng), self.config.document_text
+        return replace(
+            raw,
+            query=self.config.query_text(raw.query),
+            positive=of_documents(raw.positive),
+            negatives=tuple(map(of_documents, raw.negatives)),
+        )
 
 
 class _Parts(NamedTuple):

@@ -43,17 +43,13 @@ class InstructSet:
     def document_instruction(self) -> str:
         return self.tasks[0].document
 
-    def instructions(self, rng: np.random.Generator) -> dict[str, str]:
-        """One of the wordings of each task, by its name."""
-        return {task.name: task.train[rng.integers(len(task.train))] for task in self.tasks}
-
     def examples(self, index: int, rng: np.random.Generator) -> list[Example]:
-        """Row `index` under both tasks."""
+        """Row `index` under both tasks, each in one of its wordings."""
         row, found = self.rows[index], []
         for place, task in enumerate(self.tasks):
-            side = row.sides[task.name]
+            side, wording = row.sides[task.name], task.train[rng.integers(len(task.train))]
             label = 2 * self.labels[index] + place
-            found.append(Example(row.query, side.positive, side.negatives, label, task.name))
+            found.append(Example(row.query, side.positive, side.negatives, label, wording))
         return found
 
 

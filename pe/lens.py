@@ -1,11 +1,11 @@
 """What an instruction changes in an embedding: e' = normalise(e + U (g ⊙ V e)), g = G h.
 
-h are the prompting LLM's last hidden states as it wrote the soft tokens, each standardised, averaged,
-less c, at first their mean over the instructions of training (what these have in common says nothing of what one asks
-for), and standardised again. A soft prompt alone moves all embeddings alike; through the lens an instruction turns
-directions round, so that what is near under one is far under another. It costs two products of D x R a text.
+h is the prompting LLM's last hidden state as it wrote the first soft token, standardised, less c, at first the mean over
+the instructions of training (what these have in common says nothing of what one asks for), and standardised again. A
+soft prompt alone moves all embeddings alike; through the lens an instruction turns directions round, so that what is
+near under one is far under another. It costs two products of D x R a text.
 
-Legend: B texts, N prompts, K soft tokens, H width of the hidden states, D the backbone's width, R rank.
+Legend: B texts, N prompts, H width of the hidden state, D the backbone's width, R rank.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Lens(nn.Module):
 
     @torch.no_grad()
     def start_at(self, hidden: Tensor) -> None:
-        """Set c to the mean over the hidden states `[N, K, H]` of some instructions."""
-        self.center.copy_(self.averaged(hidden).mean(0))
+        """Set c to the mean over the hidden states `[N, H]` of some instructions."""
+        self.center.copy_(self._standardized(hidden).mean(0))
 
     @torch.no_grad()
     def keep_gates(self, other: Lens) -> None:
@@ -38,13 +38,13 @@ class Lens(nn.Module):
         self.gate.copy_(other.gate)
         self.center.copy_(other.center)
 
-    def averaged(self, hidden: Tensor) -> Tensor:
-        """h `[N, H]` float32 of hidden states `[N, K, H]`, the mean still in it."""
-        return standardize(hidden.to(self.gate.device, torch.float32)).mean(1)
+    def _standardized(self, hidden: Tensor) -> Tensor:
+        """`[N, H]` float32, where the gates are."""
+        return standardize(hidden.to(self.gate.device, torch.float32))
 
     def gates(self, hidden: Tensor) -> Tensor:
-        """g `[N, R]` float32 of the hidden states `[N, K, H]` that wrote each prompt."""
-        return F.linear(standardize(self.averaged(hidden) - self.center), self.gate)
+        """g `[N, R]` float32 of the hidden state `[N, H]` that began each prompt."""
+        return F.linear(standardize(self._standardized(hidden) - self.center), self.gate)
 
     def forward(self, embeddings: Tensor, gates: Tensor) -> Tensor:
         """Unit vectors `[..., B, D]` float32 of embeddings `[..., B, D]` and the gates `[B, R]` of their prompts."""

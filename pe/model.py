@@ -120,7 +120,7 @@ class PromptEmbedder(PromptedEmbedder):
         return [row[:limit] for row, limit in zip(read, limits, strict=True)]
 
     def _write(self, readings: Sequence[tuple[Filled, Filled]]) -> tuple[AlignedPrompts, Tensor]:
-        """Prompts of the prompting LLM, carried over; and the hidden states `[N, K, P]` that wrote them."""
+        """Prompts of the prompting LLM, carried over; and the hidden states `[N, P]` that began them."""
         ids = self.prompter_ids(readings)
         of_instruction = self.config.conditioning == "instruction"
         if not any(p.requires_grad for p in self.prompter.parameters()):
@@ -130,7 +130,7 @@ class PromptEmbedder(PromptedEmbedder):
         else:
             prompts = self.prompter(ids)
         here = SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device))
-        return self.alignment(here), here.hidden
+        return self.alignment(here), here.hidden[:, 0]
 
     @torch.no_grad()
     def _write_frozen(self, ids: list[list[int]]) -> SoftPrompts:

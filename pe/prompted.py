@@ -104,7 +104,7 @@ class PromptedEmbedder(TrainableModule):
     # What a subclass says.
 
     def _write(self, readings: Sequence[tuple[Filled, Filled]]) -> tuple[AlignedPrompts, Tensor]:
-        """Prompts for N pairs of an instruction alone and of it with a text; of each what a lens reads, `[N, K, H]`."""
+        """Prompts for N pairs of an instruction alone and of it with a text; of each what a lens reads, `[N, H]`."""
         raise NotImplementedError
 
     @property

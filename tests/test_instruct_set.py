@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 
-from pe.batches import BatchPlan
+from pe.batches import Batch, BatchPlan
 from pe.config import DatasetConfig, LossConfig, RecipeError
 from pe.instruct_set import InstructSet, first_wordings, load_instruct_set
 from pe.losses import backward, batch_requests, contrastive_loss, counterpart_loss
@@ -45,24 +45,32 @@ def dataset(tmp_path: Path) -> InstructSet:
     return load_instruct_set(written(tmp_path, [row(number) for number in range(6)]))
 
 
+def sides(batch: Batch) -> list[int]:
+    """0 for each query that asks for *yea*, 1 for *nay*: their wordings hold those words."""
+    return [int("nay" in batch.instructions[asked]) for asked in batch.asked]
+
+
 def test_a_batch_holds_both_sides_of_every_row(dataset: InstructSet) -> None:
     batch = BatchPlan([dataset], [1.0], 3, 8, 0).batch(1)
 
     assert len(batch.queries) == 8
     assert len(batch.documents) == 8  # the other side's positive is this side's negative, and stands once
     for b in range(8):
-        number, wanted = batch.queries[b].split()[1], ("yes", "no")[batch.asked[b]]
+        number, wanted = batch.queries[b].split()[1], ("yes", "no")[sides(batch)[b]]
         assert batch.documents[b] == f"{wanted} {number}"
         counterpart = batch.documents[batch.counterparts[b]]
         assert counterpart == f"{'no' if wanted == 'yes' else 'yes'} {number}"
     requests = batch_requests(batch)
     assert [requests.instruction(place).side for place in (0, 7, 8, 15)] == ["query", "query", "document", "document"]
     assert requests.instruction(8).text == DOCUMENT
-    assert requests.instruction(0).text in dataset.tasks[batch.asked[0]].train
+    assert requests.instruction(0).text in dataset.tasks[sides(batch)[0]].train
 
 
-def test_wordings_change_from_step_to_step_and_repeat_with_the_seed(dataset: InstructSet) -> None:
+def test_every_query_has_a_wording_of_its_own_and_the_seed_repeats_them(dataset: InstructSet) -> None:
     plan = BatchPlan([dataset], [1.0], 30, 8, 0)
+    assert any(len(plan.batch(step).instructions) == 4 for step in range(30))
+    first = plan.batch(0)
+    assert len({(first.queries[b], first.instructions[first.asked[b]]) for b in range(8)}) == 8
     used = {text for step in range(30) for text in plan.batch(step).instructions}
     assert used == {*dataset.tasks[0].train, *dataset.tasks[1].train}
     again = BatchPlan([dataset], [1.0], 30, 8, 0)
@@ -75,11 +83,13 @@ def test_processes_share_one_batch(dataset: InstructSet) -> None:
     for step in range(4):
         parts = [half.batch(step, index, 2) for index in range(2)]
         assert parts[0].queries + parts[1].queries == whole.batch(step).queries
-        assert parts[0].instructions == parts[1].instructions == whole.batch(step).instructions
+        asked = [part.instructions[place] for part in parts for place in part.asked]
+        batch = whole.batch(step)
+        assert asked == [batch.instructions[place] for place in batch.asked]
 
 
 def vectors(batch: Any, answers: dict[str, torch.Tensor]) -> torch.Tensor:
-    texts = [f"{'yea' if a == 0 else 'nay'} {q}" for a, q in zip(batch.asked, batch.queries, strict=True)]
+    texts = [f"{'yea' if a == 0 else 'nay'} {q}" for a, q in zip(sides(batch), batch.queries, strict=True)]
     return torch.stack([answers[text] for text in [*texts, *batch.documents]])[None]
 
 
@@ -93,11 +103,9 @@ def test_the_loss_sees_the_contradiction_but_no_other_positive(tmp_path: Path) -
     embeddings = vectors(batch, answers)
     got = contrastive_loss(embeddings, batch, LossConfig(temperature=0.1), Accelerator(cpu=True))
     q, d = embeddings[0, :8], embeddings[0, 8:]
-    losses = []
+    losses, side = [], sides(batch)
     for b in range(8):
-        same = [
-            c for c in range(8) if c != b and batch.asked[c] == batch.asked[b] and batch.queries[c] == batch.queries[b]
-        ]
+        same = [c for c in range(8) if c != b and side[c] == side[b] and batch.queries[c] == batch.queries[b]]
         logits = (q[b] @ d.T / 0.1).index_fill(0, torch.tensor(same, dtype=torch.long), -torch.inf)
         losses.append(F.cross_entropy(logits, torch.tensor(b)))
     torch.testing.assert_close(got, torch.stack(losses).mean())

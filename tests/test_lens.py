@@ -51,13 +51,13 @@ def test_the_formula() -> None:
     torch.manual_seed(0)
     lens = Lens(6, 4, 3, torch.device("cpu"))
     torch.nn.init.normal_(lens.up)
-    hidden, e = torch.randn(2, 5, 4), F.normalize(torch.randn(2, 6), dim=-1)
-    lens.start_at(torch.randn(7, 5, 4))
+    hidden, e = torch.randn(2, 4), F.normalize(torch.randn(2, 6), dim=-1)
+    lens.start_at(torch.randn(7, 4))
 
     def rms(x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    gates = rms(rms(hidden).mean(1) - lens.center) @ lens.gate.T
+    gates = rms(rms(hidden) - lens.center) @ lens.gate.T
     expected = torch.stack([e[b] + lens.up @ (gates[b] * (lens.down @ e[b])) for b in range(2)])
     torch.testing.assert_close(lens(e, lens.gates(hidden)), F.normalize(expected, dim=-1))
 
@@ -66,7 +66,8 @@ def test_the_center_is_the_mean_over_instructions(model: PromptEmbedder) -> None
     assert model.lens is not None
     heads = [model.prompter_text(Instruction(text)) for text in (FIND, AVOID)]
     hidden = model.prompter(model.prompter_ids([(head, head) for head in heads])).hidden
-    torch.testing.assert_close(model.lens.center.detach(), model.lens.averaged(hidden).mean(0))
+    expected = F.rms_norm(hidden[:, 0], hidden.shape[-1:], eps=1e-6).mean(0)
+    torch.testing.assert_close(model.lens.center.detach(), expected)
 
 
 def test_an_instruction_turns_an_embedding(model: PromptEmbedder) -> None:

@@ -149,9 +149,9 @@ class StaticPromptEmbedder(PromptedEmbedder):
         self._bank.clear()
 
     def _write(self, readings: Sequence[tuple[Filled, Filled]]) -> tuple[AlignedPrompts, Tensor]:
-        """The learned prompts; a lens reads them as they are, for no hidden states wrote them."""
+        """The learned prompts; a lens reads the mean of each one's rows, for no hidden state wrote it."""
         rows = self.static([str(whole) for _, whole in readings])
-        return AlignedPrompts(rows, None), rows
+        return AlignedPrompts(rows, None), rows.mean(1)
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.
