@@ -57,12 +57,7 @@ class PromptEmbedder(PromptedEmbedder):
         instructions: Mapping[str, str] | None = None,
         lens: Lens | None = None,
     ) -> None:
-        """Put the parts together; a reader, skip or lens that the options ask for and that is not given is a fresh one.
-
-        Raises:
-            ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
-            UnsupportedBackbone: a skip on a backbone whose states cannot be read.
-        """
+        """Put the parts together; see `PromptedEmbedder`."""
         writers = {"prompter": prompter, "alignment": alignment}
         hidden = prompter.hidden_size
         super().__init__(config, writers, backbone, hidden=hidden, skip=skip, lens=lens, instructions=instructions)

@@ -68,14 +68,7 @@ class PromptedEmbedder(TrainableModule):
     ) -> None:
         """Put the parts together; a reader, skip or lens that the options ask for and that is not given is a fresh one.
 
-        Args:
-            config: the options.
-            writers: the modules that write prompts, by the attribute that each becomes.
-            backbone: the frozen decoder.
-            hidden: H.
-            skip: a trained skip.
-            lens: a trained lens.
-            instructions: those of the training.
+        `writers` are the modules that write prompts, by the attribute that each becomes; `hidden` is H.
 
         Raises:
             ValueError: texts of `max_length` tokens and the prompt take more positions than the backbone has.
