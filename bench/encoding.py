@@ -26,12 +26,14 @@ from bench import records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.records import Record
-from pe.backbone import PROBE_TOLERANCE, Backbone
-from pe.baselines.common import INSTRUCT, Floats
+from pe.backbone import Backbone
+from pe.baselines.common import INSTRUCT
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import ModelConfig
+from pe.encoder import Floats
 from pe.loading import quiet
 from pe.model import PromptEmbedder
+from pe.probes import PROBE_TOLERANCE
 from pe.recipes import load_recipe
 from pe.records import read_jsonl
 

@@ -32,6 +32,7 @@ from pe.instruct_score import INSTRUCT_TASKS
 from pe.loading import quiet
 from pe.losses import instructions_of
 from pe.model import PromptEmbedder
+from pe.prompted import PromptedEmbedder
 from pe.recipes import load_recipe
 from pe.spread import spread
 from pe.train import build_accelerator, build_plan, fit
@@ -67,7 +68,7 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
     started = time.process_time()
     history = fit(model, plan, recipe, accelerator)
     known: dict[str, Any] = {"seconds": history.seconds, "cpu_seconds": time.process_time() - started}
-    if isinstance(model, PromptEmbedder):
+    if isinstance(model, PromptedEmbedder):
         wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
         found = spread(model, wanted, plan.batch(0).queries)
         known["alike"] = found and dataclasses.asdict(found)

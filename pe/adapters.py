@@ -82,9 +82,14 @@ class FusedLinear(lora.Linear):
     def _adds(self, x: Tensor, adapter: str) -> bool:
         """Whether all products are of one type, and no dropout stands between them."""
         dropout = self.lora_dropout[adapter]
-        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        is_dropped = drops(dropout) and dropout.training
         one_type = x.dtype == self.base_layer.weight.dtype == torch.float32
-        return torch.is_grad_enabled() and not drops and (one_type or torch.is_autocast_enabled(x.device.type))
+        return torch.is_grad_enabled() and not is_dropped and (one_type or torch.is_autocast_enabled(x.device.type))
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module is a dropout that draws random numbers in training."""
+    return isinstance(module, nn.Dropout) and module.p > 0
 
 
 class LowRankSum(torch.autograd.Function):

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from pe.model import PromptEmbedder, Requests, Texts
+from pe.prompted import PromptedEmbedder
+from pe.requests import Requests, Texts
 
 
 class ReadAhead:
     """Holds the texts of one batch, read or being read."""
 
-    def __init__(self, model: PromptEmbedder, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(self, model: PromptedEmbedder, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """`autocast`: a new context of the step's precision."""
         self.model, self.autocast = model, autocast
         self._next: tuple[Requests, Texts] | None = None

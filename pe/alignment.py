@@ -3,7 +3,7 @@
 `linear` is the paper's matrix W; `vocabulary` needs none: the mixture is taken over the tokens that both vocabularies
 share, with the backbone's own rows.
 
-Legend: N prompts, K soft tokens, P and D the widths of prompting LLM and backbone, S shared tokens.
+Legend: N prompts, B texts, K soft tokens, P and D the widths of prompting LLM and backbone, S shared tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pe.backbone import Backbone
 from pe.config import AlignmentConfig
 from pe.kernels.vocab_mixture import vocab_mixture
+from pe.packing import to_device
 from pe.prompting import PromptingLLM, SoftPrompts
 
 METASPACE = "▁"
@@ -39,6 +40,15 @@ class AlignedPrompts:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def ids(self, index: Sequence[int]) -> Tensor:
+        """Negative ids `[B K]` of the rows of prompt `index[b]` for each of B texts (see `kernels/prompt_rows.py`)."""
+        k, device = self.prompts.shape[1], self.prompts.device
+        return (-1 - (to_device(index, device)[:, None] * k + torch.arange(k, device=device))).flatten()
+
+    def gates_of(self, index: Sequence[int]) -> Tensor | None:
+        """`[B, R]` of prompt `index[b]` for each of B texts."""
+        return None if self.gates is None else self.gates[to_device(index, self.prompts.device)]
 
     def part(self, places: slice) -> AlignedPrompts:
         """Some of the prompts, neighbours."""

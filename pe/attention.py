@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from pe.flash import flash_attention
 from pe.kernels.context_attention import context_attention
-from pe.packing import Segments, Slots
+from pe.packing import DeviceSegments, Segments
 
 NAME = "pe_packed"
 PROBE = "pe_mask_probe"
@@ -34,7 +34,7 @@ class KeyValues:
     """
 
     layers: list[tuple[Tensor, Tensor]]
-    segments: Segments | Slots
+    segments: Segments | DeviceSegments
     pooled: Tensor | None = None
 
     @property
@@ -69,13 +69,13 @@ class AttentionPlan:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         if self.keep:
-            self.stored[layer] = (apart(k), apart(v))
+            self.stored[layer] = (compact(k), compact(v))
         if layer == self.stop_after:
             raise LastLayerReached
 
 
-def apart(x: Tensor) -> Tensor:
-    """`x`, without gradient as a copy where it is a part of a larger buffer, such as a fused projection's output."""
+def compact(x: Tensor) -> Tensor:
+    """Copy `x`, where it needs no gradient, out of a larger buffer such as a fused projection's output."""
     is_part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
     return x.clone() if is_part and not x.requires_grad else x
 

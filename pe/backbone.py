@@ -6,24 +6,20 @@ Legend: T tokens of a packed row, B texts, D hidden size, K soft tokens.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe import attention
-from pe.adapters import lora_config, prepare_adapters
+from pe import attention, probes
+from pe.adapters import drops, lora_config, prepare_adapters
 from pe.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import NormOptions, find_final_norm
-from pe.flash import PACKAGES, flash_name
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.loading import (
@@ -35,21 +31,14 @@ from pe.loading import (
 )
 from pe.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 from pe.rms_norm import fuse_norms, stock_norms
-from pe.skip import mean_states
-from pe.token_weights import standardize
 from pe.turns import Turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 READER = "reader"
 Pool = Callable[[Tensor, Segments], Tensor]
 """States `[T, D]` of texts -> what is kept of them, such as a row `[B, D]` for each text."""
 
 attention.register()
-
-
-class UnsupportedBackbone(ValueError):
-    """An architecture whose packed pass is not the stock model's forward."""
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -71,11 +60,6 @@ def stacked_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     count = model.config.get_text_config().num_hidden_layers
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
     return next(stacks, None)
-
-
-def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model, hooks and all, that holds the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 class Backbone(nn.Module):
@@ -304,112 +288,36 @@ class Backbone(nn.Module):
     def has_reader(self) -> bool:
         return READER in getattr(self.model, "peft_config", {})
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers: in the reader, since the decoder stays in eval mode."""
+        return any("lora_dropout" in name and drops(module) for name, module in self.model.named_modules())
+
     def reader_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.model.named_parameters() if f".{READER}." in name]
 
     @contextlib.contextmanager
     def reader_off(self) -> Iterator[None]:
-        """Switch the adapters off; `requires_grad` of their weights is as before afterwards."""
+        """Switch the adapters off; afterwards each is as it was, `requires_grad` of its weights too."""
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer._disable_adapters for layer in layers]
         for layer in layers:
             layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
 
-    # The parity probe.
+    # Against the stock model.
 
-    @torch.no_grad()
     def check_parity(self) -> None:
-        """Run two short sequences through the packed passes and through the stock model.
+        """Compare the packed passes with the stock model's (see `pe/probes.py`)."""
+        probes.check_parity(self)
 
-        Raises:
-            UnsupportedBackbone: the two differ, or a layer's state does not pass through attention.
-        """
-        architecture = f"{self.name} ({self.model.config.model_type})"
-        flash = flash_name(self.device)
-        is_package = flash in PACKAGES and self.dtype != torch.float32
-        by = f" by {flash}, an optional package that may be uninstalled," if is_package else ""
-        if getattr(self.model, "_is_stateful", False):
-            raise UnsupportedBackbone(
-                f"{architecture}: a recurrent or hybrid decoder keeps state outside attention, which packed texts"
-                " would share; use a pure attention decoder (Llama, Qwen3, Mistral, Gemma, ...)"
-            )
-        if self.model.config.is_encoder_decoder:
-            raise UnsupportedBackbone(f"{architecture}: an encoder-decoder; use a decoder (Llama, Qwen3, Mistral, ...)")
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.embedding.shape[0]
-        texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 9)]
-        soft = [torch.randint(vocabulary, (3,), generator=generator).tolist() for _ in texts]
-        tolerance = PROBE_TOLERANCE[self.dtype]
-        try:
-            whole = [text + tail for text, tail in zip(texts, soft, strict=True)]
-            stock = torch.cat([self.stock_forward(ids)[-3:] for ids in whole])
-            ids, segments = pack(soft, self.device)
-            rows, context = self.token_rows(ids), self.read(texts)
-            packed, _ = self(rows, segments, context=context)
-            packed = self.pool(packed, Segments((1,) * segments.total, self.device), normalize=False)
-            self(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
-            masks = self._masks(rows[:2])
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            raise UnsupportedBackbone(
-                f"{architecture}: it does not run{by} on rows of embeddings through transformers' attention interface"
-                f" ({type(error).__name__}: {error}); choose another backbone"
-            ) from error
-        difference = ((packed - stock).float().norm() / stock.float().norm()).item()
-        if not difference <= tolerance:
-            raise UnsupportedBackbone(
-                f"{architecture}: the packed pass{by} differs from the stock forward by {difference:.1e} (allowed"
-                f" {tolerance:.0e}); this architecture is not supported"
-            )
-        for layer, (rule, window) in masks.items():
-            if callable(rule) and not attention.is_causal_window(rule, window):
-                raise UnsupportedBackbone(
-                    f"{architecture}: layer {layer} masks more than its attention is told of (window {window}), so long"
-                    " texts would differ from the stock forward; this architecture is not supported"
-                )
-
-    @torch.no_grad()
     def check_states(self) -> None:
-        """Compare the mean of a text's states with that of the stock model's states before its last layer.
-
-        Raises:
-            UnsupportedBackbone: the two differ, or the states cannot be read.
-        """
-        ids, reason = list(range(5)), "they differ from the stock model's"
-        try:
-            means = self.read([ids], mean_states).pooled
-            with self.reader_off():
-                stock = sharing_weights(self.model)  # transformers leaves hooks in what it has asked for states
-                stock.set_attn_implementation(self.stock_attention)
-                tokens = torch.tensor([ids], device=self.device)
-                states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
-            expected = F.normalize(standardize(states).mean(0, keepdim=True), dim=-1)
-            agree = (
-                means is not None
-                and means.shape == expected.shape
-                and bool((means - expected).norm() <= PROBE_TOLERANCE[self.dtype])
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            agree, reason = False, f"{type(error).__name__}: {error}"
-        if not agree:
-            raise UnsupportedBackbone(
-                f"{self.name} ({self.model.config.model_type}): its states before the last layer cannot be read"
-                f" ({reason}), which a skip needs; use skip: none"
-            )
-
-    def _masks(self, rows: Tensor) -> dict[int, tuple[object, int | None]]:
-        """Each layer's mask rule in the stock model, and the window that it tells the attention function."""
-        seen: dict[int, tuple[object, int | None]] = {}
-        self.model.set_attn_implementation(attention.PROBE)
-        self.model(inputs_embeds=rows[None], use_cache=False, seen=seen)
-        return seen
+        """Compare the states before the last layer with the stock model's (see `pe/probes.py`)."""
+        probes.check_states(self)
 
     @torch.no_grad()
     def stock_forward(self, ids: Sequence[int]) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor
 from pe.attention import AttentionPlan, KeyValues
 from pe.backbone import Backbone
 from pe.graphs import Graphs, Record, recorder
-from pe.packing import Segments, Slots
+from pe.packing import DeviceSegments, Segments
 from pe.prompting import PromptingLLM, SoftPrompts, left_padded
 
 MULTIPLE = 16
 """Requests are padded to a multiple of so many tokens."""
 
 
-def room(count: int) -> int:
+def rounded_up(count: int) -> int:
     """The smallest of 64, 96, 128, 192, 256, ... that is not less than `count`."""
     size = 64
     while size < count:
@@ -45,7 +45,7 @@ class Contexts:
         total = len(first)
         if not self._layers or len(self._layers[0][0]) < total or self._layers[0][0].dtype != first.dtype:
             self._layers, is_new = [], True
-            size = room(total)
+            size = rounded_up(total)
             self._layers = [(k.new_zeros(size, *k.shape[1:]), v.new_zeros(size, *v.shape[1:])) for k, v in texts.layers]
         places = [place[:total] for pair in self._layers for place in pair]
         torch._foreach_copy_(places, [x for pair in texts.layers for x in pair])
@@ -56,16 +56,24 @@ class Contexts:
     def texts(self, count: int, longest: int) -> KeyValues:
         """The buffers as keys and values of `count` texts, none longer than `longest`."""
         most = count * longest
-        return KeyValues([(k[:most], v[:most]) for k, v in self._layers], Slots(self._offsets[count + 1], longest))
+        return KeyValues(
+            [(k[:most], v[:most]) for k, v in self._layers], DeviceSegments(self._offsets[count + 1], longest)
+        )
 
 
 class Captured:
     """The small passes of an embedder in the suffix layout."""
 
-    def __init__(self, prompter: PromptingLLM, backbone: Backbone, record: Record | None = None) -> None:
-        """`record`: by default CUDA graphs, one memory pool for each pass."""
+    def __init__(self, prompter: PromptingLLM | None, backbone: Backbone, record: Record | None = None) -> None:
+        """Record nothing yet.
+
+        Args:
+            prompter: the prompting LLM, if one writes the prompts.
+            backbone: the frozen decoder.
+            record: by default CUDA graphs, one memory pool for each pass.
+        """
         self.prompter, self.backbone, self.contexts = prompter, backbone, Contexts()
-        writing = [p for p in prompter.parameters() if p.requires_grad]
+        writing = [p for p in prompter.parameters() if p.requires_grad] if prompter else []
         place = writing[0].device if writing else backbone.device
         self._prompts = Graphs(writing, record or recorder(place))
         reading = [p for p in backbone.reader_parameters() if p.requires_grad]
@@ -78,15 +86,15 @@ class Captured:
 
     def prompts(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:
         """As the prompting LLM writes them; by itself where it reads values of its mask."""
-        if not self._prompts.is_possible:
-            return cast(SoftPrompts, self.prompter(requests))
-        count = self.prompter.config.soft_tokens
-        ids, pads, positions = left_padded(requests, self.prompter.device, MULTIPLE)
-        mask = self.prompter.mask(pads, ids.shape[1], count)
-        if mask.ndim != 4:
-            return cast(SoftPrompts, self.prompter(requests))
-
         prompter = self.prompter
+        assert prompter is not None
+        if not self._prompts.is_possible:
+            return cast(SoftPrompts, prompter(requests))
+        count = prompter.config.soft_tokens
+        ids, pads, positions = left_padded(requests, prompter.device, MULTIPLE)
+        mask = prompter.mask(pads, ids.shape[1], count)
+        if mask.ndim != 4:
+            return cast(SoftPrompts, prompter(requests))
 
         def write(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
             return prompter.write(ids, mask, positions, count)
@@ -102,7 +110,7 @@ class Captured:
         positions = self.backbone.positions(segments, texts.lengths)
         if self.contexts.put(texts):
             self._states.clear()
-        longest = room(texts.segments.longest)
+        longest = rounded_up(texts.segments.longest)
         backbone, plan = self.backbone, AttentionPlan(segments, self.contexts.texts(len(segments), longest))
 
         def decode(rows: Tensor, positions: Tensor) -> tuple[Tensor, ...]:

@@ -82,8 +82,8 @@ def refusing_to_wait(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class Waiting:
-    """Stands for a forward pass whose backward pass is still to come; autograd holds it until then."""
+class PendingBackward:
+    """A token of a forward pass whose backward pass is still to come; autograd holds it until then."""
 
 
 class Graph:
@@ -173,18 +173,18 @@ class Graph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: Graph, waiting: Waiting, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.graph, ctx.waiting = graph, waiting
+    def forward(ctx: Any, graph: Graph, pending: PendingBackward, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph, ctx.pending = graph, pending
         return graph.run_forward(tensors[: len(graph.inputs)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         graph: Graph = ctx.graph  # type: ignore[attr-defined]
-        if ctx.waiting is None:  # type: ignore[attr-defined]
+        if ctx.pending is None:  # type: ignore[attr-defined]
             raise RuntimeError("a recorded pass: expected one backward pass, got a second; use_graphs(False) allows it")
         gradients = graph.run_backward(upstream)
-        ctx.waiting = None  # type: ignore[attr-defined]
+        ctx.pending = None  # type: ignore[attr-defined]
         return None, None, *gradients
 
 
@@ -200,13 +200,13 @@ class Graphs:
         self.parameters, self.record = list(parameters), record
         self._gradients = [torch.zeros_like(p) for p in self.parameters]
         self._graphs: dict[Hashable, Graph] = {}
-        self._waiting: weakref.ref[Waiting] | None = None
+        self._pending: weakref.ref[PendingBackward] | None = None
         self._recordings = 0
         self.is_possible = True
 
     @property
     def is_busy(self) -> bool:
-        return self._waiting is not None and self._waiting() is not None
+        return self._pending is not None and self._pending() is not None
 
     def clear(self) -> None:
         """Forget all recordings, where tensors that they read have moved."""
@@ -238,7 +238,7 @@ class Graphs:
                 warnings.warn(f"no CUDA graphs of a pass any more, it is launched instead: {error}", stacklevel=2)
                 return function(*inputs)
         self._graphs[key] = graph
-        waiting = Waiting()
-        self._waiting = weakref.ref(waiting)
-        replayed: tuple[Tensor, ...] = _Replay.apply(graph, waiting, *inputs, *self.parameters)
+        pending = PendingBackward()
+        self._pending = weakref.ref(pending)
+        replayed: tuple[Tensor, ...] = _Replay.apply(graph, pending, *inputs, *self.parameters)
         return replayed

@@ -19,8 +19,8 @@ from torch import Tensor
 from pe.batches import Batch, BatchPlan
 from pe.config import LossConfig
 from pe.kernels.info_nce import info_nce
-from pe.model import Instruction, Requests
 from pe.packing import to_device
+from pe.requests import Instruction, Requests
 
 Embed = Callable[[Requests], Tensor]
 """Requests -> embeddings `[S, B + N, D]`."""

@@ -5,7 +5,7 @@ Legend: B texts, T tokens of all texts together, L tokens of one text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -68,8 +68,8 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Segments whose lengths the device alone knows: `cu_seqlens` `[B + 1] int32`, none longer than `longest`."""
+class DeviceSegments:
+    """Segments whose lengths only the device knows: `cu_seqlens` `[B + 1] int32`, none longer than `longest`."""
 
     cu_seqlens: Tensor
     longest: int
@@ -81,7 +81,7 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     return to_device(flat, device), Segments(tuple(map(len, texts)), device)
 
 
-def by_length(texts: Sequence[Sequence[int]]) -> list[int]:
+def by_length(texts: Sequence[Sized]) -> list[int]:
     """Indices of the texts from short to long; equal lengths keep their order."""
     return sorted(range(len(texts)), key=lambda i: len(texts[i]))
 
@@ -93,9 +93,9 @@ def inverse(order: Sequence[int], device: torch.device) -> Tensor:
     return to_device(back, device)
 
 
-def fitting(budget: int, device: torch.device) -> int:
-    """Tokens of a batch without gradient on `device`, `budget` at most."""
-    return min(budget, CPU_TOKENS) if device.type == "cpu" else budget
+def budget_on(device: torch.device, most: int) -> int:
+    """Tokens of a batch without gradient on `device`, `most` at most; a CPU takes what its caches hold."""
+    return min(most, CPU_TOKENS) if device.type == "cpu" else most
 
 
 def neighbours(texts: Sequence[Sequence[int]], budget: int) -> list[Sequence[Sequence[int]]]:

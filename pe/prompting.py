@@ -8,9 +8,7 @@ Legend: N prompts, K soft tokens, L tokens of the longest request, D hidden size
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,21 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe.adapters import lora_config
+from pe.adapters import drops, lora_config
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
 from pe.loading import TextTokenizer, content_of, embedding_scale, load_pretrained
-from pe.packing import fitting, inverse, to_device, token_batches
-from pe.rms_norm import fuse_norms, stock_norms
+from pe.packing import budget_on, inverse, to_device, token_batches
+from pe.probes import check_generation, logit_scale
+from pe.rms_norm import fuse_norms
 
 ADAPTER = "prompter"
-TOLERANCE = 1e-4  # relative, of float32 probes
 TOKENS_AT_ONCE = 16_384
 """Tokens of the requests that are read side by side, with their padding; a CPU takes fewer."""
-
-
-class UnsupportedPrompter(ValueError):
-    """A language model whose logits are not a linear map of its last hidden state."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class PromptingLLM(nn.Module):
         self._cast: dict[torch.dtype, tuple[object, tuple[Tensor, Tensor]]] = {}
         self.logit_scale = logit_scale(model)
         fuse_norms(model)
-        self.check_generation()
+        check_generation(self)
         if config.trainable != "full":
             model.requires_grad_(False)
         if config.trainable == "lora":
@@ -111,6 +105,13 @@ class PromptingLLM(nn.Module):
         return embedding_scale(self.model)
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers: by a rate of the model's options, or in adapters."""
+        options = self.model.config.to_dict()
+        rates = [value for name, value in options.items() if "dropout" in name or name.endswith("pdrop")]
+        return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(map(drops, self.modules()))
+
+    @property
     def mixture_temperature(self) -> float:
         """T, with the model's own logit scale folded in."""
         return self.config.temperature / self.logit_scale
@@ -131,7 +132,7 @@ class PromptingLLM(nn.Module):
 
     def generate(self, requests: Sequence[Sequence[int]], count: int) -> SoftPrompts:
         """Write prompts of `count` soft tokens; requests of similar length stand side by side, so little is padded."""
-        budget = fitting(TOKENS_AT_ONCE, self.device)
+        budget = budget_on(self.device, TOKENS_AT_ONCE)
         batches = token_batches([len(row) for row in requests], budget, padded=True)
         parts = [self._generate([requests[i] for i in batch], count) for batch in batches]
         back = inverse([i for batch in batches for i in batch], self.device)
@@ -203,38 +204,6 @@ class PromptingLLM(nn.Module):
         causal = places <= places[:, None]
         return ((causal & is_token[:, None]) | (places == places[:, None]))[:, None]
 
-    @torch.no_grad()
-    def check_generation(self) -> None:
-        """Compare two soft tokens for two requests, padded and cached, with the plain forward of each under the model's
-        own norms.
-
-        Raises:
-            UnsupportedPrompter: they differ, or the model does not run this way.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        requests = [[1, 2, 3, 4, 5], [6, 7, 8]]
-        with refused_if_it_fails(self.model):
-            written = self.generate(requests, 2)
-            with stock_norms(self.model):
-                plain = [self._plain_hidden(ids, soft[:1]) for ids, soft in zip(requests, written.tokens, strict=True)]
-        self.model.train(was_training)
-        expected = torch.stack(plain)
-        difference = ((written.hidden - expected).norm() / expected.norm()).item()
-        if not difference < TOLERANCE:
-            raise UnsupportedPrompter(
-                f"{describe(self.model)}: its padded, cached generation differs from the plain forward by"
-                f" {difference:.1e} (allowed {TOLERANCE:.0e}); choose another prompting LLM"
-            )
-
-    def _plain_hidden(self, ids: Sequence[int], soft: Tensor) -> Tensor:
-        """Last hidden states `[2, D]` behind the token ids alone, and behind them and one soft token `[1, D]`."""
-        tokens = torch.tensor([list(ids)], device=self.device)
-        rows = torch.cat([self.model.get_input_embeddings()(tokens)[0], soft])
-        decoder = self.model.base_model
-        alone = decoder(tokens, use_cache=False).last_hidden_state[0, -1]
-        return torch.stack([alone, decoder(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1]])
-
 
 def left_padded(
     requests: Sequence[Sequence[int]], device: torch.device, multiple: int = 1
@@ -245,55 +214,3 @@ def left_padded(
     ids = to_device([[0] * (longest - len(row)) + list(row) for row in requests], device)
     places = torch.arange(longest, device=device)
     return ids, pads, (places - pads[:, None]).clamp(min=0)
-
-
-def describe(model: PreTrainedModel) -> str:
-    return f"{model.name_or_path or 'model'} ({model.config.model_type})"
-
-
-@contextlib.contextmanager
-def refused_if_it_fails(model: PreTrainedModel) -> Iterator[None]:
-    """Turn an error inside the model, other than a lack of memory, into UnsupportedPrompter."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        raise UnsupportedPrompter(
-            f"{describe(model)}: it does not generate from rows of embeddings with a cache ({type(error).__name__}:"
-            f" {error}); choose another prompting LLM"
-        ) from error
-
-
-@torch.no_grad()
-def logit_scale(model: PreTrainedModel) -> float:
-    """The constant c of logits = c · h E_outᵀ, found by running a few tokens.
-
-    Raises:
-        UnsupportedPrompter: there is no such constant (a soft cap, a bias, no output embedding).
-    """
-    name = describe(model)
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        raise UnsupportedPrompter(f"{name}: a recurrent or encoder-decoder model; use a pure attention decoder")
-    head = model.get_output_embeddings()
-    if head is None or head.weight.shape != model.get_input_embeddings().weight.shape:
-        raise UnsupportedPrompter(
-            f"{name}: no output embedding of the input embedding's shape; use a causal language model with both"
-        )
-    ids = torch.arange(4, device=model.device)[None]
-    was_training = model.training
-    model.eval()
-    with refused_if_it_fails(model):
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        logits, plain = model(ids, use_cache=False).logits.float(), (hidden @ head.weight.T).float()
-    model.train(was_training)
-    scale = ((logits * plain).sum() / (plain * plain).sum()).item()
-    error = ((logits - scale * plain).norm() / logits.norm()).item()
-    if not math.isfinite(error):
-        raise UnsupportedPrompter(f"{name}: its logits are not finite; are its weights those of a diverged training?")
-    if not error < TOLERANCE or scale <= 0:
-        raise UnsupportedPrompter(
-            f"{name}: its logits differ from a linear map of the hidden state by {error:.1e}; a soft cap or a bias on"
-            " the logits is not supported in the prompting LLM, choose another one"
-        )
-    return scale

@@ -24,7 +24,7 @@ def mean_states(states: Tensor, segments: Segments) -> Tensor:
     return pool_normalize(states, segments.cu_seqlens, norm="rms", eps=STATES_EPS)
 
 
-def as_they_are(states: Tensor, segments: Segments) -> Tensor:
+def unpooled(states: Tensor, segments: Segments) -> Tensor:
     """The states `[T, D]` themselves, for a pass whose means are taken later."""
     return states
 
@@ -65,6 +65,6 @@ def build_skip(kind: Skip, width: int, device: torch.device) -> LinearSkip | Non
     return (WeightedSkip if kind == "weighted" else LinearSkip)(width, device)
 
 
-def around(embeddings: Tensor, skipped: Tensor | None) -> Tensor:
-    """Unit vectors `[B, D]` of embeddings and what goes around the soft prompt; None: nothing does."""
+def with_skip(embeddings: Tensor, skipped: Tensor | None) -> Tensor:
+    """Add what the skip makes of the texts to their embeddings: unit vectors `[B, D]`; None: no skip."""
     return embeddings if skipped is None else F.normalize(embeddings + skipped, dim=-1)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pe.model import PromptEmbedder, Requests
+from pe.model import PromptEmbedder
+from pe.requests import Requests
 
 RIDGE = 1e-4
 """Added to the diagonal of the texts' Gram matrix, as a share of its mean."""

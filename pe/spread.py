@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pe.model import Instruction, PromptEmbedder
+from pe.prompted import PromptedEmbedder
+from pe.requests import Instruction
 
 ALIKE = 0.99
 MOST_INSTRUCTIONS, MOST_TEXTS = 16, 32
@@ -57,7 +58,7 @@ def mean_cosine(rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def spread(model: PromptEmbedder, instructions: Sequence[str], texts: Sequence[str]) -> Spread | None:
+def spread(model: PromptedEmbedder, instructions: Sequence[str], texts: Sequence[str]) -> Spread | None:
     """How far apart instructions are on the query side, of up to 16 of them and 32 texts; None of fewer than two."""
     wanted = list(dict.fromkeys(instructions))
     wanted = wanted[:: -(-len(wanted) // MOST_INSTRUCTIONS)] if wanted else []

@@ -38,6 +38,7 @@ from pe.instructions import trained_instructions
 from pe.loading import quiet, warn_of_slow_products
 from pe.losses import backward, batch_requests, instructions_of, random_state, set_random_state
 from pe.model import PromptEmbedder, Requests, Texts, Truncation
+from pe.prompted import PromptedEmbedder
 from pe.recipes import build_parser, load_recipe, write_yaml
 from pe.runs import RunFolder, conditions_of, flatten
 from pe.spread import Spread, spread
@@ -179,7 +180,7 @@ def _fit(
     probe = batch_requests(plan.batch(0)).part(range(2))
     before = detached(model, probe)
     ahead = None
-    if isinstance(model, PromptEmbedder):
+    if isinstance(model, PromptedEmbedder):
         model.use_graphs(options.cuda_graphs)
         if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
             ahead = ReadAhead(model, accelerator.autocast)
@@ -229,7 +230,7 @@ def _fit(
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 if not detached(model, probe).isfinite().all():
                     raise TrainingError(f"step {step + 1}: the embeddings are not finite; lower the rates (lr)")
-                if run and isinstance(model, PromptEmbedder) and (found := spread_of(model, plan)):
+                if run and isinstance(model, PromptedEmbedder) and (found := spread_of(model, plan)):
                     history.spreads.append((step + 1, asdict(found)))
                     accelerator.log({"instructions_alike": found.embeddings}, step=step + 1)
                 if run:
@@ -238,12 +239,12 @@ def _fit(
                         save(run, step + 1, model, optimizer, scheduler, history, states, options.keep_checkpoints)
     finally:
         bar.close()
-        if isinstance(model, PromptEmbedder):
+        if isinstance(model, PromptedEmbedder):
             model.use_graphs(False)
     return history
 
 
-def spread_of(model: PromptEmbedder, plan: BatchPlan) -> Spread | None:
+def spread_of(model: PromptedEmbedder, plan: BatchPlan) -> Spread | None:
     """How alike the training instructions are to the model, on queries of the first batch."""
     wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
     return spread(model, wanted, plan.batch(0).queries)
@@ -270,7 +271,7 @@ def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accel
 
 def embeddings_of(model: Trainable, stepwise: bool, requests: Requests | Texts) -> Tensor:
     """`[S, B, D]`: all soft-token steps for the step-wise loss, else the last alone."""
-    if isinstance(model, PromptEmbedder):
+    if isinstance(model, PromptedEmbedder):
         return model.stepwise(requests) if stepwise else model(requests)[None]
     assert isinstance(requests, Requests)
     assert not stepwise

@@ -1,29 +1,36 @@
-"""What every embedder that trains has in common: its own tensors apart from the frozen ones."""
+"""What every embedder that trains has in common: its mode, and its own tensors apart from the frozen ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pe.backbone import Backbone
+from pe.encoder import Encoder
 from pe.turns import in_turn
 
 
-class TrainableModule(nn.Module):
+class TrainableModule(Encoder, nn.Module):
     """A module of frozen and of trained parameters, which threads may share.
 
-    Attributes:
-        backbone: the decoder; what changes the module's mode, type, place or weights waits for calls that run it.
+    What changes its mode, type, place or weights waits for calls that run its backbone.
     """
-
-    backbone: Backbone
 
     @in_turn
     def train(self, mode: bool = True) -> Self:
         return super().train(mode)
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     @in_turn
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -14,11 +14,12 @@ from transformers.models.llama import modeling_llama
 
 from pe import attention, loading
 from pe.attention import AttentionPlan
-from pe.backbone import Backbone, UnsupportedBackbone, position_limit
+from pe.backbone import Backbone, position_limit
 from pe.config import BackboneConfig, LoraSettings
 from pe.final_norm import find_final_norm
 from pe.loading import rounded
 from pe.packing import Segments, pack
+from pe.probes import UnsupportedBackbone
 from tests.tiny import SIZES, VOCABULARY, byte_tokenizer, decoder, randomise
 
 WINDOWED = SIZES | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}

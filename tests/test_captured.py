@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.captured import Captured, Contexts, room
+from pe.captured import Captured, Contexts, rounded_up
 from pe.config import LoraSettings
 from pe.graphs import Graphs, NotRecordedError, Work
 from pe.losses import cached_backward
-from pe.model import Instruction, PromptEmbedder, Requests, has_dropout
+from pe.model import Instruction, PromptEmbedder, Requests
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
 LONGER = Requests(
@@ -234,12 +234,21 @@ def test_dropout_is_seen() -> None:
     reader = build("llama", **OPTIONS, reader="activated_lora")
     active = build("llama", **OPTIONS, reader="activated_lora", reader_lora=LoraSettings(dropout=0.1))
     fixed, prompted = build("gpt2", **OPTIONS), build("llama", **OPTIONS, prompter="gpt2")
-    found = [has_dropout(model.prompter, model.backbone) for model in (reader, active, fixed, prompted)]
+    found = [model.has_dropout for model in (reader, active, fixed, prompted)]
     assert found == [False, True, False, True]
 
 
-def test_room() -> None:
-    assert [room(count) for count in (1, 64, 65, 96, 97, 129, 4096, 4097)] == [64, 64, 96, 96, 128, 192, 4096, 6144]
+def test_few_sizes() -> None:
+    assert [rounded_up(count) for count in (1, 64, 65, 96, 97, 129, 4096, 4097)] == [
+        64,
+        64,
+        96,
+        96,
+        128,
+        192,
+        4096,
+        6144,
+    ]
 
 
 def test_contexts_stay_where_they_are() -> None:

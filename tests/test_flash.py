@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pe import flash
 from pe.attention import causal_attention
-from pe.backbone import UnsupportedBackbone
 from pe.flash import (
     FLASH_2,
     FLASH_3,
@@ -30,6 +29,7 @@ from pe.flash import (
 )
 from pe.kernels.context_attention_torch import context_attention_ref
 from pe.packing import Segments
+from pe.probes import UnsupportedBackbone
 from tests.test_backbone import backbone
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")

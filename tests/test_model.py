@@ -30,7 +30,9 @@ from pe.config import (
     SideTemplates,
     TemplatesConfig,
 )
-from pe.model import SAMPLED, Instruction, PromptEmbedder, Requests, sample
+from pe.model import Instruction, PromptEmbedder, Requests
+from pe.prompt_bank import SAMPLED, PromptBank, stamp
+from pe.prompting import PromptingLLM
 from tests import oracle
 from tests.tiny import PLAIN, byte_tokenizer, decoder, language_model
 
@@ -332,7 +334,7 @@ def test_an_error_leaves_the_mode_as_it_was(make: Maker) -> None:
     def fail(*_: object) -> None:
         raise OSError("no such luck")
 
-    model._encode = fail  # type: ignore[assignment,method-assign]
+    model.readings = fail  # type: ignore[assignment,method-assign]
     with pytest.raises(OSError, match="no such luck"):
         model.encode(TEXTS, instruction=FIND)
     assert model.training
@@ -430,18 +432,56 @@ def test_weights_of_a_frozen_embedder_written_through_data_empty_the_bank(make: 
     assert np.abs(after - before).max() > 1e-3
 
 
+def test_a_frozen_prompting_llm_written_through_data_writes_anew(make: Maker) -> None:
+    """In training, too, where no bank is asked."""
+    model = make().train()
+    model.prompter.requires_grad_(False)
+    before = model(requests(*TEXTS))
+    for parameter in model.prompter.parameters():
+        parameter.data.mul_(1.2)
+    after = model(requests(*TEXTS))
+    torch.testing.assert_close(after, model.requires_grad_(True)(requests(*TEXTS)), atol=ROUNDING, rtol=0)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_a_bank_keeps_so_many_and_is_of_one_precision() -> None:
+    bank, weight = PromptBank[str, int](2), nn.Linear(2, 2)
+    written: list[str] = []
+
+    def get(*keys: str) -> list[int]:
+        return bank.get(keys, [weight], lambda key: written.append(key) or len(written))
+
+    assert get("a", "b", "a") == [1, 2, 1]
+    assert get("c", "a") == [3, 4]  # the oldest went first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert get("a") == [5]
+    with torch.inference_mode():
+        assert get("a") == [6]
+    bank.clear()
+    assert get("a") == [7]
+    assert written == ["a", "b", "c", "a", "a", "a", "a"]
+
+
+def test_weights_without_data_have_a_stamp() -> None:
+    with torch.device("meta"):
+        weight = nn.Linear(3, 4)
+    assert stamp([weight]).values == ()
+    assert PromptBank[str, str](1).get(["a"], [weight], str.upper) == ["A"]
+
+
 def test_a_weight_is_sampled_all_over(make: Maker) -> None:
     small, large = nn.Linear(3, 4), nn.Linear(64, 96, bias=False)
-    assert sorted(sample(small)) == sorted(torch.cat([p.flatten() for p in small.parameters()]).tolist())
-    taken = sample(large)
+    taken = stamp([small]).values
+    assert sorted(taken) == sorted(torch.cat([p.flatten() for p in small.parameters()]).tolist())
+    taken = stamp([large]).values
     assert SAMPLED <= len(taken) < 2 * SAMPLED
     places = [(large.weight == value).nonzero()[0].tolist() for value in taken]
     rows, columns = (set(axis) for axis in zip(*places, strict=True))
     assert len(rows) > SAMPLED / 2
     assert len(columns) > SAMPLED / 2
-    assert sample(nn.Identity()) == ()
+    assert stamp([nn.Identity()]).values == ()
     model = make()
-    assert len(sample(model.prompter)) < 2 * SAMPLED * len(list(model.prompter.parameters()))
+    assert len(stamp([model.prompter]).values) < 2 * SAMPLED * len(list(model.prompter.parameters()))
 
 
 def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +522,7 @@ def test_prompts_that_depend_on_texts_or_dropout_are_not_kept(
     model = make(conditioning=conditioning).train()
     model.prompter.requires_grad_(False)
     if dropout:
-        monkeypatch.setattr("pe.model.has_dropout", lambda *_: True)
+        monkeypatch.setattr(PromptingLLM, "has_dropout", True)
     calls = count_generations(model, monkeypatch)
     for _ in range(2):
         model(requests(*TEXTS))

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from pe.packing import CPU_TOKENS, Segments, by_length, fitting, inverse, neighbours, pack, token_batches
+from pe.packing import CPU_TOKENS, Segments, budget_on, by_length, inverse, neighbours, pack, token_batches
 
 CPU = torch.device("cpu")
 
@@ -91,6 +91,6 @@ def test_neighbours_keep_order_and_budget() -> None:
 
 
 def test_a_cpu_takes_smaller_batches() -> None:
-    assert fitting(16_384, CPU) == CPU_TOKENS
-    assert fitting(100, CPU) == 100
-    assert fitting(16_384, torch.device("cuda")) == 16_384
+    assert budget_on(CPU, 16_384) == CPU_TOKENS
+    assert budget_on(CPU, 100) == 100
+    assert budget_on(torch.device("cuda"), 16_384) == 16_384

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe.config import LoraSettings, PrompterConfig
-from pe.prompting import PromptingLLM, UnsupportedPrompter, left_padded
+from pe.probes import UnsupportedPrompter
+from pe.prompting import PromptingLLM, left_padded
 from tests.tiny import byte_tokenizer, language_model
 
 REQUESTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9, 9, 11], [12], [40, 41, 42]]

@@ -17,6 +17,7 @@ from pe.backbone import Backbone
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig
 from pe.model import Instruction, PromptEmbedder, Requests
+from pe.packing import pack
 from tests import oracle
 from tests.test_exactness import build, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder
@@ -143,6 +144,21 @@ def test_an_error_in_the_text_pass_switches_it_on_again() -> None:
     with pytest.raises(IndexError):
         model.backbone.read([[10_000]])
     assert torch.equal(model(REQUESTS), before)
+
+
+def test_a_reader_that_was_off_stays_off() -> None:
+    """As within `reader_off` of a caller, where a text pass has its own."""
+    backbone = embedder().backbone
+
+    def states() -> Tensor:
+        ids, segments = pack([[1, 2, 3]], backbone.device)
+        return backbone(backbone.token_rows(ids), segments)[0]
+
+    with backbone.reader_off():
+        off = states()
+        backbone.read([[1, 2, 3]])
+        assert torch.equal(states(), off)
+    assert not torch.equal(states(), off)
 
 
 def test_saved_reader_is_a_stock_peft_adapter(tmp_path: Path) -> None:

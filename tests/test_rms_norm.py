@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pe import rms_norm
-from pe.backbone import Backbone, UnsupportedBackbone
+from pe.backbone import Backbone
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings
-from pe.prompting import UnsupportedPrompter
+from pe.probes import UnsupportedBackbone, UnsupportedPrompter
 from pe.rms_norm import fuse_norms, is_rms_norm, restore_norms, stock_norms
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder

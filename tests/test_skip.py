@@ -8,10 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pe import backbone as backbone_module
-from pe.backbone import Backbone, UnsupportedBackbone
+from pe.backbone import Backbone
 from pe.baselines.linear import LinearEmbedder
 from pe.config import Skip
 from pe.model import Instruction, PromptEmbedder, Requests
+from pe.probes import UnsupportedBackbone
 from pe.skip import WeightedSkip
 from pe.token_weights import standardize
 from tests import oracle

@@ -279,13 +279,13 @@ def test_a_step_tokenises_each_text_once_and_counts_that(
 def test_tokenising_is_part_of_the_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, model = [0.0], new_model(recipe)
     monkeypatch.setattr(training.time, "perf_counter", lambda: seconds[0])
-    whole = model.tokenize
+    whole = model.readings
 
     def slow(requests: Requests) -> list[list[int]]:
         seconds[0] += 1.0
         return whole(requests)
 
-    monkeypatch.setattr(model, "tokenize", slow)
+    monkeypatch.setattr(model, "readings", slow)
     assert fit(model, plan_of(recipe), recipe, accelerator()).seconds == recipe.train.steps
 
 

@@ -1,4 +1,4 @@
-"""What the baselines share: how a text is read under an instruction, and encoding by a token budget.
+"""What the baselines share: how a text is read under an instruction, and pooling behind it.
 
 Legend: N texts, D embedding size, T tokens of a packed row.
 """
@@ -6,23 +6,19 @@ Legend: N texts, D embedding size, T tokens of a packed row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pe.backbone import Backbone
 from pe.loading import Filled, TextTokenizer
-from pe.model import Requests, Truncation
-from pe.packing import Segments, to_device, token_batches
+from pe.packing import Segments, to_device
+from pe.requests import Requests, Truncation
 from pe.token_weights import TokenWeights, standardize
 
-Floats = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "weighted"]
 
 INSTRUCT = "Instruct: {instruction}\nQuery:{text}"
@@ -98,23 +94,6 @@ def pool(
     weights = (segments.positions >= first).float()
     weights = weights if own is None else weights * own
     return backbone.pool(hidden, segments, "weighted", token_weights=weights)
-
-
-def encode(
-    embed: Callable[[list[Reading]], Tensor],
-    readings: Sequence[Reading],
-    dimensions: int,
-    *,
-    batch_tokens: int,
-    progress: bool,
-) -> Floats:
-    """Embeddings `[N, D]` in the order of the readings, in batches of up to `batch_tokens` tokens."""
-    embeddings = np.empty((len(readings), dimensions), dtype=np.float32)
-    with tqdm(total=len(readings), unit="text", disable=not progress, desc="encode") as bar:
-        for batch in token_batches([len(reading) for reading in readings], batch_tokens):
-            embeddings[batch] = embed([readings[i] for i in batch]).float().numpy(force=True)
-            bar.update(len(batch))
-    return embeddings
 
 
 def short_name(model: str) -> str:

@@ -5,20 +5,21 @@ Legend: N texts, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pe.backbone import Backbone
-from pe.baselines.common import BARE, Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
+from pe.baselines.common import BARE, Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig
-from pe.model import Instruction, Requests, Side, Truncation, check_arguments
-from pe.packing import by_length, fitting, inverse, pack
+from pe.encoder import Embed, Encoder
+from pe.packing import inverse, pack
+from pe.requests import Instruction, Requests, Truncation
 from pe.turns import in_turn
 
 
-class FrozenEncoder:
+class FrozenEncoder(Encoder):
     """Pooled final states of the unchanged backbone, packed.
 
     Attributes:
@@ -64,31 +65,19 @@ class FrozenEncoder:
     @torch.no_grad()
     def __call__(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[N, D]` float32, in the order of the texts."""
-        readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
-        order = by_length([reading.ids for reading in readings])
-        return self._embed([readings[i] for i in order])[inverse(order, self.backbone.device)]
+        order, readings = self._sorted(requests)
+        return self._embed(readings)[inverse(order, self.device)]
 
-    def encode(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str,
-        side: Side = "query",
-        batch_tokens: int = 16_384,
-        progress: bool = False,
-    ) -> Floats:
-        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; see `PromptEmbedder.encode`."""
-        texts, _ = check_arguments(texts, [instruction], side)
-        requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
-        with self.backbone.turns.taken():
-            readings = self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
-            size, budget = self.backbone.hidden_size, fitting(batch_tokens, self.backbone.device)
-            return encode(self._embed, readings, size, batch_tokens=budget, progress=progress)
+    @in_turn
+    def readings(self, requests: Requests) -> list[Reading]:
+        return self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
 
-    @torch.no_grad()
+    def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
+        return lambda _, readings: self._embed(readings)[None]
+
     def _embed(self, readings: Sequence[Reading]) -> Tensor:
         """`[N, D]` of readings that stand sorted by length."""
-        ids, segments = pack([reading.ids for reading in readings], self.backbone.device)
+        ids, segments = pack([reading.ids for reading in readings], self.device)
         with self.backbone.reader_off():
             hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
         return pool(self.backbone, hidden, readings, self.pooling)

@@ -5,8 +5,7 @@ Legend: B texts, D the backbone's width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pe.backbone import Backbone
-from pe.baselines.common import Floats, Reading, content_hash, encode, short_name
+from pe.baselines.common import content_hash, short_name
 from pe.config import BackboneConfig
+from pe.encoder import Embed
 from pe.files import written_into
-from pe.model import Requests, Side, Truncation, check_arguments
-from pe.packing import by_length, fitting, inverse
+from pe.packing import inverse
+from pe.requests import Instruction, Requests, Truncation
 from pe.skip import LinearSkip
 from pe.trainable import TrainableModule
 from pe.turns import in_turn
@@ -49,49 +49,20 @@ class LinearEmbedder(TrainableModule):
     @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
-        ids = self.tokenize(requests) if requests.read is None else requests.read
-        order = by_length(ids)
-        return self._embed([ids[i] for i in order])[inverse(order, self.backbone.device)]
+        order, ids = self._sorted(requests)
+        return self._embed(ids)[inverse(order, self.device)]
 
     @in_turn
-    def tokenize(self, requests: Requests) -> list[list[int]]:
+    def readings(self, requests: Requests) -> list[list[int]]:
         """Token ids of each text, cut to `max_length` and counted; the instruction is not read."""
-        return self._tokenize(requests.texts)
+        return self.truncation.cut_to(self.max_length, self.backbone.text_tokenizer(requests.texts))
 
-    def tokenized(self, requests: Requests) -> Requests:
-        """The requests with their token ids, so that no pass tokenises them again."""
-        return replace(requests, read=self.tokenize(requests))
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        ids = self.backbone.text_tokenizer(texts)
-        self.truncation.texts += len(ids)
-        self.truncation.cut += sum(len(row) > self.max_length for row in ids)
-        return [row[: self.max_length] for row in ids]
+    def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
+        return lambda _, ids: self._embed(ids)[None]
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         embeddings: Tensor = self.map(self.backbone.read(ids, self.map.pool).pooled)
         return embeddings
-
-    @torch.no_grad()
-    def encode(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str,
-        side: Side = "query",
-        batch_tokens: int = 16_384,
-        progress: bool = False,
-    ) -> Floats:
-        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order, whatever the instruction."""
-        texts, _ = check_arguments(texts, [instruction], side)
-        with self.backbone.turns.taken():
-            return encode(
-                lambda readings: self._embed([reading.ids for reading in readings]),
-                [Reading(ids) for ids in self._tokenize(texts)],
-                self.backbone.hidden_size,
-                batch_tokens=fitting(batch_tokens, self.backbone.device),
-                progress=progress,
-            )
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pe.adapters import lora_config, prepare_adapters
 from pe.backbone import Backbone, stacked_layers
-from pe.baselines.common import Floats, Pooling, Reading, Templates, content_hash, encode, pool, short_name
+from pe.baselines.common import Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
+from pe.encoder import Embed
 from pe.files import written_into
-from pe.model import Instruction, Requests, Side, Truncation, check_arguments
-from pe.packing import by_length, fitting, inverse, pack, to_device
+from pe.packing import inverse, pack, to_device
+from pe.requests import Instruction, Requests, Side, Truncation
 from pe.rms_norm import restore_norms
 from pe.token_weights import TokenWeights
 from pe.trainable import TrainableModule
@@ -101,15 +102,6 @@ class LoraEmbedder(TrainableModule):
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config)
 
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.device
-
-    @property
-    def dimensions(self) -> int:
-        """D, the size of an embedding."""
-        return self.backbone.hidden_size
-
     @in_turn
     def train(self, mode: bool = True) -> LoraEmbedder:
         """The whole decoder follows `mode`, as in common practice; checkpointing acts in training mode alone."""
@@ -122,10 +114,10 @@ class LoraEmbedder(TrainableModule):
     @in_turn
     def forward(self, requests: Requests) -> Tensor:
         """L2-normalised embeddings `[B, D]` float32, in the order of the texts, with gradient."""
-        readings = self.read(requests) if requests.read is None else requests.read
         if self.config.form == "packed":
-            order = by_length([reading.ids for reading in readings])
-            return self._packed([readings[i] for i in order])[inverse(order, self.device)]
+            order, readings = self._sorted(requests)
+            return self._packed(readings)[inverse(order, self.device)]
+        readings = list(self.readings(requests) if requests.read is None else requests.read)
         sides: dict[Side, list[int]] = {}
         for place in range(len(readings)):
             sides.setdefault(requests.instruction(place).side, []).append(place)
@@ -134,18 +126,18 @@ class LoraEmbedder(TrainableModule):
         return torch.cat(parts)[inverse(order, self.device)]
 
     @in_turn
-    def read(self, requests: Requests) -> list[Reading]:
+    def readings(self, requests: Requests) -> list[Reading]:
         """Instruction and text of each request as token ids, the text cut to `max_length` and counted."""
         tokenizer = self.backbone.text_tokenizer
         return self.config.templates.read(tokenizer, requests, self.config.max_length, self.truncation)
 
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """Token ids of each request."""
-        return [reading.ids for reading in self.read(requests)]
+        return [reading.ids for reading in self.readings(requests)]
 
-    def tokenized(self, requests: Requests) -> Requests:
-        """The requests with what the decoder reads of each, so that no pass tokenises them again."""
-        return replace(requests, read=self.read(requests))
+    def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
+        """Packed, whatever the form."""
+        return lambda _, readings: self._packed(readings)[None]
 
     def _packed(self, readings: Sequence[Reading]) -> Tensor:
         """`[B, D]` of readings that stand sorted by length, without padding."""
@@ -169,28 +161,6 @@ class LoraEmbedder(TrainableModule):
         weights = (mask & (places >= starts[:, None])).float()
         mean = torch.einsum("bl,bld->bd", weights, states.float()) / weights.sum(1, keepdim=True)
         return F.normalize(mean, dim=-1)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str,
-        side: Side = "query",
-        batch_tokens: int = 16_384,
-        progress: bool = False,
-    ) -> Floats:
-        """L2-normalised embeddings `[N, D]` float32 of N texts, in their order; packed, whatever the form."""
-        texts, _ = check_arguments(texts, [instruction], side)
-        requests = Requests(texts, [Instruction(instruction, side)], [0] * len(texts))
-        budget = fitting(batch_tokens, self.backbone.device)
-        with self.backbone.turns.taken():
-            readings, was_training = self.read(requests), self.training
-            self.eval()
-            try:
-                return encode(self._packed, readings, self.dimensions, batch_tokens=budget, progress=progress)
-            finally:
-                self.train(was_training)
 
     # What trains, and what is saved.
 

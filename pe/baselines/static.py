@@ -1,6 +1,6 @@
 """The control: one learned prompt for each instruction, without a prompting LLM.
 
-All that PromptEmbedder does with a prompt is inherited; only who writes it differs. An instruction that has no prompt
+What is done with a prompt is PromptEmbedder's; only who writes it differs. An instruction that has no prompt
 of its own gets the mean of the learned ones, or the prompt of the instruction that is spelled most like it.
 
 Legend: I instructions, K soft tokens, D the backbone's width.
@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pe.alignment import AlignedPrompts, Alignment
+from pe.alignment import AlignedPrompts
 from pe.backbone import Backbone
 from pe.baselines.common import content_hash, short_name
 from pe.config import ModelConfig
 from pe.files import written_into
-from pe.lens import Lens
 from pe.loading import Filled
-from pe.model import Instruction, PromptEmbedder, listed
-from pe.prompting import PromptingLLM
+from pe.prompted import PromptedEmbedder
+from pe.requests import Instruction, listed
 from pe.turns import in_turn
 
 Start = Literal["vocabulary", "instruction"]
@@ -72,15 +71,21 @@ def overlap(a: Counter[str], b: Counter[str]) -> float:
     return sum(count * b[part] for part, count in a.items()) / size
 
 
-class StaticPromptEmbedder(PromptEmbedder):
-    """A frozen decoder that embeds texts under learned prompts; suffix layout, optional reader."""
+class StaticPromptEmbedder(PromptedEmbedder):
+    """A frozen decoder that embeds texts under learned prompts; suffix layout, optional reader.
+
+    Attributes:
+        static: the learned prompts.
+    """
+
+    static: StaticPrompts
 
     def __init__(self, config: ModelConfig, prompts: StaticPrompts, backbone: Backbone) -> None:
         """Raises ValueError for a layout or conditioning that a static prompt does not have."""
         if config.layout != "suffix" or config.conditioning != "instruction":
             got = f"{config.layout!r} and {config.conditioning!r}"
             raise ValueError(f"layout, conditioning: a static prompt needs 'suffix' and 'instruction', got {got}")
-        super().__init__(config, cast(PromptingLLM, prompts), cast(Alignment, nn.Identity()), backbone)
+        super().__init__(config, {"static": prompts}, backbone, hidden=backbone.hidden_size)
         self.name = f"static-{short_name(backbone.name)}"
 
     @classmethod
@@ -134,11 +139,6 @@ class StaticPromptEmbedder(PromptEmbedder):
         return cls(config, StaticPrompts(list(prompts), list(prompts.values())), backbone)
 
     @property
-    def static(self) -> StaticPrompts:
-        """The learned prompts, which stand in the prompting LLM's place."""
-        return cast(StaticPrompts, self.prompter)
-
-    @property
     def revision(self) -> str:
         return content_hash(self.trainable_state(), self.backbone.revision, self.config, list(self.static.known))
 
@@ -148,19 +148,10 @@ class StaticPromptEmbedder(PromptEmbedder):
         self.static.unknown = way
         self._bank.clear()
 
-    def _fresh_lens(self) -> Lens | None:
-        """Its gates read the mean of each prompt's rows: there are no hidden states that wrote them."""
-        rank, width = self.config.lens_rank, self.dimensions
-        return Lens(width, width, rank, self.device) if rank else None
-
-    @torch.no_grad()
-    def start_lens(self, instructions: Sequence[Instruction]) -> None:
-        if self.lens is not None:
-            self.lens.start_at(self.static([str(self.prompter_text(item)) for item in instructions]).mean(1))
-
-    def _align(self, readings: Sequence[tuple[Filled, Filled]]) -> AlignedPrompts:
+    def _write(self, readings: Sequence[tuple[Filled, Filled]]) -> tuple[AlignedPrompts, Tensor]:
+        """The learned prompts; a lens reads the mean of each one's rows, for no hidden state wrote it."""
         rows = self.static([str(whole) for _, whole in readings])
-        return AlignedPrompts(rows, None, None if self.lens is None else self.lens.gates(rows.mean(1)))
+        return AlignedPrompts(rows, None), rows.mean(1)
 
     def save_pretrained(self, path: str | Path, *, include_backbone: bool = False, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere.

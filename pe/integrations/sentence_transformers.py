@@ -24,7 +24,8 @@ from sentence_transformers.base.modules import InputModule
 
 from pe.config import Dtype
 from pe.instructions import as_prompts
-from pe.model import PromptEmbedder, Side, listed
+from pe.model import PromptEmbedder
+from pe.requests import Side, listed
 
 TASKS: dict[str | None, Side] = {None: "query", "query": "query", "document": "document"}
 """The side of each task of sentence-transformers."""

@@ -1,0 +1,90 @@
+"""What is written once and used until the weights that wrote it change.
+
+The one rule, for finished prompts and for those of a frozen prompting LLM: a `Stamp` of the weights is taken at every
+look, and another stamp than before empties the bank. It says where each weight is (a model that was moved or cast), the
+sum of the version counters (loading, plain optimisers, any write that autograd sees) and a few values of each weight
+(fused optimisers and writes through `.data`, as averages of weights are, raise no version).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+SAMPLED = 16
+"""Values of each weight in a stamp, where it has as many; less than twice as many."""
+Key = TypeVar("Key", bound=Hashable)
+Written = TypeVar("Written")
+
+
+class Stamp(NamedTuple):
+    """What tells weights from other or changed ones, without reading them whole.
+
+    Attributes:
+        places: device, type and address of each.
+        versions: sum of the version counters; blind to fused optimisers and `.data`, and to tensors of inference mode.
+        values: some of each, spread over it; blind to a write that leaves all of them as they are.
+    """
+
+    places: tuple[tuple[torch.device, torch.dtype, int], ...]
+    versions: int
+    values: tuple[float, ...]
+
+
+def stamp(modules: Iterable[nn.Module]) -> Stamp:
+    """The stamp of all parameters of some modules; on a GPU it waits for the stream."""
+    weights = [p for module in modules for p in module.parameters()]
+    return Stamp(
+        tuple((p.device, p.dtype, p.data_ptr()) for p in weights),
+        sum(p._version for p in weights if not p.is_inference()),
+        sample(weights),
+    )
+
+
+@torch.no_grad()
+def sample(weights: Iterable[Tensor]) -> tuple[float, ...]:
+    """Some values of each weight, spread over it, by one transfer a device and type; none of a weight without data."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for weight in weights:
+        if not weight.is_meta:
+            # An even stride would meet the same few columns of a matrix in every row
+            values = weight.reshape(-1)[:: weight.numel() // SAMPLED | 1]
+            groups.setdefault((weight.device, weight.dtype), []).append(values)
+    return tuple(value for group in groups.values() for value in torch.cat(group).tolist())
+
+
+class PromptBank(Generic[Key, Written]):
+    """What was written, by what it was written for, as long as the weights that wrote it stay as they were."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: entries that are kept; the oldest goes first."""
+        self._most = most
+        self._stamp: Stamp | None = None
+        self._entries: dict[Hashable, Written] = {}
+
+    def get(self, keys: Sequence[Key], writers: Iterable[nn.Module], write: Callable[[Key], Written]) -> list[Written]:
+        """The entry of each key; what is not kept is written now.
+
+        What was written in another precision of autocast, or on the other side of inference mode, is another entry.
+        """
+        now = stamp(writers)
+        if now != self._stamp:
+            self._entries, self._stamp = {}, now
+        types = sorted({device.type for device, _, _ in now.places} - {"meta"})
+        precisions = [torch.get_autocast_dtype(name) if torch.is_autocast_enabled(name) else None for name in types]
+        found = []
+        for key in keys:
+            full = (key, *precisions, torch.is_inference_mode_enabled())
+            if full not in self._entries:
+                while len(self._entries) >= self._most:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[full] = write(key)
+            found.append(self._entries[full])
+        return found
+
+    def clear(self) -> None:
+        """Forget everything, where something other than a weight has changed."""
+        self._entries.clear()
