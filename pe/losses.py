@@ -48,8 +48,7 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
 
     Args:
         embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
-        batch: this process's rows; the documents of all processes are negatives of every query, and with
-            `symmetric` the queries of all processes of every positive.
+        batch: this process's rows; the documents of all processes are negatives of every query.
         config: temperature, masks, Matryoshka sizes.
         accelerator: knows the other processes.
 
@@ -71,10 +70,6 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
         document_labels, _ = gather_rows(document_labels, accelerator)
     masked = config.mask_false_negatives
     positive = torch.arange(first, first + count, device=device)
-    if config.symmetric and accelerator.num_processes > 1:  # each positive is scored against the queries of all
-        queries, query_ids, labels, positive = (
-            gather_rows(rows, accelerator)[0] for rows in (queries, query_ids, labels, positive)
-        )
     losses = []
     for step in range(embeddings.shape[0]):
         for width in (size, *config.matryoshka):
@@ -89,7 +84,6 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
                     doc_ids=ids if masked else None,
                     query_labels=labels if masked else None,
                     doc_labels=document_labels if masked else None,
-                    symmetric=config.symmetric,
                 )
             )
     return torch.stack(losses).mean()
