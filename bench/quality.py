@@ -124,11 +124,6 @@ SYSTEMS = {
     "pe-weighted-longer": Entry(
         title="PE, suffix, reader, weighted skip, 4 times the steps", build=build_pe(skip="weighted"), times=4
     ),
-    "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
-    "pe-skip-longer": Entry(
-        title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
-    ),
-    "pe-skip-no-reader": Entry(title="PE, suffix, skip", build=build_pe(skip="linear", reader="none")),
     "pe": Entry(title="PE, suffix, reader", build=build_pe(skip="none")),
     "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(skip="none"), times=4),
     "pe-no-reader": Entry(title="PE, suffix", build=build_pe(**ALONE)),
@@ -141,7 +136,6 @@ SYSTEMS = {
     "pe-prefix": Entry(title="PE, prefix", build=build_pe(**PREFIX)),
     "pe-prefix-text": Entry(title="PE, prefix, text read", build=build_pe(**PREFIX, conditioning=BOTH)),
     "static-weighted": Entry(title="static prompts, reader, weighted skip (control)", build=build_static("weighted")),
-    "static-skip": Entry(title="static prompts, reader, skip (control)", build=build_static("linear")),
     "static": Entry(title="static prompts, reader (control)", build=build_static("none")),
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),

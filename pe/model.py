@@ -34,7 +34,7 @@ from pe.packing import Segments, by_length, fitting, inverse, pack, to_device, t
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.records import RecordError, check_unicode
 from pe.saving import Parts, find, read, write
-from pe.skip import LinearSkip, around, as_they_are, build_skip
+from pe.skip import WeightedSkip, around, as_they_are, build_skip
 from pe.trainable import TrainableModule
 from pe.turns import in_turn
 
@@ -232,7 +232,7 @@ class PromptEmbedder(TrainableModule):
         prompter: PromptingLLM,
         alignment: Alignment,
         backbone: Backbone,
-        skip: LinearSkip | None = None,
+        skip: WeightedSkip | None = None,
         instructions: Mapping[str, str] | None = None,
         lens: Lens | None = None,
     ) -> None:
@@ -341,7 +341,7 @@ class PromptEmbedder(TrainableModule):
         order, ids, part = self._sorted(requests)
         texts, _ = self.read(ids)
         if texts.pooled is None:
-            raise ValueError("skip: expected linear or weighted, got none")
+            raise ValueError("skip: expected weighted, got none")
         states = self.prompt_states(texts, *self.write_prompts(part))
         back = inverse(order, self.device)
         return self.pool_prompt(states)[back], texts.pooled[back]

@@ -19,7 +19,7 @@ from pe.config import BackboneConfig
 from pe.files import written_into
 from pe.model import Requests, Side, Truncation, check_arguments
 from pe.packing import by_length, fitting, inverse
-from pe.skip import LinearSkip
+from pe.skip import mapped, mean_states
 from pe.trainable import TrainableModule
 from pe.turns import in_turn
 
@@ -31,7 +31,7 @@ class LinearEmbedder(TrainableModule):
         super().__init__()
         backbone.check_states()
         self.backbone, self.max_length = backbone, max_length
-        self.map = LinearSkip(backbone.hidden_size, backbone.device)
+        self.weight = nn.Parameter(torch.eye(backbone.hidden_size, device=backbone.device))
         self.name = f"linear-{short_name(backbone.name)}"
         self.truncation = Truncation()
 
@@ -69,8 +69,9 @@ class LinearEmbedder(TrainableModule):
         return [row[: self.max_length] for row in ids]
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        embeddings: Tensor = self.map(self.backbone.read(ids, self.map.pool).pooled)
-        return embeddings
+        means = self.backbone.read(ids, mean_states).pooled
+        assert means is not None
+        return mapped(means, self.weight)
 
     @torch.no_grad()
     def encode(
@@ -102,4 +103,4 @@ class LinearEmbedder(TrainableModule):
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that train: the matrix."""
-        return {"map": list(self.map.parameters())}
+        return {"map": [self.weight]}
