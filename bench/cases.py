@@ -280,9 +280,6 @@ VARIANTS = {
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
-    "pe-suffix-skip": Variant(
-        title="PE, suffix, reader, skip", build=prompt_embedder(reader="activated_lora", skip="linear")
-    ),
     "pe-suffix-weighted": Variant(title="PE, suffix, reader, weighted skip", build=WEIGHTED),
     "pe-suffix-weighted-launched": Variant(
         title="PE, suffix, reader, weighted skip, without CUDA graphs", build=WEIGHTED, graphs=False

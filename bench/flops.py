@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from bench.cases import Embedder
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
-from pe.skip import WeightedSkip
 
 
 class Decoder:
@@ -72,8 +71,8 @@ def step_flops(model: Embedder, requests: Requests) -> float:
         text = 2 * sum(lengths) * decoder.frozen - trimmed
         text += decoder.attend(causal(lengths), backward=0) * (decoder.layers - 1) / decoder.layers
         pairs = k * sum(lengths) + len(lengths) * k**2 / 2
-        skip = 4 * len(lengths) * model.dimensions**2 if model.skip is not None else 0
-        skip += 8 * sum(lengths) * model.dimensions if isinstance(model.skip, WeightedSkip) else 0
+        mapped = 4 * len(lengths) * model.dimensions**2 + 8 * sum(lengths) * model.dimensions
+        skip = mapped if model.skip is not None else 0
         return written + text + skip + decoder.products(soft, backward=True) + decoder.attend(pairs, backward=1)
     distinct = sorted(set(requests.index))
     heads = model.backbone.text_tokenizer([model.prefix_text(requests.instructions[n]) for n in distinct])

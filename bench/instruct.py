@@ -31,7 +31,6 @@ from pe.evaluate import Scores
 from pe.instruct_score import INSTRUCT_TASKS
 from pe.loading import quiet
 from pe.losses import instructions_of
-from pe.model import PromptEmbedder
 from pe.prompted import PromptedEmbedder
 from pe.recipes import load_recipe
 from pe.spread import spread

@@ -98,11 +98,6 @@ SYSTEMS = {
     "pe-weighted-longer": Entry(
         title="PE, suffix, reader, weighted skip, 4 times the steps", build=build_pe(skip="weighted"), times=4
     ),
-    "pe-skip": Entry(title="PE, suffix, reader, skip", build=build_pe(skip="linear")),
-    "pe-skip-longer": Entry(
-        title="PE, suffix, reader, skip, 4 times the steps", build=build_pe(skip="linear"), times=4
-    ),
-    "pe-skip-no-reader": Entry(title="PE, suffix, skip", build=build_pe(skip="linear", reader="none")),
     "pe": Entry(title="PE, suffix, reader", build=build_pe(skip="none")),
     "pe-longer": Entry(title="PE, suffix, reader, 4 times the steps", build=build_pe(skip="none"), times=4),
     "pe-no-reader": Entry(title="PE, suffix", build=build_pe(**ALONE)),
@@ -117,7 +112,6 @@ SYSTEMS = {
     "static-weighted": Entry(
         title="static prompts, reader, weighted skip (control)", build=build_static(skip="weighted")
     ),
-    "static-skip": Entry(title="static prompts, reader, skip (control)", build=build_static(skip="linear")),
     "static": Entry(title="static prompts, reader (control)", build=build_static(skip="none")),
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),

@@ -28,7 +28,8 @@ from pe.train import build_accelerator, build_plan, fit, measurer
 from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe
 
 Curve = Sequence[tuple[int, float, float]]
-SKIPS = {"linear": "skip", "weighted": "weighted skip"}
+LEFT_OUT = ("PE: alignment, reader and skip",)
+"""Variants of the records that cannot be measured any more."""
 
 
 def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str) -> Record:
@@ -52,7 +53,7 @@ def moved(result: Transfer, recipe: Recipe, source: str, texts: int | None) -> R
     """The record of a transfer whose skip was fitted on that many texts; None: the default."""
     trained = ["alignment"]
     trained += ["reader"] if recipe.model.reader != "none" else []
-    trained += [SKIPS[recipe.model.skip]] if recipe.model.skip != "none" else []
+    trained += ["weighted skip"] if recipe.model.skip != "none" else []
     variant = f"PE: {', '.join(trained[:-1])} and {trained[-1]}" if len(trained) > 1 else "PE: alignment alone"
     if not recipe.train.steps:
         variant = "PE: least squares alone"
@@ -78,7 +79,8 @@ def title(row: Record) -> str:
 
 def newest(folder: Path) -> dict[str, list[Record]]:
     """The newest record of every variant and seed, by title."""
-    latest = {(title(row), row["variant"], row["seed"]): row for row in records.read("transfer", folder)}
+    rows = [row for row in records.read("transfer", folder) if row["variant"] not in LEFT_OUT]
+    latest = {(title(row), row["variant"], row["seed"]): row for row in rows}
     groups: dict[str, list[Record]] = {}
     for row in latest.values():
         groups.setdefault(title(row), []).append(row)

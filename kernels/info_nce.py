@@ -46,30 +46,22 @@ def info_nce_ref(
     doc_ids: Tensor | None = None,
     query_labels: Tensor | None = None,
     doc_labels: Tensor | None = None,
-    symmetric: bool = False,
 ) -> Tensor:
     """Plain torch, at least float32 inside and out; builds the [B, N] matrix and its masks."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.shape[0] == 0:
         return q[:0].to(dtype).sum() + d[:0].to(dtype).sum()
     scores = (q.to(dtype) / temperature) @ d.to(dtype).T  # [B, N]
-    is_match = torch.zeros_like(scores, dtype=torch.bool)  # document j answers query i though it is not its positive
-    if query_ids is not None and doc_ids is not None:
-        is_match |= query_ids[:, None] == doc_ids
+    is_same = torch.zeros_like(scores, dtype=torch.bool)  # document j answers query i though it is not its positive
+    if doc_ids is not None:
+        is_same |= doc_ids[positive][:, None] == doc_ids
+        if query_ids is not None:
+            is_same |= query_ids[:, None] == doc_ids
     if query_labels is not None and doc_labels is not None:
-        is_match |= (query_labels[:, None] >= 0) & (query_labels[:, None] == doc_labels)
-    is_same = is_match if doc_ids is None else is_match | (doc_ids[positive][:, None] == doc_ids)
+        is_same |= (query_labels[:, None] >= 0) & (query_labels[:, None] == doc_labels)
     rows = torch.arange(q.shape[0], device=q.device)
     is_positive = torch.arange(d.shape[0], device=q.device) == positive[:, None]
     loss = scores.masked_fill(is_same & ~is_positive, -torch.inf).logsumexp(dim=1) - scores[rows, positive]
-    if symmetric:  # row i: the positive document of query i against every query j
-        back, is_same = scores[:, positive].T, is_match[:, positive].T
-        if query_ids is not None:
-            is_same = is_same | (query_ids[:, None] == query_ids)
-        if doc_ids is not None:
-            is_same = is_same | (doc_ids[positive][:, None] == doc_ids[positive])
-        is_self = torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
-        loss = (loss + back.masked_fill(is_same & ~is_self, -torch.inf).logsumexp(dim=1) - back.diagonal()) / 2
     return loss.mean()
 
 
@@ -107,7 +99,6 @@ def _left_out(
     row_positive_ptr,
     row_label_ptr,
     column_text_ptr,
-    column_partner_ptr,
     column_label_ptr,
     offs_m,
     offs_n,
@@ -115,10 +106,9 @@ def _left_out(
     mask_n,
     TEXT_TEXT: tl.constexpr,
     POSITIVE_TEXT: tl.constexpr,
-    TEXT_PARTNER: tl.constexpr,
     LABELS: tl.constexpr,
 ):
-    """Whether column n leaves row m unless it is its positive: the same text on one of three paths, or one label."""
+    """Whether column n leaves row m unless it is its positive: the query's or the positive's text, or one label."""
     out = (mask_m[:, None] & mask_n[None, :]) == 0
     if TEXT_TEXT:
         rows = tl.load(row_text_ptr + offs_m, mask=mask_m, other=0)
@@ -126,9 +116,6 @@ def _left_out(
     if POSITIVE_TEXT:
         rows = tl.load(row_positive_ptr + offs_m, mask=mask_m, other=0)
         out = out | (rows[:, None] == tl.load(column_text_ptr + offs_n, mask=mask_n, other=0)[None, :])
-    if TEXT_PARTNER:
-        rows = tl.load(row_text_ptr + offs_m, mask=mask_m, other=0)
-        out = out | (rows[:, None] == tl.load(column_partner_ptr + offs_n, mask=mask_n, other=0)[None, :])
     if LABELS:
         rows = tl.load(row_label_ptr + offs_m, mask=mask_m, other=-1)
         columns = tl.load(column_label_ptr + offs_n, mask=mask_n, other=-1)
@@ -145,7 +132,6 @@ def _info_nce_fwd_kernel(
     row_positive_ptr,
     row_label_ptr,
     column_text_ptr,
-    column_partner_ptr,
     column_label_ptr,
     max_ptr,
     sum_ptr,
@@ -159,7 +145,6 @@ def _info_nce_fwd_kernel(
     stride_dn,
     TEXT_TEXT: tl.constexpr,
     POSITIVE_TEXT: tl.constexpr,
-    TEXT_PARTNER: tl.constexpr,
     LABELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,8 +169,8 @@ def _info_nce_fwd_kernel(
         )  # fmt: skip
         z = z * scale
         out = _left_out(
-            row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_partner_ptr, column_label_ptr,
-            offs_m, offs_n, mask_m, mask_n, TEXT_TEXT, POSITIVE_TEXT, TEXT_PARTNER, LABELS,
+            row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_label_ptr,
+            offs_m, offs_n, mask_m, mask_n, TEXT_TEXT, POSITIVE_TEXT, LABELS,
         )  # fmt: skip
         is_positive = positive[:, None] == offs_n[None, :]
         score += tl.sum(tl.where(is_positive, z, 0.0), axis=1)
@@ -208,7 +193,6 @@ def _info_nce_bwd_kernel(
     row_positive_ptr,
     row_label_ptr,
     column_text_ptr,
-    column_partner_ptr,
     column_label_ptr,
     lse_ptr,
     row_scale_ptr,
@@ -223,7 +207,6 @@ def _info_nce_bwd_kernel(
     stride_gm,
     TEXT_TEXT: tl.constexpr,
     POSITIVE_TEXT: tl.constexpr,
-    TEXT_PARTNER: tl.constexpr,
     LABELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -238,8 +221,8 @@ def _info_nce_bwd_kernel(
     mask_m, mask_n = offs_m < B, offs_n < N
     z = _scores(q_ptr, d_ptr, offs_m, offs_n, mask_m, mask_n, D, stride_qm, stride_dn, BLOCK_M, BLOCK_N, BLOCK_D)
     out = _left_out(
-        row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_partner_ptr, column_label_ptr,
-        offs_m, offs_n, mask_m, mask_n, TEXT_TEXT, POSITIVE_TEXT, TEXT_PARTNER, LABELS,
+        row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_label_ptr,
+        offs_m, offs_n, mask_m, mask_n, TEXT_TEXT, POSITIVE_TEXT, LABELS,
     )  # fmt: skip
     positive = tl.load(positive_ptr + offs_m, mask=mask_m, other=-1).to(tl.int32)
     is_positive = positive[:, None] == offs_n[None, :]
@@ -259,7 +242,6 @@ def _shared(
     row_positive: Tensor | None,
     row_label: Tensor | None,
     column_text: Tensor | None,
-    column_partner: Tensor | None,
     column_label: Tensor | None,
     temperature: float,
     block_m: int,
@@ -274,7 +256,6 @@ def _shared(
         "row_positive_ptr": positive if row_positive is None else row_positive,
         "row_label_ptr": positive if row_label is None else row_label,
         "column_text_ptr": positive if column_text is None else column_text,
-        "column_partner_ptr": positive if column_partner is None else column_partner,
         "column_label_ptr": positive if column_label is None else column_label,
         "scale": LOG2E / temperature,
         "B": q.shape[0],
@@ -284,7 +265,6 @@ def _shared(
         "stride_dn": d.stride(0),
         "TEXT_TEXT": row_text is not None and column_text is not None,
         "POSITIVE_TEXT": row_positive is not None and column_text is not None,
-        "TEXT_PARTNER": row_text is not None and column_partner is not None,
         "LABELS": row_label is not None and column_label is not None,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -303,7 +283,6 @@ def _info_nce_fwd(
     row_positive: Tensor | None,
     row_label: Tensor | None,
     column_text: Tensor | None,
-    column_partner: Tensor | None,
     column_label: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
@@ -313,7 +292,7 @@ def _info_nce_fwd(
     row_tiles, column_tiles = triton.cdiv(B, block_m), triton.cdiv(N, block_n)
     splits = max(1, min(PROGRAMS // row_tiles, column_tiles))
     top, total, score = (q.new_empty(splits, B, dtype=torch.float32) for _ in range(3))
-    ids = row_text, row_positive, row_label, column_text, column_partner, column_label
+    ids = row_text, row_positive, row_label, column_text, column_label
     wrap_triton(_info_nce_fwd_kernel, CONFIGS)[(row_tiles, splits)](
         **_shared(q, d, positive, *ids, temperature, block_m, block_n),
         max_ptr=top,
@@ -336,7 +315,6 @@ def _info_nce_bwd(
     row_positive: Tensor | None,
     row_label: Tensor | None,
     column_text: Tensor | None,
-    column_partner: Tensor | None,
     column_label: Tensor | None,
     lse: Tensor,
     temperature: float,
@@ -352,7 +330,7 @@ def _info_nce_bwd(
     tile_g = q.new_empty(B, chunk)
     dq = q.new_empty(B, D, dtype=torch.float32) if needs_q else q.new_empty(0)
     dd = d.new_empty(N, D) if needs_d else d.new_empty(0)
-    ids = row_text, row_positive, row_label, column_text, column_partner, column_label
+    ids = row_text, row_positive, row_label, column_text, column_label
     shared = _shared(q, d, positive, *ids, temperature, block_m, block_n)
     for n in range(0, N, chunk):
         size = min(chunk, N - n)
@@ -377,11 +355,10 @@ class _InfoNCE(torch.autograd.Function):
         row_positive: Tensor | None,
         row_label: Tensor | None,
         column_text: Tensor | None,
-        column_partner: Tensor | None,
         column_label: Tensor | None,
         temperature: float,
     ) -> Tensor:
-        ids = row_text, row_positive, row_label, column_text, column_partner, column_label
+        ids = row_text, row_positive, row_label, column_text, column_label
         loss, lse = _info_nce_fwd(q, d, positive, *ids, temperature)
         ctx.save_for_backward(q, d, positive, *ids, lse)
         ctx.temperature = temperature
@@ -391,7 +368,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         needs_q, needs_d = ctx.needs_input_grad[:2]
         dq, dd = _info_nce_bwd(g.contiguous(), *ctx.saved_tensors, ctx.temperature, needs_q, needs_d)
-        return dq if needs_q else None, dd if needs_d else None, *[None] * 8
+        return dq if needs_q else None, dd if needs_d else None, *[None] * 7
 
 
 def _row_losses(
@@ -399,23 +376,16 @@ def _row_losses(
     d: Tensor,
     positive: Tensor,
     temperature: float,
-    symmetric: bool,
     query_ids: Tensor | None,
     doc_ids: Tensor | None,
     query_labels: Tensor | None,
     doc_labels: Tensor | None,
 ) -> Tensor:
-    """Loss of each query; symmetric: the mean of it and of its positive document's against all queries."""
+    """Loss of each query, [B] float32."""
     positive_ids = None if doc_ids is None else doc_ids[positive]
-    texts = query_ids, positive_ids, query_labels, doc_ids, None, doc_labels
-    loss = _InfoNCE.apply(*distinct(q, d, positive, *texts), temperature)
-    if not symmetric:
-        return loss
-    positive_labels = None if doc_labels is None else doc_labels[positive]
-    diagonal = torch.arange(q.shape[0], device=q.device)
-    mirrored = positive_ids, query_ids, positive_labels, query_ids, positive_ids, query_labels
-    back = _InfoNCE.apply(*distinct(d[positive], q, diagonal, *mirrored), temperature)
-    return (loss + back) / 2
+    texts = query_ids, positive_ids, query_labels, doc_ids, doc_labels
+    loss: Tensor = _InfoNCE.apply(*distinct(q, d, positive, *texts), temperature)
+    return loss
 
 
 def info_nce(
@@ -428,7 +398,6 @@ def info_nce(
     doc_ids: Tensor | None = None,
     query_labels: Tensor | None = None,
     doc_labels: Tensor | None = None,
-    symmetric: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean over queries of -log softmax(q dᵀ / temperature)[positive], duplicates of the positive left out.
@@ -436,10 +405,7 @@ def info_nce(
     q [B, D], d [N, D] (positives and hard negatives in any order), positive [B] int64 the column of each query's
     positive -> scalar float32 (float64 stays float64), differentiable in q and d. Document j != positive[i] leaves row
     i where doc_ids[j] == doc_ids[positive[i]], doc_ids[j] == query_ids[i], or doc_labels[j] == query_labels[i] >= 0
-    (ids and labels int64, each optional; the labels come as a pair).
-    symmetric: the mean of that and of each positive document against all queries, where query j != i leaves row i when
-    query_ids[j] == query_ids[i], doc_ids[positive[j]] == doc_ids[positive[i]], or query j and document positive[i] are
-    a pair that the first rule leaves out. B == 0 gives 0 with zero gradients.
+    (ids and labels int64, each optional; the labels come as a pair). B == 0 gives 0 with zero gradients.
     Raises ValueError on shapes, dtypes or devices that do not fit, and (CPU) on a positive out of range.
     """
     require_float("q", q, 2)
@@ -465,10 +431,8 @@ def info_nce(
     require_range("positive", positive, 0, n_docs)
     if use_triton(impl, q) and n_queries > 0:
         ids = (None if ids is None else ids.contiguous() for ids in (query_ids, doc_ids, query_labels, doc_labels))
-        return _row_losses(
-            unit_stride(q), unit_stride(d), positive.contiguous(), float(temperature), symmetric, *ids
-        ).mean()  # fmt: skip
+        return _row_losses(unit_stride(q), unit_stride(d), positive.contiguous(), float(temperature), *ids).mean()
     return info_nce_ref(
         q, d, positive, temperature=temperature, query_ids=query_ids, doc_ids=doc_ids, query_labels=query_labels,
-        doc_labels=doc_labels, symmetric=symmetric,
+        doc_labels=doc_labels,
     )  # fmt: skip

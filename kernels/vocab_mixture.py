@@ -123,26 +123,11 @@ def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def _row_total(offset_ptrs, sum_ptrs, mask_m, last, offset, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sum of probabilities [BM] of a row's tiles [0, last), at a common `offset`."""
-    total = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
-    for t in range(0, last, BLOCK_T):
-        offs_t = t + tl.arange(0, BLOCK_T)
-        mask = mask_m[:, None] & (offs_t < last)[None, :]
-        offsets = tl.load(offset_ptrs[:, None] + offs_t[None, :], mask=mask, other=-float("inf"))
-        sums = tl.load(sum_ptrs[:, None] + offs_t[None, :], mask=mask, other=0.0)
-        total += sums * tl.exp2(offsets - offset[:, None])
-    return tl.sum(total, axis=1)
-
-
-@triton.jit
 def _vocab_mixture_mix_kernel(
     p_ptr,
     e_ptr,
     offset_ptr,
-    sum_ptr,
     partial_ptr,
-    tile_eps,
     M,
     N,
     n_entries,
@@ -154,7 +139,6 @@ def _vocab_mixture_mix_kernel(
     stride_as,
     stride_am,
     HAS_OFFSET: tl.constexpr,
-    HAS_EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -162,7 +146,6 @@ def _vocab_mixture_mix_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """One program adds its split of a chunk to a tile of partial[split], at the row's largest offset so far."""
-    tile_eps = tl.cast(tile_eps, tl.float32)
     pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -178,9 +161,6 @@ def _vocab_mixture_mix_kernel(
         last_tile = first_tile + tl.cdiv(n_entries, BLOCK_V)
         now = _row_offset(offset_ptrs, mask_m, first_tile, last_tile, before, BLOCK_M, BLOCK_T)
         now = tl.where(mask_m, now, 0.0)
-    if HAS_EPS:
-        sum_ptrs = sum_ptr + offs_m * stride_om
-        total = _row_total(offset_ptrs, sum_ptrs, mask_m, last_tile, now, BLOCK_M, BLOCK_T)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if first_tile > 0:
         acc = tl.load(partial_ptrs, mask=mask_out, other=0.0)
@@ -189,22 +169,16 @@ def _vocab_mixture_mix_kernel(
     begin = split * tiles_per_split * BLOCK_V
     end = tl.minimum(begin + tiles_per_split * BLOCK_V, n_entries)
     for k in range(begin, end, BLOCK_K):
-        is_needed = True
-        if HAS_OFFSET:
+        if HAS_OFFSET:  # before p: behind it, sm_90 takes 128 registers instead of 91 for few rows
             offset = tl.load(offset_ptrs + first_tile + k // BLOCK_V, mask=mask_m, other=0.0)
-        if HAS_EPS:
-            sums = tl.load(sum_ptrs + first_tile + k // BLOCK_V, mask=mask_m, other=0.0)
-            mass = sums * tl.exp2(offset - now)
-            is_needed = tl.max((mask_m & (mass > tile_eps * total)).to(tl.int32), axis=0) > 0  # not asked: rows of NaN
-        if is_needed:
-            mask_k = k + offs_k < end
-            p_ptrs = p_ptr + offs_m[:, None] * stride_pm + (k + offs_k)[None, :]
-            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
-            if HAS_OFFSET:
-                p = (p * tl.exp2(offset - now)[:, None]).to(p_ptr.dtype.element_ty)  # a power of two: exact
-            e_ptrs = e_ptr + (k + offs_k)[:, None] * stride_ev + offs_n[None, :]
-            e = tl.load(e_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
-            acc = tl.dot(p, e, acc, input_precision="ieee")
+        mask_k = k + offs_k < end
+        p_ptrs = p_ptr + offs_m[:, None] * stride_pm + (k + offs_k)[None, :]
+        p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+        if HAS_OFFSET:
+            p = (p * tl.exp2(offset - now)[:, None]).to(p_ptr.dtype.element_ty)  # a power of two: exact
+        e_ptrs = e_ptr + (k + offs_k)[:, None] * stride_ev + offs_n[None, :]
+        e = tl.load(e_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
+        acc = tl.dot(p, e, acc, input_precision="ieee")
     tl.store(partial_ptrs, acc, mask=mask_out)
 
 
@@ -437,27 +411,17 @@ def _splits(n_rows: int, width: int, n_tiles: int) -> int:
     return max(1, min(PROGRAMS // output_tiles, n_tiles // 2))
 
 
-def _mix(
-    p: Tensor,
-    e: Tensor,
-    partial: Tensor,
-    first_tile: int,
-    offset: Tensor | None = None,
-    sums: Tensor | None = None,
-    tile_eps: float = 0.0,
-) -> None:
+def _mix(p: Tensor, e: Tensor, partial: Tensor, first_tile: int, offset: Tensor | None = None) -> None:
     """partial [splits, M, N] += p [M, C] e [C, N], split over C; the first chunk writes without reading."""
-    (n_splits, M, N), chip = partial.shape, generation(p.device)
-    block_m, block_n = tile(M, 16, 64 if tile_eps > 0 else 128), tile(N, 16, 128)  # few rows agree to skip more
+    n_splits, M, N = partial.shape
+    block_m, block_n = tile(M, 16, 128), tile(N, 16, 128)
     wrap_triton(_vocab_mixture_mix_kernel, MIX_CONFIGS, updates="partial_ptr")[
         (triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)
     ](
         p_ptr=p,
         e_ptr=e,
         offset_ptr=p if offset is None else offset,
-        sum_ptr=p if sums is None else sums,
         partial_ptr=partial,
-        tile_eps=tile_eps,
         M=M,
         N=N,
         n_entries=e.shape[0],
@@ -469,14 +433,13 @@ def _mix(
         stride_as=partial.stride(0),
         stride_am=partial.stride(1),
         HAS_OFFSET=offset is not None,
-        HAS_EPS=tile_eps > 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=64 if p.element_size() == 2 else 32,
         BLOCK_V=BLOCK_V,
         BLOCK_T=32,
-        num_warps=8 if block_m == 128 or (tile_eps > 0 and chip < 9) else 4,
-        num_stages=3 if chip else 1,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=3 if generation(p.device) else 1,
     )
 
 
@@ -576,7 +539,7 @@ def _fused(
 
 @triton_op("pe::vocab_mixture_fwd")
 def _vocab_mixture_fwd(
-    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, eps: float
+    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool
 ) -> tuple[Tensor, Tensor]:
     """S [M, Din] and the base-2 log-sum-exp of the scaled logits, [M], both float32."""
     (M, D), (V, Din) = h.shape, e_in.shape
@@ -616,7 +579,7 @@ def _vocab_mixture_fwd(
             num_warps=8 if block_m == 128 else 4,
             num_stages=3 if generation(h.device) else 1,
         )
-        _mix(p, e_in[v : v + size], partial, v // BLOCK_V, offset, sums, eps / n_tiles)
+        _mix(p, e_in[v : v + size], partial, v // BLOCK_V, offset)
     _merge(partial, out, lse, offset, sums)
     return out, lse
 
@@ -709,10 +672,8 @@ def _room(ds: Tensor) -> Tensor:
 
 class _VocabMixture(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, eps: float
-    ) -> Tensor:
-        s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature, is_tied, eps)
+    def forward(ctx: FunctionCtx, h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool) -> Tensor:
+        s, lse = _vocab_mixture_fwd(h, e_out, e_in, temperature, is_tied)
         ctx.save_for_backward(h, e_out, e_in, s, lse)
         ctx.temperature, ctx.is_tied = temperature, is_tied
         return s.to(h.dtype)
@@ -728,25 +689,16 @@ class _VocabMixture(torch.autograd.Function):
         own = ds.contiguous(), h, e_out, e_in, s, lse
         dh, de_out, de_in = _vocab_mixture_bwd(*own, ctx.temperature, ctx.is_tied, *needs, scale)
         grads = dh.to(h.dtype), de_out, de_in
-        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
 
-def vocab_mixture(
-    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, eps: float = 0.0, impl: Impl = "auto"
-) -> Tensor:
+def vocab_mixture(h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float = 1.0, *, impl: Impl = "auto") -> Tensor:
     """Mix the rows of `e_in` with the probabilities softmax(h e_outᵀ / temperature).
 
     h [M, D], e_out [V, D], e_in [V, Din], one floating dtype -> [M, Din] in that dtype. Differentiable in all three.
 
-    `eps` lets the chunked form leave tiles of the vocabulary out of the product with `e_in`; 0 leaves out none. Left
-    out is a tile that holds at most eps / tiles of each row's probability, so that no row loses more than eps in all
-    and no element of the result moves by more than eps * max |e_in|. What is left is not renormalised. Gradients are
-    the exact function's, with the result as it came out. impl="torch" is exact, and so is the fused form, where reading
-    E takes the time.
-
     Pass one tensor as `e_out` and `e_in` where embeddings are tied: the fused form then reads it once.
-    Raises ValueError on shapes, dtypes or devices that do not fit, on a temperature that is not positive and on an eps
-    outside [0, 1).
+    Raises ValueError on shapes, dtypes or devices that do not fit and on a temperature that is not positive.
     """
     require_float("h", h, 2)
     require_float("e_out", e_out, 2)
@@ -759,8 +711,7 @@ def vocab_mixture(
     require_same_device("e_out", e_out, h.device)
     require_same_device("e_in", e_in, h.device)
     require(temperature > 0, "temperature", "a number > 0", temperature)
-    require(0 <= eps < 1, "eps", "a number in [0, 1)", eps)
     if use_triton(impl, h):
         tensors = distinct(unit_stride(h), unit_stride(e_out), unit_stride(e_in))
-        return _VocabMixture.apply(*tensors, float(temperature), e_in is e_out, float(eps))
+        return _VocabMixture.apply(*tensors, float(temperature), e_in is e_out)
     return vocab_mixture_ref(h, e_out, e_in, temperature)

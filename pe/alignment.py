@@ -129,13 +129,10 @@ def initial_weight(
 
     least_squares: ridge regression of the backbone's rows on the prompting LLM's rows of the shared tokens, in float64.
     orthogonal: a random matrix with orthonormal rows or columns, scaled to the backbone's mean row norm.
-    identity: ones on the main diagonal.
     """
     ours, theirs = shared_tokens(prompter.text_tokenizer.tokenizer, backbone.text_tokenizer.tokenizer)
     size = (prompter.hidden_size, backbone.hidden_size)
     scale = prompter.embedding_scale
-    if config.init == "identity":
-        return torch.eye(*size), AlignmentReport(len(ours), None)
     if config.init == "orthogonal":
         weight = nn.init.orthogonal_(torch.empty(*size))
         theirs_norm = backbone.embedding.float().norm(dim=1).mean().item() * backbone.embedding_scale

@@ -24,7 +24,7 @@ def _require_positive(name: str, value: float) -> None:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Skip = Literal["none", "linear", "weighted"]
+Skip = Literal["none", "weighted"]
 PREFIX_CURE = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
 
 
@@ -89,9 +89,9 @@ class AlignmentConfig:
 
     kind: Literal["linear", "vocabulary"] = "linear"
     """linear: a d_p x d_e matrix (the paper). vocabulary: no matrix, a mixture of the backbone's own rows."""
-    init: Literal["least_squares", "orthogonal", "identity"] = "least_squares"
+    init: Literal["least_squares", "orthogonal"] = "least_squares"
     """Where the matrix starts. least_squares: carries the prompting LLM's rows of the shared tokens to the backbone's.
-    orthogonal: random, with the backbone's mean row norm. identity: ones on the main diagonal."""
+    orthogonal: random, with the backbone's mean row norm."""
     ridge: float = 1e-3
     """Ridge weight of the least-squares start, relative to the mean eigenvalue of the Gram matrix."""
 
@@ -149,8 +149,8 @@ class ModelConfig:
     reader_lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapters of `reader: activated_lora`."""
     skip: Skip = "weighted"
-    """linear: the mean of the frozen text states goes around the soft prompt, through a trained D x D matrix, into the
-    embedding (suffix); weighted: a mean in which each token has a learned weight."""
+    """weighted: the mean of the frozen text states, in which each token has a learned weight, goes around the soft
+    prompt, through a trained D x D matrix, into the embedding (suffix)."""
     lens_rank: int = 0
     """R, the directions of an embedding that its instruction may turn round, by the hidden states that wrote its prompt
     (see `pe/lens.py`); 0: none."""
@@ -167,6 +167,7 @@ class ModelConfig:
         if self.layout == "prefix":
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
             _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
+        _require(self.skip in get_args(Skip), "skip", f"one of {', '.join(get_args(Skip))}", self.skip)
         _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
 
@@ -240,8 +241,6 @@ class LossConfig:
     a data set has one; 0: none."""
     mask_false_negatives: bool = True
     """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
-    symmetric: bool = False
-    """Also score each positive against all queries."""
     stepwise: bool = False
     """Mean of the losses after k = 1..K soft tokens (suffix layout)."""
     matryoshka: tuple[int, ...] = ()

@@ -48,8 +48,7 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
 
     Args:
         embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
-        batch: this process's rows; the documents of all processes are negatives of every query, and with
-            `symmetric` the queries of all processes of every positive.
+        batch: this process's rows; the documents of all processes are negatives of every query.
         config: temperature, masks, Matryoshka sizes.
         accelerator: knows the other processes.
 
@@ -75,10 +74,6 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
         document_labels, _ = gather_rows(document_labels, accelerator)
     masked = config.mask_false_negatives
     positive = torch.arange(first, first + count, device=device)
-    if config.symmetric and accelerator.num_processes > 1:  # each positive is scored against the queries of all
-        queries, query_ids, labels, positive = (
-            gather_rows(rows, accelerator)[0] for rows in (queries, query_ids, labels, positive)
-        )
     losses = []
     for side, labels_of_side in enumerate(document_labels.unbind(1)):
         own = to_device(torch.from_numpy(np.flatnonzero(batch.sides == side)), device)

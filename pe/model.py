@@ -23,7 +23,7 @@ from pe.prompted import PromptedEmbedder
 from pe.prompting import PromptingLLM, SoftPrompts
 from pe.requests import Instruction, Requests, Side, Texts, Truncation
 from pe.saving import Parts, find, read, write
-from pe.skip import LinearSkip
+from pe.skip import WeightedSkip
 from pe.turns import in_turn
 
 __all__ = ["Instruction", "PromptEmbedder", "Requests", "Side", "Texts", "Truncation"]
@@ -53,7 +53,7 @@ class PromptEmbedder(PromptedEmbedder):
         prompter: PromptingLLM,
         alignment: Alignment,
         backbone: Backbone,
-        skip: LinearSkip | None = None,
+        skip: WeightedSkip | None = None,
         instructions: Mapping[str, str] | None = None,
         lens: Lens | None = None,
     ) -> None:

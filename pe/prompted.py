@@ -29,7 +29,7 @@ from pe.packing import Segments, inverse
 from pe.prefix import embed_behind_prefix
 from pe.prompt_bank import PromptBank
 from pe.requests import Instruction, Requests, Side, Texts, Truncation, check_arguments, check_instructions
-from pe.skip import LinearSkip, build_skip, unpooled, with_skip
+from pe.skip import WeightedSkip, build_skip, unpooled, with_skip
 from pe.trainable import TrainableModule
 from pe.turns import in_turn
 
@@ -62,7 +62,7 @@ class PromptedEmbedder(TrainableModule):
         backbone: Backbone,
         *,
         hidden: int,
-        skip: LinearSkip | None = None,
+        skip: WeightedSkip | None = None,
         lens: Lens | None = None,
         instructions: Mapping[str, str] | None = None,
     ) -> None:
@@ -148,7 +148,7 @@ class PromptedEmbedder(TrainableModule):
         order, ids = self._sorted(requests)
         texts, _ = self.read(ids)
         if texts.pooled is None:
-            raise ValueError("skip: expected linear or weighted, got none")
+            raise ValueError("skip: expected weighted, got none")
         states = self.prompt_states(texts, *self.write_prompts(requests.part(order)))
         back = inverse(order, self.device)
         return self.pool_prompt(states)[back], texts.pooled[back]

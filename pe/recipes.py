@@ -23,6 +23,13 @@ from pe.files import write_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+REMOVED = {
+    "loss.symmetric": "leave it out",
+    "loss.stepwise": "leave it out",
+    "model.skip: linear": "train with weighted",
+    "model.alignment.init: identity": "write least_squares",
+}
+"""Options, and values of one, that are no longer there, and what to do instead; see `_drop_what_was_off`."""
 NULLS = ("null", "Null", "NULL", "~")
 """How YAML writes None; it also finds nothing in a comment, in an anchor and in `---`."""
 
@@ -34,6 +41,20 @@ def _nested_dataclass(annotation: Any) -> type | None:
     if typing.get_origin(annotation) in (list, tuple, typing.Union, types.UnionType):
         return next(filter(None, map(_nested_dataclass, typing.get_args(annotation))), None)
     return None
+
+
+def _drop_what_was_off(node: yaml.Node) -> None:
+    """Take removed keys out of a recipe where they say false, as every recipe does that an earlier run wrote."""
+    for option in REMOVED:
+        section, _, name = option.partition(".")
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key.value == section and isinstance(value, yaml.MappingNode):
+                value.value = [pair for pair in value.value if [part.value for part in pair] != [name, "false"]]
+
+
+def _removed(name: str) -> str | None:
+    """What to say of an option, or of one with its value, that is no longer there."""
+    return f"{name} is no longer there; {REMOVED[name]}" if name in REMOVED else None
 
 
 def _problems(node: yaml.Node, annotation: Any, where: str) -> Iterator[tuple[int, str]]:
@@ -50,22 +71,26 @@ def _problems(node: yaml.Node, annotation: Any, where: str) -> Iterator[tuple[in
         seen: set[str] = set()
         for key, value in node.value:
             line, known = key.start_mark.line + 1, f"Known keys: {', '.join(hints)}"
+            option = f"{where}.{key.value}" if where else str(key.value)
             if not isinstance(key, yaml.ScalarNode):
                 yield line, f"expected a key in {name}, got a list or mapping. {known}"
             elif key.value not in hints:
-                yield line, f"unknown key {key.value!r} in {name}{nearest(key.value, list(hints)) or '.'} {known}"
+                unknown = f"unknown key {key.value!r} in {name}{nearest(key.value, list(hints)) or '.'} {known}"
+                yield line, _removed(option) or unknown
             elif key.value in seen:
                 yield line, f"key {key.value!r} stands twice in {name}"
+            elif said := _removed(f"{option}: {value.value}"):
+                yield line, said
             else:
                 seen.add(key.value)
-                yield from _problems(value, hints[key.value], f"{where}.{key.value}" if where else key.value)
+                yield from _problems(value, hints[key.value], option)
     elif annotation is kind:
         got = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value) if node.value else "nothing"
         yield node.start_mark.line + 1, f"{name}: expected a mapping of {', '.join(hints)}, got {got}"
 
 
 def read_yaml(path: Path, kind: type) -> yaml.Node:
-    """The YAML document of a recipe.
+    """The YAML document of a recipe, without removed keys that were off.
 
     Raises:
         RecipeError: with file and line, for YAML that does not parse, a key that `kind` does not know, a key given
@@ -80,6 +105,7 @@ def read_yaml(path: Path, kind: type) -> yaml.Node:
         raise RecipeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {error}") from error
     if node is None:
         raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}, got nothing")
+    _drop_what_was_off(node)
     for line, problem in _problems(node, kind, ""):
         raise RecipeError(f"{path}:{line}: {problem}")
     return node
@@ -119,13 +145,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not override.startswith("--") and not (before.startswith("--") and "=" not in before):
             raise RecipeError(f"unexpected {override!r}; expected the recipe first, then --option=value")
         option, equals, value = override.partition("=") if override.startswith("--") else (before, "=", override)
+        name = option.removeprefix("--")
         if equals:
-            values[option.removeprefix("--")] = value
-        known = [name for action in parser._actions for name in action.option_strings]
+            values[name] = value
+        known = [string for action in parser._actions for string in action.option_strings]
+        if said := _removed(f"{name}: {value}"):
+            raise RecipeError(said)
         if option not in known:
-            raise RecipeError(f"unknown option {option}{nearest(option, known)}")
+            raise RecipeError(_removed(name) or f"unknown option {option}{nearest(option, known)}")
     try:
-        parsed = parser.parse_args(["--config", str(path), *overrides])
+        parsed = parser.parse_args(["--config", yaml.serialize(node), *overrides])
         for option, value in values.items():
             if parsed.get(option) is None and value.strip() not in NULLS:
                 raise RecipeError(f"{option}: expected a value or null, got {value!r}, in which YAML finds neither")
@@ -156,6 +185,11 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         RecipeError: a key or value that this version does not know.
     """
+    if said := _removed(f"model.skip: {values.get('skip')}"):
+        raise RecipeError(f"{where}: {said}")
+    alignment = values.get("alignment")
+    if isinstance(alignment, dict) and _removed(f"model.alignment.init: {alignment.get('init')}"):
+        values = values | {"alignment": alignment | {"init": "least_squares"}}  # it told where training started
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ModelConfig)
     try:

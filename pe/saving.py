@@ -41,7 +41,7 @@ from pe.loading import (
     load_pretrained,
 )
 from pe.prompting import PromptingLLM
-from pe.skip import LinearSkip, build_skip
+from pe.skip import WeightedSkip, build_skip
 
 FORMAT = 1
 NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
@@ -70,7 +70,7 @@ class Parts(NamedTuple):
     prompter: PromptingLLM
     alignment: Alignment
     backbone: Backbone
-    skip: LinearSkip | None
+    skip: WeightedSkip | None
     instructions: Mapping[str, str]
     lens: Lens | None = None
 

@@ -39,7 +39,7 @@ def fit_skip(model: PromptEmbedder, source: PromptEmbedder, batches: Iterable[Re
         ValueError: `model` has no skip.
     """
     if model.skip is None:
-        raise ValueError("skip: expected linear or weighted, got none")
+        raise ValueError("skip: expected weighted, got none")
     weight, count = model.skip.weight, 0
     width = len(weight)
     gram, by_prompt = (weight.new_zeros(width, width, dtype=torch.float64) for _ in range(2))

@@ -9,7 +9,6 @@ from torch import Tensor
 from pe.alignment import LinearAlignment
 from pe.model import PromptEmbedder, Requests
 from pe.rms_norm import stock_norms
-from pe.skip import WeightedSkip
 
 
 def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
@@ -46,10 +45,9 @@ def _embed(model: PromptEmbedder, requests: Requests) -> Tensor:
 
 
 def text_mean(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
-    """Mean `[D]` of a text's standardised states, by attention of one query where the skip is weighted."""
+    """Mean `[D]` of a text's standardised states, weighted as by attention of one query."""
+    assert model.skip is not None
     states = text_states(model, requests, place)
-    if not isinstance(model.skip, WeightedSkip):
-        return states.mean(0)
     return torch.softmax(states @ model.skip.tokens.query, dim=0) @ states
 
 

@@ -22,7 +22,7 @@ from tests.test_exactness import REQUESTS, build, gradients, relative_error
 from tests.test_train import accelerator, new_model, plan_of, recipe
 
 __all__ = ["recipe"]
-SKIPS = pytest.mark.parametrize("skip", ["none", "linear", "weighted"])
+SKIPS = pytest.mark.parametrize("skip", ["none", "weighted"])
 
 
 def ahead_of(model: PromptEmbedder) -> ReadAhead:

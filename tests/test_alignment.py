@@ -179,13 +179,6 @@ def test_orthogonal_start(width: int) -> None:
     assert report.shared_tokens == 261
 
 
-def test_identity_start() -> None:
-    prompter, backbone = parts()
-    weight, report = initial_weight(prompter, backbone, AlignmentConfig(init="identity"))
-    assert torch.equal(weight, torch.eye(24, 32))
-    assert report.residual is None
-
-
 def no_shared_tokens() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(BPE(vocab={"<s>": 0, "日": 1, "本": 2}, merges=[], unk_token="<s>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>", unk_token="<s>")

@@ -274,7 +274,7 @@ MODELS = {
     **{form: lambda form=form: lora(form) for form in FORMS},
     "static": static,
     "static with reader": lambda: static(reader="activated_lora", reader_lora=LoraSettings(rank=2)),
-    "static with skip": lambda: static(skip="linear"),
+    "static with skip": lambda: static(skip="weighted"),
     "linear": lambda: LinearEmbedder(backbone()),
 }
 

@@ -518,7 +518,7 @@ def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_
     command = [str(tmp_path / "run" / "model"), "--backbone", str(tiny_models / "two"), "--steps", "2"]
     transfer.main([*command, "--scratch", "lora-mean", "--rate", "0.01", "--train.eval_every=1"])
     moved, scratch = records.read("transfer", results)
-    assert moved["variant"] == "PE: alignment, reader and skip"
+    assert moved["variant"] == "PE: alignment, reader and weighted skip"
     assert scratch["variant"] == "LoRA, mean, from scratch"
     assert (moved["source"], moved["target"]) == (scratch["source"], scratch["target"]) == ("one", "two")
     assert [point[0] for point in moved["curve"]] == [point[0] for point in scratch["curve"]] == [0, 1, 2]

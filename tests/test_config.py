@@ -263,8 +263,54 @@ def test_a_reader_needs_the_suffix_layout() -> None:
 
 
 def test_a_skip_needs_the_suffix_layout() -> None:
-    with pytest.raises(RecipeError, match="skip: expected 'none' in the prefix layout, got 'linear'"):
-        ModelConfig(layout="prefix", pooling="last", reader="none", skip="linear")
+    with pytest.raises(RecipeError, match="skip: expected 'none' in the prefix layout, got 'weighted'"):
+        ModelConfig(layout="prefix", pooling="last", reader="none", skip="weighted")
+
+
+def test_a_skip_is_one_of_those_there_are() -> None:
+    with pytest.raises(RecipeError, match="skip: expected one of none, weighted, got 'linear'"):
+        ModelConfig(skip="linear")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("loss:\n  symmetric: true\n", "loss.symmetric is no longer there; leave it out"),
+        ("model:\n  skip: linear\n", "model.skip: linear is no longer there; train with weighted"),
+        (
+            "model:\n  alignment: {init: identity}\n",
+            "model.alignment.init: identity is no longer there; write least_squares",
+        ),
+    ],
+)
+def test_a_removed_option_says_what_to_do_instead(section: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"output: x\n{section}")
+    assert error_of(file) == f"{file}:3: {said}"
+
+
+@pytest.mark.parametrize("override", ["--loss.symmetric=true", "--model.skip=linear"])
+def test_a_removed_option_among_overrides(recipe: Path, override: str) -> None:
+    said = "is no longer there; (leave it out|train with weighted)$"
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe, [override])
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe, override.split("="))
+
+
+def test_a_recipe_of_an_earlier_run_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("loss: {temperature: 1e-2, symmetric: false, stepwise: false}\ntrain: {steps: 3}\n")
+    found = load_recipe(file)
+    assert (found.loss, found.train.steps) == (LossConfig(temperature=0.01), 3)
+
+
+def test_a_saved_config_with_a_removed_option() -> None:
+    """Where the alignment started matters no more; a skip without weights was another model."""
+    start = to_dict(ModelConfig()) | {"alignment": {"kind": "linear", "init": "identity"}}
+    assert model_config_from_dict(start, "here") == ModelConfig()
+    with pytest.raises(RecipeError, match=r"^saved/config\.json: model\.skip: linear is no longer there; train with"):
+        model_config_from_dict(to_dict(ModelConfig()) | {"skip": "linear"}, "saved/config.json")
 
 
 @pytest.mark.parametrize("changes", [{}, {"pooling": "last"}, {"pooling": "last", "reader": "none"}])

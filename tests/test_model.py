@@ -562,8 +562,7 @@ def test_stepwise_needs_the_suffix_layout(make: Maker) -> None:
 TRAINED: dict[str, dict[str, Any]] = {
     **SHAPES,
     "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2)},
-    "skip": {"skip": "linear"},
-    "weighted": {"skip": "weighted"},
+    "skip": {"skip": "weighted"},
     "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=4)}},
     "vocabulary": {"alignment": {"kind": "vocabulary"}},
 }
@@ -573,7 +572,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 def test_ten_steps_learn_a_toy_batch(make: Maker, shape: str) -> None:
     model = make(**TRAINED[shape]).train()
     parts = model.trainable_parameters()
-    more = {"reader": {"reader"}, "skip": {"skip"}, "weighted": {"skip"}}
+    more = {"reader": {"reader"}, "skip": {"skip"}}
     assert set(parts) == {"prompter"} | ({"alignment"} if shape != "vocabulary" else set()) | more.get(shape, set())
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     queries = requests("the cat", "a river", "old man", "end of day")
@@ -612,8 +611,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "lora": {"prompter": {"trainable": "lora", "lora": LoraSettings(rank=2, dropout=0.1)}},
     "vocabulary": {"alignment": {"kind": "vocabulary"}},
     "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2, alpha=8)},
-    "skip": {"skip": "linear"},
-    "weighted": {"skip": "weighted"},
+    "skip": {"skip": "weighted"},
     "prefix": PREFIX | {"templates": TemplatesConfig(query=SideTemplates(prefix="Task: {instruction} >"))},
 }
 
@@ -642,7 +640,7 @@ def test_save_and_load_round_trip_is_bitwise(make: Maker, tmp_path: Path, kind: 
     expected = {weights.get(kind, weights["full"])}
     expected |= {"alignment.safetensors"} if kind != "vocabulary" else set()
     expected |= {"reader/adapter_model.safetensors"} if kind == "reader" else set()
-    expected |= {"skip.safetensors"} if kind in ("skip", "weighted") else set()
+    expected |= {"skip.safetensors"} if kind == "skip" else set()
     assert {file for file in files if file.endswith(".safetensors")} == expected
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl", ".py"))]
     assert (tmp_path / "saved" / "README.md").read_text() == "# Mine\n"

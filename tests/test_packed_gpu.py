@@ -28,7 +28,7 @@ DEVICE = "cuda"
 ARCHITECTURES = ("llama", "qwen3", "mistral_window", "gemma2", "gemma3", "gpt_neox", "gpt_oss")
 LAYOUTS = {
     "suffix": {"layout": "suffix", "pooling": "mean_prompt"},
-    "suffix, skip": {"layout": "suffix", "pooling": "mean_prompt", "skip": "linear"},
+    "suffix, skip": {"layout": "suffix", "pooling": "mean_prompt", "skip": "weighted"},
     "prefix": {"layout": "prefix", "pooling": "mean_text"},
 }
 EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)

@@ -33,7 +33,7 @@ def embedder(tiny_models: Path) -> PromptEmbedder:
             backbone=BackboneConfig(model=str(tiny_models / "one")),
             templates=TemplatesConfig(document=SideTemplates(prompter="{instruction}: a document")),
             reader="activated_lora",
-            skip="linear",
+            skip="weighted",
             max_length=40,
         )
     ).eval()
@@ -60,7 +60,7 @@ def test_a_saved_embedder_encodes_both_sides(saved: Path, embedder: PromptEmbedd
     assert not np.allclose(model.encode_query(TEXTS, prompt=TASK), model.encode_document(TEXTS, prompt=TASK), atol=1e-3)
     assert model.get_embedding_dimension() == embedder.dimensions
     assert model.similarity_fn_name == "cosine"
-    assert "'skip': 'linear'" in repr(model)
+    assert "'skip': 'weighted'" in repr(model)
     assert model.encode([], prompt=TASK).size == 0
     inner = model[0].embedder
     assert np.allclose(inner.encode(TEXTS, instruction=TASK), embedder.encode(TEXTS, instruction=TASK), atol=1e-6)

@@ -10,21 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pe import backbone as backbone_module
 from pe.backbone import Backbone
 from pe.baselines.linear import LinearEmbedder
-from pe.config import Skip
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.probes import UnsupportedBackbone
-from pe.skip import WeightedSkip
+from pe.skip import with_skip
 from pe.token_weights import standardize
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
 
-KINDS: tuple[Skip, ...] = ("linear", "weighted")
 
-
-def embedder(architecture: str = "qwen3", skip: Skip = "linear", **options: object) -> PromptEmbedder:
+def embedder(architecture: str = "qwen3", **options: object) -> PromptEmbedder:
     """An embedder whose skip is not what it was at the start."""
-    model = build(architecture, skip=skip, **options)
+    model = build(architecture, skip="weighted", **options)
     assert model.skip is not None
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -33,30 +30,29 @@ def embedder(architecture: str = "qwen3", skip: Skip = "linear", **options: obje
     return model
 
 
-@pytest.mark.parametrize("skip", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equals_the_stock_states(architecture: str, skip: Skip) -> None:
-    assert_equal(embedder(architecture, skip))
+def test_equals_the_stock_states(architecture: str) -> None:
+    assert_equal(embedder(architecture))
 
 
-@pytest.mark.parametrize("skip", KINDS)
-def test_other_poolings_readings_and_tokenizers(skip: Skip) -> None:
-    assert_equal(embedder(skip=skip, pooling="last"))
-    assert_equal(embedder(skip=skip, conditioning="instruction_and_text"))
-    assert_equal(embedder("llama", skip, bos=True))
+def test_other_poolings_readings_and_tokenizers() -> None:
+    assert_equal(embedder(pooling="last"))
+    assert_equal(embedder(conditioning="instruction_and_text"))
+    assert_equal(embedder("llama", bos=True))
 
 
-def test_it_changes_the_embedding_and_starts_as_the_identity() -> None:
+def test_it_changes_the_embedding_and_starts_as_the_plain_mean() -> None:
     assert relative_error(embedder()(REQUESTS), build("qwen3")(REQUESTS)) > 0.1
-    fresh = build("qwen3", skip="linear")
+    fresh = build("qwen3", skip="weighted")
     assert fresh.skip is not None
     assert torch.equal(fresh.skip.weight, torch.eye(32))
-    torch.testing.assert_close(build("qwen3", skip="weighted")(REQUESTS), fresh(REQUESTS))
+    means = torch.stack([oracle.text_states(fresh, REQUESTS, place).mean(0) for place in range(len(TEXTS))])
+    expected = with_skip(build("qwen3")(REQUESTS), torch.nn.functional.normalize(means, dim=-1))
+    torch.testing.assert_close(fresh(REQUESTS), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("skip", KINDS)
-def test_encoding_under_several_instructions_adds_it_to_each(skip: Skip) -> None:
-    model = embedder(skip=skip)
+def test_encoding_under_several_instructions_adds_it_to_each() -> None:
+    model = embedder()
     wanted = [item.text for item in REQUESTS.instructions]
     encoded = model.encode_many(TEXTS, instructions=wanted, side="document")
     for text, row in zip(wanted, encoded, strict=True):
@@ -64,18 +60,16 @@ def test_encoding_under_several_instructions_adds_it_to_each(skip: Skip) -> None
         np.testing.assert_allclose(row, oracle.embed(model, requests).numpy(force=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("skip", KINDS)
-def test_every_step_has_it(skip: Skip) -> None:
-    model = embedder(skip=skip)
+def test_every_step_has_it() -> None:
+    model = embedder()
     means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
     assert model.skip is not None
     expected = torch.nn.functional.normalize(build("qwen3").stepwise(REQUESTS) + model.skip(means), dim=-1)
     torch.testing.assert_close(model.stepwise(REQUESTS), expected)
 
 
-@pytest.mark.parametrize("skip", KINDS)
-def test_the_text_pass_in_parts_pools_the_same_states(skip: Skip, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = embedder(skip=skip)
+def test_the_text_pass_in_parts_pools_the_same_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder()
     assert model.skip is not None
     ids = sorted(model.tokenize(REQUESTS), key=len)
     whole = model.backbone.read(ids, model.skip.pool)
@@ -83,7 +77,8 @@ def test_the_text_pass_in_parts_pools_the_same_states(skip: Skip, monkeypatch: p
     parts = model.backbone.read(ids, model.skip.pool)
     assert whole.pooled is not None
     assert parts.pooled is not None
-    assert whole.pooled.requires_grad == parts.pooled.requires_grad == (skip == "weighted")
+    assert whole.pooled.requires_grad
+    assert parts.pooled.requires_grad
     torch.testing.assert_close(parts.pooled, whole.pooled)
     torch.testing.assert_close(whole.pooled.norm(dim=-1), torch.ones(len(ids)))
     assert not any(x.requires_grad for pair in whole.layers for x in pair)
@@ -102,8 +97,8 @@ def test_states_keep_their_type_under_autocast() -> None:
 
 
 def test_weights_of_tokens_stay_finite() -> None:
-    model = embedder(skip="weighted")
-    assert isinstance(model.skip, WeightedSkip)
+    model = embedder()
+    assert model.skip is not None
     with torch.no_grad():
         model.skip.tokens.query *= 1e6
     model(REQUESTS).square().sum().backward()
@@ -132,7 +127,7 @@ def test_only_a_skip_needs_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone_module, "stacked_layers", lambda model: None)
     assert build("qwen3")(REQUESTS).shape == (len(TEXTS), 32)
     with pytest.raises(UnsupportedBackbone, match=r"cannot be read \(ValueError: no list of 2 layers\)"):
-        build("qwen3", skip="linear")
+        build("qwen3", skip="weighted")
 
 
 def test_layers_are_found_in_one_list() -> None:
@@ -142,12 +137,12 @@ def test_layers_are_found_in_one_list() -> None:
     assert backbone_module.stacked_layers(model) is None
 
 
-def test_the_control_is_the_way_around_alone() -> None:
+def test_the_control_is_the_way_around_alone_with_a_plain_mean() -> None:
     model = embedder()
     control = LinearEmbedder(model.backbone, max_length=100)
     assert model.skip is not None
-    control.load_trainable_state({"map.weight": model.skip.weight.detach()})
-    means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
+    control.load_trainable_state({"weight": model.skip.weight.detach()})
+    means = torch.stack([oracle.text_states(model, REQUESTS, place).mean(0) for place in range(len(TEXTS))])
     expected = torch.nn.functional.normalize(means @ model.skip.weight, dim=-1)
     torch.testing.assert_close(control(REQUESTS), expected, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(

@@ -25,7 +25,7 @@ def requests(first: int, count: int) -> Requests:
 def pair(source_width: int = 32) -> tuple[PromptEmbedder, PromptEmbedder]:
     """A fresh model to fit and a source of that width."""
     width = {"hidden_size": source_width, "head_dim": source_width // 4}
-    return build("mistral_window", skip="weighted", reader="none"), build("qwen3", skip="linear", shape=width)
+    return build("mistral_window", skip="weighted", reader="none"), build("qwen3", skip="weighted", shape=width)
 
 
 def cosines(rows: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ def test_directions_keep_what_varies_most() -> None:
 
 def test_a_model_without_a_skip_is_refused() -> None:
     source = pair()[1]
-    with pytest.raises(ValueError, match="skip: expected linear or weighted, got none"):
+    with pytest.raises(ValueError, match="skip: expected weighted, got none"):
         fit_skip(build("qwen3"), source, [requests(0, 4)])

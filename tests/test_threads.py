@@ -144,7 +144,7 @@ def baselines() -> dict[str, Callable[[], Any]]:
     forms: tuple[Form, ...] = ("padded", "packed")
     return {
         **{form: lambda form=form: lora(form, dropout=0.5) for form in forms},
-        "static": lambda: static(reader="activated_lora", skip="linear"),
+        "static": lambda: static(reader="activated_lora", skip="weighted"),
         "linear": lambda: LinearEmbedder(backbone()),
         "frozen": lambda: FrozenEncoder(backbone()),
     }

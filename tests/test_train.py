@@ -45,7 +45,7 @@ def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
             "prompter": {"model": str(models / "prompter"), "soft_tokens": 3},
             "backbone": {"model": str(models / "one")},
             "reader": "activated_lora",
-            "skip": "linear",
+            "skip": "weighted",
             "reader_lora": {"rank": 2, "alpha": 8},
             "max_length": 32,
         },
@@ -648,12 +648,12 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, symmetric: bool) -> None:
-    path = write_recipe(tiny_models, tmp_path, loss__symmetric=symmetric)
+@pytest.mark.parametrize("saving", [0, 1])
+def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, saving: int) -> None:
+    path = write_recipe(tiny_models, tmp_path)
     script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
     root = str(Path(__file__).parent.parent)
-    words = {"root": root, "recipe": str(path), "out": str(out), "saving": int(symmetric)}
+    words = {"root": root, "recipe": str(path), "out": str(out), "saving": saving}
     script.write_text(TWO_PROCESSES.format(**words), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ from pe.encoder import Embed
 from pe.files import written_into
 from pe.packing import inverse
 from pe.requests import Instruction, Requests, Truncation
-from pe.skip import LinearSkip
+from pe.skip import mapped, mean_states
 from pe.trainable import TrainableModule
 from pe.turns import in_turn
 
@@ -31,7 +31,7 @@ class LinearEmbedder(TrainableModule):
         super().__init__()
         backbone.check_states()
         self.backbone, self.max_length = backbone, max_length
-        self.map = LinearSkip(backbone.hidden_size, backbone.device)
+        self.weight = nn.Parameter(torch.eye(backbone.hidden_size, device=backbone.device))
         self.name = f"linear-{short_name(backbone.name)}"
         self.truncation = Truncation()
 
@@ -61,8 +61,9 @@ class LinearEmbedder(TrainableModule):
         return lambda _, ids: self._embed(ids)[None]
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        embeddings: Tensor = self.map(self.backbone.read(ids, self.map.pool).pooled)
-        return embeddings
+        means = self.backbone.read(ids, mean_states).pooled
+        assert means is not None
+        return mapped(means, self.weight)
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> None:
         """Write what trains; the control is not meant to be loaded elsewhere."""
@@ -73,4 +74,4 @@ class LinearEmbedder(TrainableModule):
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that train: the matrix."""
-        return {"map": list(self.map.parameters())}
+        return {"map": [self.weight]}

@@ -125,12 +125,12 @@ def pooling(mode: str, norm: str, normalize: bool = True, weights_alone: bool = 
     return build
 
 
-def contrast(masked: bool, symmetric: bool) -> Build:
+def contrast(masked: bool) -> Build:
     def build(dtype: torch.dtype, device: str, large: bool) -> Problem:
         b, n, d = (1031, 3000, 520) if large else (37, 150, 24)
         q, docs = (F.normalize(torch.randn(size, d, device=device), dim=1).to(dtype) for size in (b, n))
         positive = torch.randint(0, n, (b,), device=device)
-        options: dict[str, Any] = {"temperature": 0.05, "symmetric": symmetric}
+        options: dict[str, Any] = {"temperature": 0.05}
         if masked:
             options |= {name: torch.randint(0, n, (size,), device=device) for name, size in
                         (("query_ids", b), ("doc_ids", n))}  # fmt: skip
@@ -161,7 +161,6 @@ PROBLEMS: dict[str, Build] = {
     "pool weighted layer": pooling("weighted", "layer"),
     "pool weighted rms": pooling("weighted", "rms", normalize=False),
     "pool weighted": pooling("weighted", "none", weights_alone=True),
-    "contrast": contrast(masked=False, symmetric=False),
-    "contrast masked": contrast(masked=True, symmetric=False),
-    "contrast symmetric": contrast(masked=True, symmetric=True),
+    "contrast": contrast(masked=False),
+    "contrast masked": contrast(masked=True),
 }

@@ -21,7 +21,7 @@ def rand(*shape: int) -> Tensor:
 def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Each op with arguments for it; backward ops get the forward's real outputs."""
     h, e_out, e_in = rand(3, 16), rand(40, 16), rand(40, 24)
-    s, lse = vocab_mixture._vocab_mixture_fwd(h, e_out, e_in, 0.8, False, 0.0)
+    s, lse = vocab_mixture._vocab_mixture_fwd(h, e_out, e_in, 0.8, False)
     ids, embedding, soft, weight = torch.tensor([1, -1, 0, -3], device=DEVICE), rand(4, 24), rand(3, 16), rand(16, 24)
     x = rand(4, 24)
     q, k, v, ck, cv = (rand(*shape) for shape in ((5, 4, 16), (5, 2, 16), (5, 2, 16), (9, 2, 16), (9, 2, 16)))
@@ -41,10 +41,10 @@ def registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     rows, cu, gain = rand(6, 24), offsets([4, 2], DEVICE), rand(24)
     y, inverse = pool_normalize._pool_normalize_fwd(rows, cu, gain, None, None, "mean", "rms", 1e-6, True)
     docs, positive, texts = rand(5, 16), torch.tensor([0, 4, 2], device=DEVICE), torch.arange(5, device=DEVICE)
-    ids_of = texts[:3], texts[:3], None, texts, None, None
+    ids_of = texts[:3], texts[:3], None, texts, None
     losses, loss_lse = info_nce._info_nce_fwd(h, docs, positive, *ids_of, 0.1)
     return {
-        "vocab_mixture_fwd": (vocab_mixture._vocab_mixture_fwd, (h, e_out, e_in, 0.8, False, 0.0)),
+        "vocab_mixture_fwd": (vocab_mixture._vocab_mixture_fwd, (h, e_out, e_in, 0.8, False)),
         "vocab_mixture_bwd": (
             vocab_mixture._vocab_mixture_bwd, (s, h, e_out, e_in, s, lse, 0.8, False, True, False, True, rand(1))
         ),
@@ -82,7 +82,7 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mixture tied", "rows aligned", "attention options", "pool mean rms", "pool weighted layer", "contrast symmetric"],
+    ["mixture tied", "rows aligned", "attention options", "pool mean rms", "pool weighted layer", "contrast masked"],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_without_a_graph_break(name: str, impl: str) -> None:
