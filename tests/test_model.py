@@ -515,6 +515,19 @@ def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.Mon
     assert len(calls) == 6
 
 
+def test_a_frozen_prompting_llm_writes_each_prompt_by_itself(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of other wordings write what is new alone, and the neighbours change no bit."""
+    model = make().eval()
+    model.prompter.requires_grad_(False)
+    calls = count_generations(model, monkeypatch)
+    short, long = Instruction("Find it"), Instruction("Find a sentence that follows from this one, whatever it says")
+    both = model(Requests(TEXTS[:2], [short, long], [0, 1]))
+    assert len(calls) == 2
+    again = model(Requests(TEXTS[:2], [Instruction("Another"), long], [0, 1]))
+    assert len(calls) == 3
+    assert torch.equal(both[1], again[1])
+
+
 @pytest.mark.parametrize(("conditioning", "dropout"), [("instruction_and_text", False), ("instruction", True)])
 def test_prompts_that_depend_on_texts_or_dropout_are_not_kept(
     make: Maker, conditioning: str, dropout: bool, monkeypatch: pytest.MonkeyPatch
