@@ -129,7 +129,7 @@ class PromptEmbedder(PromptedEmbedder):
 
     @torch.no_grad()
     def _write_frozen(self, ids: list[list[int]]) -> SoftPrompts:
-        """What a frozen prompting LLM writes: each prompt once and by itself, unless it depends on texts or is drawn."""
+        """What a frozen LLM writes: each prompt once and by itself, unless it depends on texts or is drawn."""
         if self.config.conditioning != "instruction" or (self.training and self.prompter.has_dropout):
             written: SoftPrompts = self.prompter(ids)
             return written
