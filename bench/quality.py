@@ -42,7 +42,8 @@ from pe.loading import has_instructions, quiet
 from pe.losses import instructions_of
 from pe.model import Instruction, PromptEmbedder
 from pe.recipes import load_recipe
-from pe.train import Trainable, build_accelerator, build_plan, fit
+from pe.step import Trainable
+from pe.train import build_accelerator, build_plan, fit
 
 
 class System(Trainable, TextEncoder, Protocol):

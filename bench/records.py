@@ -21,6 +21,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PROTOCOL = 2
+"""How steps are taken: 2 as in `pe.train`; 1, in records without one, without masks, scheduler and checks."""
 PACKAGES = ("torch", "transformers", "peft", "triton", "mteb", "flash-attn", "flash-attn-3")
 Record = dict[str, Any]
 

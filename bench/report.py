@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import encoding, instruct, kernels, largest, plots, quality, records, scaling, transfer
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
-from bench.markdown import NOT_YET, gpu_line, grid, hardware, share, where
+from bench.markdown import NOT_YET, gpu_line, grid, hardware, outdated, share, where
 from bench.memory import above
 from bench.records import ROOT, Record
 from bench.step import use, utilisation
@@ -157,13 +157,14 @@ def render_headline(folder: Path) -> str:
     suffix = [f"{name}: times {letter}" for name in CLAIMED.values() for letter in BASES.values()]
     table = grid(["", *suffix, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
     machines = dict.fromkeys(map(hardware, shown))
+    remarks = dict.fromkeys(f" Steps: {remark}." for remark in map(outdated, shown) if remark)
     lines = [
         PAPER,
         "",
         f"Our training step in the suffix layout, against {LORA}:" if rows else NOT_YET,
         *(["", table] if rows else []),
         *(line for claim in quality.claims(folder) for line in ("", claim)),
-        *(["", *(f"{machine}." for machine in machines), "", BELOW] if rows else []),
+        *(["", *(f"{machine}." for machine in machines), "", BELOW + "".join(remarks)] if rows else []),
         "",
         "Repeat: `python -m bench.step && python -m bench.memory && python -m bench.report`",
     ]
