@@ -24,7 +24,7 @@ from pe.config import AlignmentConfig, LoraSettings, PrompterConfig, Recipe, Tem
 from pe.integrations.mteb import TextEncoder
 from pe.losses import instructions_of
 from pe.model import PromptEmbedder
-from pe.train import Trainable
+from pe.step import Trainable
 
 
 class System(Trainable, TextEncoder, Protocol):

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -54,6 +55,43 @@ class Batch:
     """[N]"""
     counterparts: Ints
     """[B] place of a document that is wrong here and, as a rule, right under the contradicting instruction; or -1."""
+
+    @classmethod
+    def unlabelled(
+        cls,
+        instructions: list[str],
+        queries: list[str],
+        documents: list[str],
+        *,
+        asked: list[int] | None = None,
+        document_instruction: str | None = None,
+        **others: Any,
+    ) -> Self:
+        """A batch of no data set: texts as they are, without labels, nothing contradicted.
+
+        Args:
+            instructions: of the queries.
+            queries: B texts.
+            documents: N texts, the positives first.
+            asked: `[B]` which instruction each query is under; None: the first one.
+            document_instruction: None: the first of the queries'.
+            others: fields of a subclass.
+        """
+        return cls(
+            dataset=0,
+            instructions=instructions,
+            asked=[0] * len(queries) if asked is None else asked,
+            document_instruction=document_instruction or instructions[0],
+            queries=queries,
+            documents=documents,
+            sides=np.zeros(len(queries), dtype=np.int64),
+            labels=np.full(len(queries), -1),
+            document_labels=np.full((1, len(documents)), -1),
+            query_ids=_ids(queries),
+            document_ids=_ids(documents),
+            counterparts=np.full(len(queries), -1),
+            **others,
+        )
 
 
 def _later(order: Ints, avoid: Ints, head: int) -> Ints:

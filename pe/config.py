@@ -241,8 +241,6 @@ class LossConfig:
     a data set has one; 0: none."""
     mask_false_negatives: bool = True
     """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
-    stepwise: bool = False
-    """Mean of the losses after k = 1..K soft tokens (suffix layout)."""
     matryoshka: tuple[int, ...] = ()
     """Further embedding sizes to train; each is cut, normalised and weighted equally."""
 
@@ -353,10 +351,6 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-    def __post_init__(self) -> None:
-        stepwise_ok = not self.loss.stepwise or self.model.layout == "suffix"
-        _require(stepwise_ok, "loss.stepwise", "false in the prefix layout", self.loss.stepwise)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

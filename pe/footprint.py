@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -30,11 +28,12 @@ from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.batches import Batch
 from pe.config import BackboneConfig, PrompterConfig, Recipe
 from pe.loading import TextTokenizer, load_config, load_tokenizer
-from pe.losses import backward, batch_requests
+from pe.losses import batch_requests
 from pe.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases
 from pe.model import PromptEmbedder
 from pe.prompting import PromptingLLM
-from pe.train import build_accelerator, build_plan, embeddings_of, parameter_groups
+from pe.step import Step, StepTexts, Taken
+from pe.train import build_accelerator, build_plan
 
 System = Literal["pe", "lora-padded", "lora-checkpointed", "lora-packed"]
 SYSTEMS: tuple[System, ...] = get_args(System)
@@ -57,45 +56,33 @@ class _Accelerator(Accelerator):
         self.phases.enter("forward")
 
 
-class TrainingStep:
-    """The step of `pe.train` on one batch, phase by phase.
+class MeteredStep(Step[Embedder]):
+    """A step of `pe.train` that says what it does, phase by phase.
+
+    Without CUDA graphs and without reading ahead, which hold memory beside the step's own.
 
     Attributes:
         phases: loaded, forward, backward, optimiser, done.
     """
 
     def __init__(self, model: Embedder, recipe: Recipe) -> None:
-        self.model, self.recipe, self.phases = model.train(), recipe, Phases()
-        self.accelerator = _Accelerator(self.phases, mixed_precision=build_accelerator(recipe).mixed_precision)
-        parts = model.trainable_parameters()
-        self.parameters = [p for part in parts.values() for p in part]
-        groups, has_data = parameter_groups(parts, recipe.train), not any(map(is_fake, self.parameters))
-        # The fused form wants data, and needs as little besides the state as one tensor after another does
-        fused = has_data and model.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            groups, weight_decay=recipe.train.weight_decay, fused=fused, foreach=None if has_data else False
-        )
+        self.phases = Phases()
+        accelerator = _Accelerator(self.phases, mixed_precision=build_accelerator(recipe).mixed_precision)
+        options = dataclasses.replace(recipe.train, cuda_graphs=False, read_ahead=False)
+        super().__init__(model, recipe.loss, options, accelerator)
 
-    def __call__(self, batch: Batch) -> None:
-        options = self.recipe.train
-        stepwise = self.recipe.loss.stepwise and isinstance(self.model, PromptEmbedder)
-        embed = functools.partial(embeddings_of, self.model, stepwise)
-        self.phases.enter("forward")
-        backward(embed, batch, self.recipe.loss, self.accelerator, options.micro_batch_size)
-        self.phases.enter("optimiser")
-        torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+    def __call__(self, batch: Batch, following: Batch | None = None) -> Taken:
+        taken = super().__call__(batch, following)
         self.phases.enter("done")
+        return taken
 
-    def start_optimizer(self) -> None:
-        """Make the optimiser's state, as a first step would."""
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def gradients(self, texts: StepTexts) -> Tensor:
+        self.phases.enter("forward")
+        return super().gradients(texts)
+
+    def update(self) -> Tensor:
+        self.phases.enter("optimiser")
+        return super().update()
 
     def footprint(self, batch: Batch) -> Footprint:
         """Live tensors over one step; call it when the optimiser has its state, as in all steps but the first."""
@@ -171,23 +158,15 @@ def heaviest_batch(recipe: Recipe) -> Batch:
 def longest_batch(recipe: Recipe) -> Batch:
     """A batch in which every text reaches `max_length`, hard negatives included: the most a recipe can need."""
     count, data = recipe.train.batch_size, recipe.data[0] if recipe.data else None
-    total = count * (1 + recipe.loss.hard_negatives)
-    text = "a b " * recipe.model.max_length  # at least two tokens a repetition, cut by the model
-    instruction = data.instruction if data else "Retrieve semantically similar text"
-    document_instruction = data.document_instruction if data else None
-    return Batch(
-        dataset=0,
-        instructions=[instruction],
-        asked=[0] * count,
-        document_instruction=document_instruction or instruction,
-        queries=[text] * count,
-        documents=[text] * total,
-        sides=np.zeros(count, dtype=np.int64),
-        labels=np.full(count, -1),
-        document_labels=np.full((1, total), -1),
-        query_ids=np.arange(count),
-        document_ids=np.arange(count, count + total),
-        counterparts=np.full(count, -1),
+    # No two alike, for what is alike is no negative; at least two tokens a repetition, cut by the model
+    texts = [
+        f"{number} " + "a b " * recipe.model.max_length for number in range(count * (2 + recipe.loss.hard_negatives))
+    ]
+    return Batch.unlabelled(
+        [data.instruction if data else "Retrieve semantically similar text"],
+        texts[:count],
+        texts[count:],
+        document_instruction=data.document_instruction if data else None,
     )
 
 
@@ -205,10 +184,10 @@ class _UnprobedBackbone(Backbone):
 
 
 class _UnknownNumbers(TorchDispatchMode):
-    """Lets the prompting LLM's probes pass: a number read from a tensor without data is a tiny one."""
+    """Lets the prompting LLM's probes and a step's checks pass: a number read where there is no data is a tiny one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        if func is torch.ops.aten._local_scalar_dense.default and (args[0].is_meta or isinstance(args[0], FakeTensor)):
             return 1e-9
         return func(*args, **(kwargs or {}))
 
@@ -296,6 +275,7 @@ def give_fake_tensors(model: nn.Module, device: torch.device) -> None:
 def estimate(recipe: Recipe, system: System, batch: Batch, device: torch.device) -> Footprint:
     """Live tensors over a step of the recipe, predicted before anything is loaded."""
     torch.manual_seed(recipe.train.seed)
-    step = TrainingStep(without_data(recipe, system, device), recipe)
+    step = MeteredStep(without_data(recipe, system, device), recipe)
     step.start_optimizer()
-    return step.footprint(batch)
+    with _UnknownNumbers():
+        return step.footprint(batch)

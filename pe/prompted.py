@@ -126,19 +126,6 @@ class PromptedEmbedder(TrainableModule):
         return embeddings if self.lens is None or gates is None else self.lens(embeddings, gates)
 
     @in_turn
-    def stepwise(self, requests: Requests | Texts) -> Tensor:
-        """Embeddings after k = 1..K soft tokens, `[K, B, D]`; suffix layout.
-
-        Raises:
-            ValueError: the prefix layout, where texts follow the whole prompt.
-        """
-        if self.config.layout != "suffix":
-            raise ValueError(f"layout: stepwise embeddings need 'suffix', got {self.config.layout!r}")
-        states, skipped, gates, back = self._read_and_prompt(requests)
-        steps = [with_skip(self.pool_prompt(states[:, : k + 1]), skipped) for k in range(states.shape[1])]
-        return self._through_lens(torch.stack(steps), gates)[:, back]
-
-    @in_turn
     def prompted_and_means(self, requests: Requests) -> tuple[Tensor, Tensor]:
         """What the soft tokens make of each text, and the mean that its skip starts from: unit vectors `[B, D]` each.
 
@@ -206,7 +193,7 @@ class PromptedEmbedder(TrainableModule):
 
     @in_turn
     def read_texts(self, requests: Requests) -> Texts:
-        """The frozen text pass alone, for a later `forward` or `stepwise`, whichever weights train in between.
+        """The frozen text pass alone, for a later `forward`, whichever weights train in between.
 
         Raises:
             ValueError: the prefix layout, where texts follow the prompt.

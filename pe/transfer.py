@@ -38,9 +38,9 @@ from pe.model import PromptEmbedder
 from pe.recipes import load_recipe, write_yaml
 from pe.runs import RunFolder, differences, flatten
 from pe.skip_start import fit_skip
+from pe.step import TrainingError
 from pe.train import (
     History,
-    TrainingError,
     build_accelerator,
     build_plan,
     check_evaluation,

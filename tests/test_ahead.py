@@ -47,12 +47,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("pooling", ["mean_prompt", "last"])
 def test_read_texts_embed_alike(skip: str, pooling: str) -> None:
     model = build("qwen3", layout="suffix", pooling=pooling, reader="activated_lora", skip=skip)
-    for forward in (model, model.stepwise):
-        expected, out = forward(LONGER), forward(model.read_texts(LONGER))
-        assert torch.equal(out, expected)
-        right = gradients(model, expected)
-        for name, gradient in gradients(model, out).items():
-            assert torch.equal(gradient, right[name]), name
+    expected, out = model(LONGER), model(model.read_texts(LONGER))
+    assert torch.equal(out, expected)
+    right = gradients(model, expected)
+    for name, gradient in gradients(model, out).items():
+        assert torch.equal(gradient, right[name]), name
 
 
 def test_texts_in_parts_embed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,14 +127,12 @@ def test_with_recorded_passes() -> None:
     assert found[0].unique().numel() == len(batches)
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_training_is_the_same(recipe: Recipe, stepwise: bool, reads: list[int]) -> None:
+def test_training_is_the_same(recipe: Recipe, reads: list[int]) -> None:
     found = []
     for on in (False, True):
         changed = dataclasses.replace(
             recipe,
             train=dataclasses.replace(recipe.train, read_ahead=on, save_every=recipe.train.steps),
-            loss=dataclasses.replace(recipe.loss, stepwise=stepwise),
         )
         model = new_model(changed)
         reads.clear()

@@ -21,7 +21,7 @@ from bench import records
 from pe import footprint, memory, meters
 from pe.batches import Batch
 from pe.config import Recipe
-from pe.footprint import SYSTEMS, TrainingStep, estimate, heaviest_batch, load, longest_batch
+from pe.footprint import SYSTEMS, MeteredStep, estimate, heaviest_batch, load, longest_batch
 from pe.losses import batch_requests
 from pe.meters import (
     ACTIVATIONS,
@@ -66,8 +66,8 @@ def recipe_of(models: Path, folder: Path, **changes: object) -> Recipe:
     return load_recipe(write_recipe(models, folder, **changes))
 
 
-def measured(recipe: Recipe, system: footprint.System, batch: Batch) -> tuple[TrainingStep, Footprint]:
-    step = TrainingStep(load(recipe, system, CPU), recipe)
+def measured(recipe: Recipe, system: footprint.System, batch: Batch) -> tuple[MeteredStep, Footprint]:
+    step = MeteredStep(load(recipe, system, CPU), recipe)
     step(batch)
     return step, step.footprint(batch)
 

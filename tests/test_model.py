@@ -558,20 +558,6 @@ def test_no_bank_where_prompts_depend_on_texts(make: Maker) -> None:
 # Training.
 
 
-def test_stepwise_ends_with_the_embedding(make: Maker) -> None:
-    model = make()
-    steps = model.stepwise(requests(*TEXTS))
-    assert steps.shape == (3, 6, 32)
-    assert torch.allclose(steps[-1], model(requests(*TEXTS)), atol=ROUNDING)
-    short = make(prompter={"soft_tokens": 2})
-    assert torch.allclose(steps[1], short(requests(*TEXTS)), atol=1e-5)
-
-
-def test_stepwise_needs_the_suffix_layout(make: Maker) -> None:
-    with pytest.raises(ValueError, match="stepwise embeddings need 'suffix', got 'prefix'"):
-        make(**PREFIX).stepwise(requests("a"))
-
-
 TRAINED: dict[str, dict[str, Any]] = {
     **SHAPES,
     "reader": {"reader": "activated_lora", "reader_lora": LoraSettings(rank=2)},

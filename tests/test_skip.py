@@ -60,14 +60,6 @@ def test_encoding_under_several_instructions_adds_it_to_each() -> None:
         np.testing.assert_allclose(row, oracle.embed(model, requests).numpy(force=True), atol=1e-5)
 
 
-def test_every_step_has_it() -> None:
-    model = embedder()
-    means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
-    assert model.skip is not None
-    expected = torch.nn.functional.normalize(build("qwen3").stepwise(REQUESTS) + model.skip(means), dim=-1)
-    torch.testing.assert_close(model.stepwise(REQUESTS), expected)
-
-
 def test_the_text_pass_in_parts_pools_the_same_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder()
     assert model.skip is not None
@@ -157,5 +149,4 @@ def test_the_text_pass_is_started_before_the_prompts_are_written(monkeypatch: py
     monkeypatch.setattr(model.backbone, "read", lambda *a, **k: calls.append("read") or read(*a, **k))
     monkeypatch.setattr(model.prompter, "forward", lambda *a, **k: calls.append("write") or write(*a, **k))
     model(REQUESTS)
-    model.stepwise(REQUESTS)
-    assert calls == ["read", "write"] * 2
+    assert calls == ["read", "write"]
