@@ -332,6 +332,8 @@ class EvaluateConfig:
     """Query-side instruction of a task, where it differs from the task's own."""
     batch_tokens: int = 16_384
     """Tokens that the backbone reads at once, at most; a longer text is read alone."""
+    before: bool = True
+    """In `pe.train`: score the frozen backbone and the untrained embedder, too."""
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, "evaluate.batch_tokens", "at least 1", self.batch_tokens)

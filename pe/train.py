@@ -353,8 +353,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     """One whole run: data, model, scores before, training, scores after, saved model.
 
     Returns:
-        scores of the frozen mean-pooled backbone, the untrained prompt and the trained model; empty without tasks, and
-        on all processes but the main one, which alone scores.
+        scores of the trained model and, with `evaluate.before`, of the frozen mean-pooled backbone and the untrained
+        prompt; empty without tasks, and on all processes but the main one, which alone scores.
 
     Raises:
         RecipeError, EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
@@ -375,7 +375,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     console.print(describe(model), highlight=False)
 
     has_tasks, measure, scores = bool(recipe.evaluate.tasks), measurer(recipe), dict[str, Scores]()
-    if has_tasks and is_main:
+    if has_tasks and is_main and recipe.evaluate.before:
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
     accelerator.wait_for_everyone()

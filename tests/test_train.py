@@ -29,6 +29,7 @@ from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.batches import Batch, BatchPlan
 from pe.cli import user_errors
 from pe.config import LossConfig, Recipe, TrainConfig
+from pe.evaluate import Scores, TaskScore
 from pe.loading import TextTokenizer
 from pe.losses import backward, batch_requests, contrastive_loss, cut
 from pe.model import PromptEmbedder, Requests
@@ -692,6 +693,23 @@ def test_one_process_of_two_scores(tiny_models: Path, tmp_path: Path) -> None:
     assert other == [[], []]
     state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
     assert [score[::2] for score in state["history"]["scores"]] == [(3, 53.0), (6, 54.0)]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_scores_before_training_may_be_left_out(
+    tiny_models: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(encoder: Any) -> Scores:
+        sides = {"instruction": "Find", "document_instruction": None}
+        task = TaskScore(type="STS", metric="cosine_spearman", score=50.0, seconds=1.0, **sides)
+        return Scores(model=encoder.name, revision="", tasks={"a task": task})
+
+    monkeypatch.setattr("pe.train.check_evaluation", lambda options: None)
+    monkeypatch.setattr("pe.train.measurer", lambda recipe: measure)
+    recipe = write_recipe(tiny_models, tmp_path, evaluate={"tasks": ["a task"], "before": before})
+    expected = ["frozen backbone, mean", "untrained prompt", "trained"] if before else ["trained"]
+    assert list(train(load_recipe(recipe))) == expected
+    assert list(json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))) == expected
 
 
 @pytest.mark.parametrize("saving", [0, 1])
