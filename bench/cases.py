@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe.alignment import AlignmentReport, LinearAlignment
-from pe.backbone import DTYPES, Backbone
 from pe.baselines.common import BARE, Templates
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
+from pe.method.alignment import AlignmentReport, LinearAlignment
+from pe.method.backbone import DTYPES, Backbone
+from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
-from pe.prompting import PromptingLLM
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 
 from bench.cases import ROOT, Case
-from pe import batches
-from pe.batches import BatchPlan
-from pe.instruct_set import load_training_set
-from pe.loading import TextTokenizer, load_config, load_tokenizer
+from pe.data import batches
+from pe.data.batches import BatchPlan
+from pe.data.instruct_set import load_training_set
 from pe.losses import batch_requests
+from pe.method.loading import TextTokenizer, load_config, load_tokenizer
 from pe.model import Requests
 
 FILE = Path(__file__).parent / "lengths.json"
@@ -107,7 +107,7 @@ class Workload:
 
 def measure(recipe_file: Path) -> dict[str, object]:
     """Lengths of every data set's first batch under the recipe's templates, tokenizer and limit."""
-    from pe.recipes import load_recipe  # needs a package that batches do not
+    from pe.runs.recipes import load_recipe  # needs a package that batches do not
 
     recipe = load_recipe(recipe_file)
     name = recipe.model.backbone.model

@@ -31,7 +31,7 @@ from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.plots import Panel, Series
 from bench.records import Record
 from bench.step import prepare, time_rounds
-from pe.meters import ACTIVATIONS, FROZEN, MIB, LiveTensors, Phases
+from pe.measure.meters import ACTIVATIONS, FROZEN, MIB, LiveTensors, Phases
 from pe.step import Step
 
 DEFAULT = "tiny"

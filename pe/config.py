@@ -153,7 +153,7 @@ class ModelConfig:
     prompt, through a trained D x D matrix, into the embedding (suffix)."""
     lens_rank: int = 0
     """R, the directions of an embedding that its instruction may turn round, by the hidden states that wrote its prompt
-    (see `pe/lens.py`); 0: none."""
+    (see `pe/method/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""
@@ -184,7 +184,7 @@ class DatasetConfig:
     """Instruction of the documents; null: the same as the queries'."""
     instruct: str | None = None
     """File of tasks that contradict each other, in place of `instruction`: rows then have both sides of a contradiction
-    (see `pe/instruct.py`), and wordings are drawn from the file."""
+    (see `pe/data/instruct.py`), and wordings are drawn from the file."""
     weight: float = 1.0
     """Share of the training batches, relative to the other sets."""
     query_template: str = "{text}"
@@ -325,7 +325,7 @@ class EvaluateConfig:
     """What a run is scored on."""
 
     tasks: tuple[str, ...] = ()
-    """Names of `pe.tasks` or of MTEB; none: no scores."""
+    """Names of `pe.data.tasks` or of MTEB; none: no scores."""
     data: str = "data"
     """Folder of the offline tasks' files."""
     instructions: dict[str, str] = field(default_factory=dict)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from pe.batches import Batch, BatchPlan
 from pe.config import LossConfig
+from pe.data.batches import Batch, BatchPlan
 from pe.kernels.info_nce import info_nce
-from pe.packing import to_device
-from pe.requests import Instruction, Requests
+from pe.method.packing import to_device
+from pe.method.requests import Instruction, Requests
 
 Embed = Callable[[Requests], Tensor]
 """Requests -> embeddings `[B + N, D]`."""

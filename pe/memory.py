@@ -27,12 +27,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pe.batches import Batch
-from pe.cli import user_errors
 from pe.config import Recipe, RecipeError
-from pe.footprint import SYSTEMS, MeteredStep, System, estimate, heaviest_batch, load, longest_batch
-from pe.loading import quiet
-from pe.meters import (
+from pe.data.batches import Batch
+from pe.data.records import DataError
+from pe.measure.footprint import SYSTEMS, MeteredStep, System, estimate, heaviest_batch, load, longest_batch
+from pe.measure.meters import (
     CATEGORIES,
     INTERVAL,
     MIB,
@@ -47,8 +46,9 @@ from pe.meters import (
     process_used,
     resident,
 )
-from pe.recipes import load_recipe
-from pe.records import DataError
+from pe.method.loading import quiet
+from pe.runs.cli import user_errors
+from pe.runs.recipes import load_recipe
 from pe.train import DEFAULT_RECIPE, build_accelerator
 
 Record = dict[str, Any]

@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pe.alignment import AlignedPrompts, Alignment, build_alignment
-from pe.backbone import Backbone
-from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
-from pe.lens import Lens
-from pe.loading import Filled
-from pe.prompt_bank import PromptBank
-from pe.prompted import PromptedEmbedder
-from pe.prompting import PromptingLLM, SoftPrompts
-from pe.requests import Instruction, Requests, Side, Texts, Truncation
+from pe.method.alignment import AlignedPrompts, Alignment, build_alignment
+from pe.method.backbone import Backbone
+from pe.method.captured import Captured
+from pe.method.lens import Lens
+from pe.method.loading import Filled
+from pe.method.prompt_bank import PromptBank
+from pe.method.prompted import PromptedEmbedder
+from pe.method.prompting import PromptingLLM, SoftPrompts
+from pe.method.requests import Instruction, Requests, Side, Texts, Truncation
+from pe.method.skip import WeightedSkip
+from pe.method.turns import in_turn
 from pe.saving import Parts, find, read, write
-from pe.skip import WeightedSkip
-from pe.turns import in_turn
 
 __all__ = ["Instruction", "PromptEmbedder", "Requests", "Side", "Texts", "Truncation"]
 

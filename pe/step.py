@@ -1,7 +1,7 @@
 """One training step: from a batch's texts to changed weights.
 
-`pe.train.fit` takes these steps, `pe.memory` weighs one (`pe/footprint.py`), `bench.step` times them: what is measured
-is what trains.
+`pe.train.fit` takes these steps, `pe.memory` weighs one (`pe/measure/footprint.py`), `bench.step` times them: what is
+measured is what trains.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from pe.ahead import ReadAhead
-from pe.backbone import Backbone
-from pe.batches import Batch
 from pe.config import LossConfig, TrainConfig
+from pe.data.batches import Batch
 from pe.losses import backward, batch_requests
-from pe.prompted import PromptedEmbedder
-from pe.requests import Requests, Truncation
+from pe.method.ahead import ReadAhead
+from pe.method.backbone import Backbone
+from pe.method.prompted import PromptedEmbedder
+from pe.method.requests import Requests, Truncation
 
 Parts = Mapping[str, Sequence[nn.Parameter]]
 """Parameters that train, by the part of the model they are in."""
@@ -216,8 +216,8 @@ class Step(Generic[Model]):
 def adamw(parts: Parts, options: TrainConfig) -> torch.optim.AdamW:
     """AdamW over one group a part, each with its own peak rate; in its fused form on a GPU.
 
-    Parameters without data (`pe/footprint.py`) are taken one after another: the fused form wants data, and needs as
-    little besides the state.
+    Parameters without data (`pe/measure/footprint.py`) are taken one after another: the fused form wants data, and
+    needs as little besides the state.
     """
     rates = {name: getattr(options, f"{name}_lr") for name in ("alignment", "reader", "skip", "lens")}
     groups: list[dict[str, Any]] = [

@@ -26,23 +26,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
-from pe.batches import BatchPlan
 from pe.card import model_card
-from pe.cli import user_errors
 from pe.config import EvaluateConfig, Recipe, RecipeError, to_dict
+from pe.data.batches import BatchPlan
+from pe.data.instruct_set import first_wordings, load_training_set
+from pe.data.instructions import trained_instructions
+from pe.data.tasks import TASKS
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
-from pe.files import write_text
-from pe.instruct_set import first_wordings, load_training_set
-from pe.instructions import trained_instructions
-from pe.loading import quiet, warn_of_slow_products
 from pe.losses import batch_requests, instructions_of, random_state, set_random_state
+from pe.measure.spread import Spread, spread
+from pe.method.loading import quiet, warn_of_slow_products
+from pe.method.prompted import PromptedEmbedder
 from pe.model import PromptEmbedder, Requests
-from pe.prompted import PromptedEmbedder
-from pe.recipes import build_parser, load_recipe, write_yaml
-from pe.runs import RunFolder, conditions_of, flatten
-from pe.spread import Spread, spread
+from pe.runs.cli import user_errors
+from pe.runs.files import write_text
+from pe.runs.folder import RunFolder, conditions_of, flatten
+from pe.runs.recipes import build_parser, load_recipe, write_yaml
 from pe.step import Step, Taken, Trainable, TrainingError
-from pe.tasks import TASKS
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
     from pe.integrations.mteb import TextEncoder
@@ -116,7 +116,7 @@ def fit(
 ) -> History:
     """Train for `recipe.train.steps` steps.
 
-    Until it returns no other thread may use the model, nor anything else on its backbone (see `pe/turns.py`).
+    Until it returns no other thread may use the model, nor anything else on its backbone (see `pe/method/turns.py`).
 
     Args:
         model: trains in place.

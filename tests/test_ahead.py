@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.ahead import ReadAhead
-from pe.attention import KeyValues
-from pe.backbone import Backbone, Pool
-from pe.captured import Captured
 from pe.config import Recipe
+from pe.method.ahead import ReadAhead
+from pe.method.attention import KeyValues
+from pe.method.backbone import Backbone, Pool
+from pe.method.captured import Captured
 from pe.model import PromptEmbedder, Requests
 from pe.train import fit
 from tests.test_captured import LONGER, OPTIONS, Recorder
@@ -56,7 +56,7 @@ def test_read_texts_embed_alike(skip: str, pooling: str) -> None:
 
 def test_texts_in_parts_embed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU reads a large batch in parts and pools the states of each; read ahead, all of them at once."""
-    monkeypatch.setattr("pe.backbone.CPU_TOKENS", 16)
+    monkeypatch.setattr("pe.method.backbone.CPU_TOKENS", 16)
     model = build("qwen3", **OPTIONS, skip="weighted")
     expected, out = model(LONGER), model(model.read_texts(LONGER))
     assert relative_error(out, expected) < 1e-6

@@ -45,7 +45,7 @@ from pe import losses
 from pe import step as stepping
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from pe.step import Step
 from pe.train import build_plan, train
 from tests.test_train import write_recipe

@@ -40,7 +40,7 @@ def saved_beyond_keys_values(variant: str, length: int) -> int:
 @pytest.mark.parametrize("variant", ["pe-suffix", "pe-suffix-reader"])
 def test_suffix_saves_nothing_of_the_text_beyond_keys_and_values(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = functools.partial(context_attention, impl="triton")
-    monkeypatch.setattr("pe.attention.context_attention", kernel)
+    monkeypatch.setattr("pe.method.attention.context_attention", kernel)
     short, long = (saved_beyond_keys_values(variant, length) for length in (8, 64))
     assert short == long > 0
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.captured import Captured, Contexts, rounded_up
 from pe.config import LoraSettings
-from pe.graphs import Graphs, NotRecordedError, Work
 from pe.losses import cached_backward
+from pe.method.captured import Captured, Contexts, rounded_up
+from pe.method.graphs import Graphs, NotRecordedError, Work
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
@@ -132,7 +132,7 @@ def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.Monkey
         raise NotRecordedError("called a synchronizing CUDA operation")
         yield
 
-    monkeypatch.setattr("pe.graphs.refusing_to_wait", refuses)
+    monkeypatch.setattr("pe.method.graphs.refusing_to_wait", refuses)
     model = build("llama", **OPTIONS)
     expected = model(REQUESTS)
     recorder = captured(model)
@@ -146,7 +146,7 @@ def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.Monkey
 
 
 def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe.graphs.MOST", 2)
+    monkeypatch.setattr("pe.method.graphs.MOST", 2)
     weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
     graphs = Graphs([weight], recorder)
     for size in (1, 2, 3, 2, 3, 1):
@@ -209,7 +209,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 
 def test_ever_new_shapes_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe.graphs.TOO_MANY", 2)
+    monkeypatch.setattr("pe.method.graphs.TOO_MANY", 2)
     weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
     graphs = Graphs([weight], recorder)
     for size in (1, 2, 1, 2):

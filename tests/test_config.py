@@ -24,7 +24,7 @@ from pe.config import (
     nearest,
     to_dict,
 )
-from pe.recipes import load_recipe, model_config_from_dict, write_yaml
+from pe.runs.recipes import load_recipe, model_config_from_dict, write_yaml
 from tests.tiny import PLAIN
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 
-from pe.batches import Batch, BatchPlan
 from pe.config import DatasetConfig, LossConfig, RecipeError
-from pe.instruct_set import InstructSet, first_wordings, load_instruct_set
+from pe.data.batches import Batch, BatchPlan
+from pe.data.instruct_set import InstructSet, first_wordings, load_instruct_set
+from pe.data.records import DataError
 from pe.losses import backward, batch_requests, contrastive_loss, counterpart_loss
-from pe.records import DataError
 
 DOCUMENT = "Represent it"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pe.baselines.static import StaticPromptEmbedder
 from pe.config import BackboneConfig, ModelConfig, PrompterConfig
-from pe.lens import Lens
+from pe.method.lens import Lens
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.transfer import move
 

@@ -15,8 +15,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from pe import loading, saving
-from pe.alignment import LinearAlignment
+from pe import saving
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
@@ -30,9 +29,11 @@ from pe.config import (
     SideTemplates,
     TemplatesConfig,
 )
+from pe.method import loading
+from pe.method.alignment import LinearAlignment
+from pe.method.prompt_bank import SAMPLED, PromptBank, stamp
+from pe.method.prompting import PromptingLLM
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.prompt_bank import SAMPLED, PromptBank, stamp
-from pe.prompting import PromptingLLM
 from tests import oracle
 from tests.tiny import PLAIN, byte_tokenizer, decoder, language_model
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pe import backbone as backbone_module
-from pe.backbone import Backbone
 from pe.baselines.linear import LinearEmbedder
+from pe.method import backbone as backbone_module
+from pe.method.backbone import Backbone
+from pe.method.probes import UnsupportedBackbone
+from pe.method.skip import with_skip
+from pe.method.token_weights import standardize
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.probes import UnsupportedBackbone
-from pe.skip import with_skip
-from pe.token_weights import standardize
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder

@@ -26,15 +26,15 @@ from pe import step as stepping
 from pe import train as training
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.batches import Batch, BatchPlan
-from pe.cli import user_errors
 from pe.config import LossConfig, Recipe, TrainConfig
+from pe.data.batches import Batch, BatchPlan
 from pe.evaluate import Scores, TaskScore
-from pe.loading import TextTokenizer
 from pe.losses import backward, batch_requests, contrastive_loss, cut
+from pe.method.loading import TextTokenizer
 from pe.model import PromptEmbedder, Requests
-from pe.recipes import load_recipe
-from pe.runs import RunError, RunFolder, conditions_of, flatten
+from pe.runs.cli import user_errors
+from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
+from pe.runs.recipes import load_recipe
 from pe.step import Step, Trainable, TrainingError, check, rate
 from pe.train import History, fit, main, train
 from tests.tiny import write_training_data
@@ -629,7 +629,7 @@ import sys, json, torch, dataclasses
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from accelerate import Accelerator
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from pe.losses import backward
 from pe import step as stepping
 from pe.step import average
@@ -651,7 +651,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from pe import train as training
 from pe.evaluate import Scores, TaskScore
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 asked = []
 def measure(encoder):
     asked.append(encoder.name)
