@@ -152,8 +152,8 @@ class ModelConfig:
     """weighted: the mean of the frozen text states, in which each token has a learned weight, goes around the soft
     prompt, through a trained D x D matrix, into the embedding (suffix)."""
     lens_rank: int = 0
-    """R, the directions of an embedding that its instruction may turn round, by the hidden states that wrote its prompt
-    (see `pe/method/lens.py`); 0: none."""
+    """R, the directions of an embedding that its instruction may turn round, by the hidden state that began its prompt
+    (suffix, see `pe/method/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""
@@ -167,6 +167,7 @@ class ModelConfig:
         if self.layout == "prefix":
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
             _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
+            _require(self.lens_rank == 0, "lens_rank", "0 in the prefix layout", self.lens_rank)
         _require(self.skip in get_args(Skip), "skip", f"one of {', '.join(get_args(Skip))}", self.skip)
         _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)

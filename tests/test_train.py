@@ -681,18 +681,23 @@ def run_in_two_processes(folder: Path, script: str, **words: object) -> None:
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    try:
+        assert [process.wait(timeout=200) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_one_process_of_two_scores(tiny_models: Path, tmp_path: Path) -> None:
-    path = write_recipe(tiny_models, tmp_path, train__eval_every=3, evaluate={"tasks": ["a task"]})
+    changes = {"train__steps": 2, "train__eval_every": 1, "evaluate": {"tasks": ["a task"]}}
+    path = write_recipe(tiny_models, tmp_path, **changes)
     run_in_two_processes(tmp_path, ONE_SCORES, recipe=str(path), out=str(tmp_path / "of-"))
     (asked, scores), other = (json.loads((tmp_path / f"of-{rank}").read_text(encoding="utf-8")) for rank in range(2))
-    assert len(asked) == 2 + 2 + 1, "before training, every third step of six, after it"
+    assert len(asked) == 2 + 2 + 1, "before training, after each of its steps, at its end"
     assert scores == ["frozen backbone, mean", "untrained prompt", "trained"]
     assert other == [[], []]
     state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
-    assert [score[::2] for score in state["history"]["scores"]] == [(3, 53.0), (6, 54.0)]
+    assert [score[::2] for score in state["history"]["scores"]] == [(1, 53.0), (2, 54.0)]
 
 
 @pytest.mark.parametrize("before", [False, True])
