@@ -1,18 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train train-tiny test lint bench clean
+.PHONY: train train-real test lint bench clean
 
 train: .venv/ready
-	@if $(BIN)/python -m pe.models smollm2-135m; then \
-	  $(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh; \
-	else \
-	  echo "SmolLM2-135M cannot be fetched, so the models of this repository are trained: recipes/tiny.yaml"; \
-	  $(BIN)/python -m pe.train recipes/tiny.yaml --fresh; \
-	fi
+	$(BIN)/python -m pe.train --fresh
 
-train-tiny: .venv/ready
-	$(BIN)/python -m pe.train recipes/tiny.yaml --fresh
+train-real: .venv/ready
+	$(BIN)/python -m pe.models smollm2-135m
+	$(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
