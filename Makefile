@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench clean
+.PHONY: train train-real test lint bench clean
 
 train: .venv/ready
 	$(BIN)/python -m pe.train --fresh
+
+train-real: .venv/ready
+	$(BIN)/python -m pe.models smollm2-135m
+	$(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest

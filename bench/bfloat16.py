@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pe.loading import has_instructions
+from pe.method.loading import has_instructions
 
 PRODUCTS = frozenset(
     (

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe.alignment import AlignmentReport, LinearAlignment
-from pe.backbone import DTYPES, Backbone
 from pe.baselines.common import BARE, Templates
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
+from pe.method.alignment import AlignmentReport, LinearAlignment
+from pe.method.backbone import DTYPES, Backbone
+from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
-from pe.prompting import PromptingLLM
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,6 @@ class IdTokenizer:
     eos_token_id = 0
 
     def __init__(self) -> None:
-        self._known: dict[str, list[int]] = {}
         self.added_tokens_decoder: dict[int, Any] = {}
 
     def get_vocab(self) -> dict[str, int]:
@@ -44,10 +44,7 @@ class IdTokenizer:
         return {"input_ids": self._ids(texts) if isinstance(texts, str) else [self._ids(text) for text in texts]}
 
     def _ids(self, text: str) -> list[int]:
-        """Parsed once: a step starts from a batch that is tokenised already."""
-        if text not in self._known:
-            self._known[text] = [int(number) for number in re.findall(r"\d+", text)]
-        return self._known[text]
+        return [int(number) for number in re.findall(r"\d+", text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +191,10 @@ class Setting:
         return cls(device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")])
 
     @property
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def accelerator(self) -> Accelerator:
+        """What `pe.train` would train by here."""
+        precision = "bf16" if self.dtype == torch.bfloat16 else "no"
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
 
 
 Build = Callable[[Case, bool, Setting], Embedder]
@@ -310,7 +309,3 @@ def compile_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.endswith(("mlp", "norm")):
             module.compile()
-
-
-def trainable(model: Embedder) -> list[nn.Parameter]:
-    return [parameter for part in model.trainable_parameters().values() for parameter in part]

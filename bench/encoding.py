@@ -26,16 +26,16 @@ from bench import records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.records import Record
-from pe.backbone import Backbone
 from pe.baselines.common import INSTRUCT
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import ModelConfig
-from pe.encoder import Floats
-from pe.loading import quiet
+from pe.data.records import read_jsonl
+from pe.method.backbone import Backbone
+from pe.method.encoder import Floats
+from pe.method.loading import quiet
+from pe.method.probes import PROBE_TOLERANCE
 from pe.model import PromptEmbedder
-from pe.probes import PROBE_TOLERANCE
-from pe.recipes import load_recipe
-from pe.records import read_jsonl
+from pe.runs.recipes import load_recipe
 
 Files = Mapping[str, Sequence[str]]
 """Of each file the fields whose texts are read."""

@@ -25,15 +25,15 @@ from bench.markdown import NOT_YET, grid, origins
 from bench.quality import evaluate, with_train
 from bench.systems import INSTRUCTED
 from pe.baselines.static import StaticPromptEmbedder
-from pe.cli import user_errors
 from pe.config import Recipe
+from pe.data.instruct_score import INSTRUCT_TASKS
 from pe.evaluate import Scores
-from pe.instruct_score import INSTRUCT_TASKS
-from pe.loading import quiet
 from pe.losses import instructions_of
-from pe.prompted import PromptedEmbedder
-from pe.recipes import load_recipe
-from pe.spread import spread
+from pe.measure.spread import spread
+from pe.method.loading import quiet
+from pe.method.prompted import PromptedEmbedder
+from pe.runs.cli import user_errors
+from pe.runs.recipes import load_recipe
 from pe.train import build_accelerator, build_plan, fit
 
 RECIPE = ROOT / "recipes" / "tiny-instruct.yaml"

@@ -8,6 +8,7 @@ without CUDA graphs, which hold a second copy of the texts' keys and values.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -16,11 +17,11 @@ import torch
 from rich.console import Console
 
 from bench import records
-from bench.cases import CASES, VARIANTS, Case, Setting, default_cases, default_variants
-from bench.lengths import FIXED, Distribution, workload
+from bench.cases import CASES, VARIANTS, Case, Embedder, Setting, default_cases, default_variants
+from bench.lengths import FIXED, LEAST, Distribution, workload
 from bench.markdown import NOT_YET, grid, where
-from bench.step import TrainingStep, describe, parser, prepare
-from pe.model import PromptEmbedder
+from bench.step import describe, micro_batch_size, parser, prepare
+from pe.step import Step
 
 GIB = 2**30
 SIZES = (24, 80, 141)
@@ -28,8 +29,10 @@ MOST = 8192
 
 
 def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
-    """The largest number up to `most` that `fits`, to within an eighth of it; 0 where not even 1 does."""
-    low, high = 0, 1
+    """The largest number up to `most` that `fits`, to within an eighth of it; 0 where not even `LEAST` does."""
+    if not fits(LEAST):
+        return 0
+    low, high = LEAST, 2 * LEAST
     while high <= most and fits(high):
         low, high = high, 2 * high
     if high > most:
@@ -40,10 +43,11 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
     return low
 
 
-def batch_fits(step: TrainingStep, case: Case, distribution: Distribution, queries: int) -> bool:
-    """Whether a step of so many queries runs in the memory that is left."""
+def batch_fits(step: Step[Embedder], case: Case, distribution: Distribution, queries: int, parts: int = 1) -> bool:
+    """Whether a step of so many queries, in so many parts, runs in the memory that is left."""
     rows = queries * FIXED[distribution][1] if distribution in FIXED else queries
     load = workload(distribution, dataclasses.replace(case, queries=rows))
+    step.options = dataclasses.replace(step.options, micro_batch_size=micro_batch_size(load, parts))
     try:
         for batch, following in load.turns():
             step(batch, following)
@@ -51,7 +55,7 @@ def batch_fits(step: TrainingStep, case: Case, distribution: Distribution, queri
         return False
     finally:
         step.optimizer.zero_grad(set_to_none=True)
-        if step.device.type == "cuda":
+        if step.model.device.type == "cuda":
             torch.cuda.empty_cache()
     return True
 
@@ -73,13 +77,13 @@ def measure(
         load = workload(distribution, case)
         try:
             step = prepare(case, variant, load, setting)
-            if isinstance(step.model, PromptEmbedder):
-                step.model.use_graphs(False)
+            step.close()
         except torch.OutOfMemoryError:
             queries = 0
         else:
-            queries = largest(lambda count, step=step: batch_fits(step, case, distribution, count))  # type: ignore[misc]
-            del step
+            fits = functools.partial(batch_fits, step, case, distribution, parts=VARIANTS[variant].parts)
+            queries = largest(fits)
+            del fits, step
         torch.cuda.empty_cache()
         tokens = round(load.tokens * queries / len(load.batches[0].lengths[0]))
         own = {"variant": variant, "gib": gib, "queries": queries, "tokens": tokens}

@@ -6,6 +6,8 @@ A recipe's batches hold one data set each. So these distributions are timed: `fi
 instruction for LoRA to read; `long`, the same with a quarter of the texts, at 512 tokens; `real`, one batch of every
 data set, the mean weighted as the recipe draws them, with the instruction before LoRA's queries; `mixed`, one batch
 drawn from all data sets together.
+
+Texts have no labels; what is masked as a false negative are texts that came out alike.
 """
 
 from __future__ import annotations
@@ -20,15 +22,19 @@ from typing import Literal
 import torch
 
 from bench.cases import ROOT, Case
-from pe.batches import BatchPlan
-from pe.instruct_set import load_training_set
-from pe.loading import TextTokenizer, load_config, load_tokenizer
-from pe.model import Instruction, Requests
+from pe.data import batches
+from pe.data.batches import BatchPlan
+from pe.data.instruct_set import load_training_set
+from pe.losses import batch_requests
+from pe.method.loading import TextTokenizer, load_config, load_tokenizer
+from pe.model import Requests
 
 FILE = Path(__file__).parent / "lengths.json"
 FIXED = {"fixed": (128, 1), "long": (512, 4)}
 """Tokens of every text, and what the number of queries is divided by."""
 ROWS = 64
+LEAST = 2
+"""Queries of a batch: the positive of one is the negative of another, and without any nothing trains."""
 Distribution = Literal["fixed", "long", "real", "mixed"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("fixed", "long", "real", "mixed")
 
@@ -45,23 +51,22 @@ class SetLengths:
     documents: list[int]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Queries, then as many positives, as texts that `bench.cases.IdTokenizer` reads.
+@dataclass(frozen=True, kw_only=True)
+class Batch(batches.Batch):
+    """Queries and as many positives, as texts that `bench.cases.IdTokenizer` reads.
 
     Attributes:
-        requests: what a model embeds.
         weight: share of the batch in the distribution's mean.
         lengths: tokens of the queries and of the positives, instructions left out.
     """
 
-    requests: Requests
     weight: float
     lengths: tuple[list[int], list[int]]
 
     @property
-    def queries(self) -> int:
-        return len(self.lengths[0])
+    def requests(self) -> Requests:
+        """What a model embeds."""
+        return batch_requests(self)
 
     @property
     def tokens(self) -> int:
@@ -102,7 +107,7 @@ class Workload:
 
 def measure(recipe_file: Path) -> dict[str, object]:
     """Lengths of every data set's first batch under the recipe's templates, tokenizer and limit."""
-    from pe.recipes import load_recipe  # needs a package that batches do not
+    from pe.runs.recipes import load_recipe  # needs a package that batches do not
 
     recipe = load_recipe(recipe_file)
     name = recipe.model.backbone.model
@@ -143,21 +148,28 @@ def workload(distribution: Distribution, case: Case, sets: Sequence[SetLengths] 
         return " ".join(map(str, torch.randint(vocabulary, (count,), generator=generator).tolist()))
 
     def batch(weight: float, heads: tuple[int, int], lengths: tuple[list[int], list[int]]) -> Batch:
-        instructions = [Instruction(text(heads[0]), "query"), Instruction(text(heads[1]), "document")]
-        texts = [text(count) for side in lengths for count in side]
-        return Batch(Requests(texts, instructions, [0] * len(lengths[0]) + [1] * len(lengths[1])), weight, lengths)
+        instruction, document_instruction = map(text, heads)
+        queries, documents = ([text(count) for count in side] for side in lengths)
+        return Batch.unlabelled(
+            [instruction],
+            queries,
+            documents,
+            document_instruction=document_instruction,
+            weight=weight,
+            lengths=lengths,
+        )
 
     heads = (sets[0].instruction, sets[0].document_instruction)
     if distribution in FIXED:
         length, divisor = FIXED[distribution]
-        side = [length] * max(1, rows // divisor)
+        side = [length] * max(LEAST, rows // divisor)
         return Workload(distribution, [batch(1.0, heads, (side, side))], instructed=False)
     if distribution == "real":
-        batches = []
+        of_sets = []
         for item in sets:
             sides = (cycled(item.queries, rows), cycled(item.documents, rows))
-            batches.append(batch(item.weight, (item.instruction, item.document_instruction), sides))
-        return Workload("real", batches, instructed=True)
+            of_sets.append(batch(item.weight, (item.instruction, item.document_instruction), sides))
+        return Workload("real", of_sets, instructed=True)
     order = interleaved(sets, rows)
     drawn = ([sets[i].queries[n] for i, n in order], [sets[i].documents[n] for i, n in order])
     return Workload("mixed", [batch(1.0, heads, drawn)], instructed=True)

@@ -39,7 +39,7 @@ def several(count: int, what: str) -> str:
 
 
 def where(record: Record) -> str:
-    """Hardware, versions, commit and date of a record, in a sentence."""
+    """Hardware, versions, commit and date of a record, in a sentence, and what is no longer right about it."""
     on = hardware(record)
     if record.get("device", "cpu") == "cpu":
         on += f", {several(record['hardware']['threads'], 'thread')}"
@@ -48,7 +48,15 @@ def where(record: Record) -> str:
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
     if record["dirty"]:
         commit += " with changes"
-    return f"{on}; {dtype_of(record)}; {versions}; {commit}; {record['date'][:10]}"
+    return f"{on}; {dtype_of(record)}; {versions}; {commit}; {record['date'][:10]}" + (
+        f"; {remark}" if (remark := outdated(record)) else ""
+    )
+
+
+def outdated(record: Record) -> str:
+    """What was left out of the steps that a record timed; nothing of those that were timed as today."""
+    is_current = record.get("kind") not in ("step", "scaling") or record.get("protocol", 1) == records.PROTOCOL
+    return "" if is_current else "timed without masks, scheduler and checks; to be taken again"
 
 
 def machines(rows: Sequence[Record]) -> dict[str, Record]:

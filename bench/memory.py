@@ -27,7 +27,7 @@ from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases,
 from bench.lengths import Batch, Distribution, Workload, workload
 from bench.scaling import step_bytes
 from bench.step import describe, parser, prepare
-from pe.meters import INTERVAL, MIB, Sampler, device_used, give_back_freed, highest_resident, resident
+from pe.measure.meters import INTERVAL, MIB, Sampler, device_used, give_back_freed, highest_resident, resident
 
 MARK = "bench.memory: "
 

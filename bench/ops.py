@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.roofline import Cost
-from pe.flash import PACKAGES, Attend, package_attention, torch_attention
 from pe.kernels.context_attention import context_attention
 from pe.kernels.context_attention_torch import context_attention_ref
 from pe.kernels.info_nce import info_nce, info_nce_ref
 from pe.kernels.pool_normalize import Norm, pool_normalize, pool_normalize_ref
 from pe.kernels.prompt_rows import prompt_rows, prompt_rows_ref
 from pe.kernels.vocab_mixture import vocab_mixture, vocab_mixture_ref
+from pe.method.flash import PACKAGES, Attend, package_attention, torch_attention
 
 TEMPERATURE = 1 / 32  # a power of two: peers take q / temperature, which is exact then
 EPS = 1e-6

@@ -29,12 +29,12 @@ from bench.markdown import NOT_YET, grid, hardware, letters, origins
 from bench.plots import Panel, Series
 from bench.systems import FROZEN, SYSTEMS
 from pe.baselines.frozen import FrozenEncoder
-from pe.cli import user_errors
 from pe.config import Recipe
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
-from pe.loading import has_instructions, quiet
-from pe.recipes import load_recipe
+from pe.method.loading import has_instructions, quiet
+from pe.runs.cli import user_errors
+from pe.runs.recipes import load_recipe
 from pe.train import build_accelerator, build_plan, fit
 
 

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 RENDERED = ("bench/results", "bench/plots", "bench/tables", "BENCHMARKS.md")
 """What measuring and rendering write: a commit is clean whatever they hold."""
+PROTOCOL = 2
+"""How steps are taken: 2 as in `pe.train`; 1, in records without one, without masks, scheduler and checks."""
 PACKAGES = ("torch", "transformers", "peft", "triton", "mteb", "flash-attn", "flash-attn-3")
 Record = dict[str, Any]
 

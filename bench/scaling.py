@@ -25,14 +25,14 @@ import numpy as np
 import torch
 
 from bench import plots, records
-from bench.cases import CASES, VARIANTS, Case, Setting
-from bench.lengths import Batch, Workload
+from bench.cases import CASES, VARIANTS, Case, Embedder, Setting
+from bench.lengths import LEAST, Batch, Workload
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.plots import Panel, Series
 from bench.records import Record
-from bench.step import TrainingStep, prepare, time_rounds
-from pe.meters import ACTIVATIONS, FROZEN, MIB, LiveTensors, Phases
-from pe.model import Instruction, Requests
+from bench.step import prepare, time_rounds
+from pe.measure.meters import ACTIVATIONS, FROZEN, MIB, LiveTensors, Phases
+from pe.step import Step
 
 DEFAULT = "tiny"
 INSTRUCTION_TOKENS = 16
@@ -86,12 +86,19 @@ class Point:
         def text(tokens: int) -> str:
             return " ".join(map(str, torch.randint(case.vocabulary, (tokens,), generator=generator).tolist()))
 
-        asked = [Instruction(text(INSTRUCTION_TOKENS), "query") for _ in range(self.instructions)]
-        instructions = [*asked, Instruction(text(INSTRUCTION_TOKENS), "document")]
-        texts = [text(self.length) for _ in range(2 * self.queries)]
-        index = [n % self.instructions for n in range(self.queries)] + [self.instructions] * self.queries
+        *instructions, document_instruction = (text(INSTRUCTION_TOKENS) for _ in range(self.instructions + 1))
         side = [self.length] * self.queries
-        return Workload("scaling", [Batch(Requests(texts, instructions, index), 1.0, (side, side))], instructed=False)
+        queries, documents = ([text(count) for count in side] for _ in range(2))
+        batch = Batch.unlabelled(
+            instructions,
+            queries,
+            documents,
+            asked=[n % self.instructions for n in range(self.queries)],
+            document_instruction=document_instruction,
+            weight=1.0,
+            lengths=(side, side),
+        )
+        return Workload("scaling", [batch], instructed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +125,9 @@ class Axis:
 
 
 AXES = {
-    "batch": Axis(title="queries of a batch", field="queries", values=(1, 4, 16, 64, 256, 512), fixed={"length": 16}),
+    "batch": Axis(
+        title="queries of a batch", field="queries", values=(LEAST, 4, 16, 64, 256, 512), fixed={"length": 16}
+    ),
     "length": Axis(
         title="tokens of a text", field="length", values=(64, 128, 256, 512, 1024, 2048, 4096), fixed={"queries": 2}
     ),
@@ -134,22 +143,20 @@ AXES = {
 }
 
 
-def step_bytes(step: TrainingStep, batch: Batch) -> tuple[int, int]:
+def step_bytes(step: Step[Embedder], batch: Batch) -> tuple[int, int]:
     """Peak bytes of a step above the loaded model, and what autograd saved for its backward pass.
 
     For a step that was not taken before: the optimiser's state is made first and counted, as in every later step.
     """
-    device, on_gpu = step.device, step.device.type == "cuda"
+    device = step.model.device
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     live = LiveTensors({FROZEN: [*step.model.parameters(), *step.model.buffers()]}, step.parameters, Phases())
     with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor), live:
-        for parameter in step.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        step.optimizer.step()
-        step.optimizer.zero_grad(set_to_none=True)
-        step(batch)
+        step.start_optimizer()
+        step(batch, batch)
     found = live.footprint()
     peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else found.above
     return peak, max(found.bytes[ACTIVATIONS])
@@ -161,7 +168,7 @@ def key_value_bytes(case: Case, tokens: int, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * dtype.itemsize)
 
 
-def prepare_at(case: Case, variant: str, load: Workload, length: int, setting: Setting) -> TrainingStep:
+def prepare_at(case: Case, variant: str, load: Workload, length: int, setting: Setting) -> Step[Embedder]:
     """A variant that reads texts of `length` tokens, and instructions, whole."""
     step = prepare(case, variant, load, setting)
     model: Any = step.model
@@ -192,7 +199,7 @@ def measure(case: Case, point: Point, variants: Sequence[str], rounds: int, sett
     own, load = point.case(case), point.load(case)
     (batch,) = load.batches
     kv_bytes = key_value_bytes(own, batch.tokens, setting.dtype)
-    steps: dict[str, TrainingStep] = {}
+    steps: dict[str, Step[Embedder]] = {}
     found: dict[str, Record] = {}
     for name in variants:
         try:
@@ -237,6 +244,7 @@ def run(
             "axis": axis,
             "value": value,
             "mode": "train",
+            "protocol": records.PROTOCOL,
             "device": setting.device.type,
             "dtype": str(setting.dtype).removeprefix("torch."),
             "sizes": {**dataclasses.asdict(point), "tokens": 2 * point.queries * point.length, "rank": case.rank},

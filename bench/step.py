@@ -1,8 +1,8 @@
 """`python -m bench.step [--cases tiny small] [--distributions fixed long real mixed] [--variants ...] [--rounds N]`
 
-Time of one whole training step: a tokenised batch, loss, backward, clipping, AdamW. Every way to train sees the same
-backbone, texts, batch, type and loss. On a CPU they take turns round by round, so that a machine that slows down slows
-all; a GPU may hold one of them alone.
+Time of one whole training step, `pe.step.Step` as `pe.train` takes it: tokenising, the loss with its masks, backward,
+checks, clipping, AdamW and its schedule. Every way to train sees the same backbone, texts, batch, type and loss. On a
+CPU they take turns round by round, so that a machine that slows down slows all; a GPU may hold one of them alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from triton.errors import TritonError
 
 from bench import records
@@ -31,19 +30,15 @@ from bench.cases import (
     compile_parts,
     default_cases,
     default_variants,
-    trainable,
 )
 from bench.device import free, synchronise
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from bench.roofline import ROOFS
-from pe.ahead import ReadAhead
-from pe.kernels.info_nce import info_nce
-from pe.losses import cached_backward
-from pe.model import PromptEmbedder, Requests
+from pe.config import LossConfig, TrainConfig
+from pe.step import Step
 
 TEMPERATURE = 0.02
-CLIP_NORM = 1.0
 RATE = 1e-5
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 """Size of the matrix product whose rate stands for the hardware's."""
@@ -51,73 +46,34 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 """Passes over the batches before the clock: kernels are compiled, and the allocator knows the optimiser's state."""
 FAILURES = (RuntimeError, TritonError, subprocess.CalledProcessError)
 """What a model, a kernel or its compiler raises on a GPU, out of memory included."""
-Step = Callable[[Batch, Batch], object]
+Take = Callable[[Batch, Batch], object]
 """Takes a step on a batch, told which one follows."""
 
 
-class TrainingStep:
-    """One way to train, ready to take steps.
-
-    With `parts` above 1 representations are cached; with `ahead` texts are read a batch ahead. Not both.
-    """
-
-    def __init__(self, model: Embedder, setting: Setting, parts: int = 1, *, ahead: bool = False) -> None:
-        self.model, self.setting, self.device, self.parts = model.train(), setting, setting.device, parts
-        self.ahead: ReadAhead | None = None
-        if ahead:
-            assert isinstance(model, PromptEmbedder)
-            assert parts == 1
-            self.ahead = ReadAhead(model, lambda: setting.autocast)
-        self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=self.device.type == "cuda")
-
-    def __call__(self, batch: Batch, following: Batch | None = None) -> float:
-        """Take one step, wait until it is done, and return its loss.
-
-        Where texts are read ahead, those of the batch to follow (None: the same one) are read in the step too.
-        """
-        loss = self._backward(batch, following or batch)
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        synchronise(self.device)
-        return loss.item()
-
-    def _backward(self, batch: Batch, following: Batch) -> Tensor:
-        def embed(requests: Requests) -> Tensor:
-            if self.ahead is None:
-                return self.model(requests)[None]
-            embeddings = self.model(self.ahead.take(requests))
-            self.ahead.start(following.requests)
-            return embeddings[None]
-
-        def loss_of(embeddings: Tensor) -> Tensor:
-            queries, documents = embeddings[0, : batch.queries], embeddings[0, batch.queries :]
-            positive = torch.arange(batch.queries, device=self.device)
-            return info_nce(queries, documents, positive, temperature=TEMPERATURE)
-
-        if self.parts > 1:
-            size = -(-len(batch.requests.texts) // self.parts)
-            return cached_backward(embed, batch.requests, size, loss_of, lambda: self.setting.autocast, Tensor.backward)
-        with self.setting.autocast:
-            loss = loss_of(embed(batch.requests))
-        loss.backward()
-        return loss.detach()
-
-
-def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> TrainingStep:
-    """A variant with its optimiser; the same seed for all."""
+def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> Step[Embedder]:
+    """A variant, ready to take steps; the same seed for all."""
     torch.manual_seed(0)
     chosen = VARIANTS[variant]
     model = chosen.build(case, load.instructed, setting)
     if chosen.compiled:
         compile_parts(model.backbone.model)
-    if isinstance(model, PromptEmbedder):
-        model.use_graphs(chosen.graphs)
-    return TrainingStep(model, setting, chosen.parts, ahead=chosen.ahead)
+    options = TrainConfig(
+        lr=RATE,
+        warmup=0.0,
+        schedule="constant",  # there is no last step
+        micro_batch_size=micro_batch_size(load, chosen.parts),
+        cuda_graphs=chosen.graphs,
+        read_ahead=chosen.ahead,
+    )
+    return Step(model, LossConfig(temperature=TEMPERATURE), options, setting.accelerator)
 
 
-def time_rounds(steps: Mapping[str, Step], load: Workload, rounds: int) -> dict[str, list[float]]:
+def micro_batch_size(load: Workload, parts: int) -> int | None:
+    """Queries of each of so many parts of a batch; None for the whole."""
+    return None if parts == 1 else -(-len(load.batches[0].queries) // parts)
+
+
+def time_rounds(steps: Mapping[str, Take], load: Workload, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of a step for each round, the weighted mean over the batches.
 
     Where texts are read ahead, a step has its own small passes and the text pass of the batch after it.
@@ -143,6 +99,7 @@ def describe(case: Case, load: Workload, setting: Setting) -> records.Record:
         "case": case.name,
         "distribution": load.distribution,
         "mode": "train",
+        "protocol": records.PROTOCOL,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "device": setting.device.type,
         "sizes": {

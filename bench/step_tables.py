@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import records
 from bench.cases import BASELINE, CASES, MEASURED, VARIANTS
 from bench.lengths import DISTRIBUTIONS
-from bench.markdown import NOT_YET, gpu_line, grid, hardware, share, where
+from bench.markdown import NOT_YET, gpu_line, grid, hardware, outdated, share, where
 from bench.memory import above
 from bench.records import Record
 from bench.step import use, utilisation
@@ -144,4 +144,5 @@ def render_shares(folder: Path) -> str:
     ratios = [f"{name}: times as fast as {letter}" for name in CLAIMED.values() for letter in BASES.values()]
     table = grid(["", *ratios, *(f"{name}: memory, share of (a)" for name in CLAIMED.values())], rows)
     machines = [f"{machine}." for machine in dict.fromkeys(map(hardware, shown))]
-    return "\n\n".join([table, *machines] if rows else [NOT_YET])
+    remarks = [f"Steps: {remark}." for remark in dict.fromkeys(map(outdated, shown)) if remark]
+    return "\n\n".join([table, *machines, *remarks] if rows else [NOT_YET])

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 import torch
 
 from bench.cases import ALONE, BOTH, PREFIX
-from pe.backbone import Backbone
 from pe.baselines.common import Pooling, Templates
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
-from pe.batches import BatchPlan
 from pe.config import AlignmentConfig, LoraSettings, PrompterConfig, Recipe, TemplatesConfig
+from pe.data.batches import BatchPlan
 from pe.integrations.mteb import TextEncoder
 from pe.losses import instructions_of
+from pe.method.backbone import Backbone
 from pe.model import PromptEmbedder
-from pe.train import Trainable
+from pe.step import Trainable
 
 
 class System(Trainable, TextEncoder, Protocol):

@@ -20,7 +20,7 @@ from bench.encoding import (
     systems,
 )
 from pe.baselines.frozen import FrozenEncoder
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECIPE = ROOT / "recipes" / "tiny.yaml"

@@ -22,7 +22,7 @@ from bench.quality import with_train
 from bench.records import Record
 from bench.systems import SYSTEMS
 from pe.config import Recipe
-from pe.loading import quiet
+from pe.method.loading import quiet
 from pe.saving import read_config
 from pe.train import build_accelerator, build_plan, fit, measurer
 from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pe.config import Recipe
 from pe.evaluate import Scores
+from pe.measure.spread import Spread
 from pe.model import PromptEmbedder
-from pe.spread import Spread
 
 
 def shown(name: str) -> str:

@@ -152,8 +152,8 @@ class ModelConfig:
     """weighted: the mean of the frozen text states, in which each token has a learned weight, goes around the soft
     prompt, through a trained D x D matrix, into the embedding (suffix)."""
     lens_rank: int = 0
-    """R, the directions of an embedding that its instruction may turn round, by the hidden states that wrote its prompt
-    (see `pe/lens.py`); 0: none."""
+    """R, the directions of an embedding that its instruction may turn round, by the hidden state that began its prompt
+    (suffix, see `pe/method/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and
     reported. Instructions are always read whole."""
@@ -167,6 +167,7 @@ class ModelConfig:
         if self.layout == "prefix":
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
             _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
+            _require(self.lens_rank == 0, "lens_rank", "0 in the prefix layout", self.lens_rank)
         _require(self.skip in get_args(Skip), "skip", f"one of {', '.join(get_args(Skip))}", self.skip)
         _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
@@ -184,7 +185,7 @@ class DatasetConfig:
     """Instruction of the documents; null: the same as the queries'."""
     instruct: str | None = None
     """File of tasks that contradict each other, in place of `instruction`: rows then have both sides of a contradiction
-    (see `pe/instruct.py`), and wordings are drawn from the file."""
+    (see `pe/data/instruct.py`), and wordings are drawn from the file."""
     weight: float = 1.0
     """Share of the training batches, relative to the other sets."""
     query_template: str = "{text}"
@@ -241,8 +242,6 @@ class LossConfig:
     a data set has one; 0: none."""
     mask_false_negatives: bool = True
     """Leave out in-batch documents with the query's label, its own text or its positive's, and its other positives."""
-    stepwise: bool = False
-    """Mean of the losses after k = 1..K soft tokens (suffix layout)."""
     matryoshka: tuple[int, ...] = ()
     """Further embedding sizes to train; each is cut, normalised and weighted equally."""
 
@@ -327,13 +326,15 @@ class EvaluateConfig:
     """What a run is scored on."""
 
     tasks: tuple[str, ...] = ()
-    """Names of `pe.tasks` or of MTEB; none: no scores."""
+    """Names of `pe.data.tasks` or of MTEB; none: no scores."""
     data: str = "data"
     """Folder of the offline tasks' files."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Query-side instruction of a task, where it differs from the task's own."""
     batch_tokens: int = 16_384
     """Tokens that the backbone reads at once, at most; a longer text is read alone."""
+    before: bool = True
+    """In `pe.train`: score the frozen backbone and the untrained embedder, too."""
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, "evaluate.batch_tokens", "at least 1", self.batch_tokens)
@@ -353,10 +354,6 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-    def __post_init__(self) -> None:
-        stepwise_ok = not self.loss.stepwise or self.model.layout == "suffix"
-        _require(stepwise_ok, "loss.stepwise", "false in the prefix layout", self.loss.stepwise)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -22,11 +22,20 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from pe.cli import user_errors
 from pe.config import Dtype
-from pe.loading import quiet
+from pe.data.records import (
+    DataError,
+    Record,
+    RecordError,
+    braced,
+    check_string,
+    check_unicode,
+    jsonl_records,
+    read_lines,
+)
+from pe.method.loading import quiet
 from pe.model import PromptEmbedder
-from pe.records import DataError, Record, RecordError, braced, check_string, check_unicode, jsonl_records, read_lines
+from pe.runs.cli import user_errors
 
 Embeddings = npt.NDArray[np.float32]
 

@@ -1,7 +1,7 @@
 """Score an embedder on tasks of mteb, and on instructions that contradict each other: `python -m pe.evaluate MODEL`.
 
-Scores are mteb's main score of a task, or the share of right answers (see `pe.instruct_score`), times 100. Nothing is
-read from mteb's cache of results nor written to it. The random states of Python, NumPy and torch are the same after
+Scores are mteb's main score of a task, or the share of right answers (see `pe.data.instruct_score`), times 100. Nothing
+is read from mteb's cache of results nor written to it. The random states of Python, NumPy and torch are the same after
 scoring as before, so a training run may score on its way.
 """
 
@@ -27,7 +27,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pe.config import Dtype, nearest
-from pe.instruct_score import (
+from pe.data.instruct_score import (
     INSTRUCT,
     INSTRUCT_METRIC,
     INSTRUCT_TASKS,
@@ -37,8 +37,8 @@ from pe.instruct_score import (
     read_set,
     rights,
 )
-from pe.records import DataError
-from pe.tasks import TASKS, EvaluationError, available, offline_task
+from pe.data.records import DataError
+from pe.data.tasks import TASKS, EvaluationError, available, offline_task
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
     from mteb.abstasks.abstask import AbsTask
@@ -151,7 +151,7 @@ def score(
 
     Args:
         encoder: see `pe.integrations.mteb.TextEncoder`.
-        tasks: names; none: every task of `pe.tasks` and `pe.instruct_score` whose files are in `data`.
+        tasks: names; none: every task of `pe.data.tasks` and `pe.data.instruct_score` whose files are in `data`.
         data: folder of the offline tasks.
         instructions: sentences that replace a task's own: by task name for queries and for tasks without sides, by
             `NAME-document` for documents.
@@ -273,7 +273,7 @@ def _load_from_hub(task: AbsTask) -> None:
         except OSError as error:
             raise EvaluationError(
                 f"{task.metadata.name}: its data could not be loaded from the Hugging Face hub: {error}\n"
-                "Tasks that need no hub: see --data and pe.tasks."
+                "Tasks that need no hub: see --data and pe.data.tasks."
             ) from error
 
 
@@ -324,7 +324,7 @@ def load_encoder(
     Raises:
         ValueError, OSError: no such device, or see `PromptEmbedder.from_pretrained`.
     """
-    from pe.loading import usable_device
+    from pe.method.loading import usable_device
     from pe.model import PromptEmbedder
 
     found = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

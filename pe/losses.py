@@ -1,6 +1,6 @@
 """Contrastive loss of a batch, and its gradient with as little memory as asked for.
 
-Legend: S soft-token steps (1, or K for the step-wise loss), B queries, N documents, D embedding size.
+Legend: B queries, N documents, D embedding size.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from pe.batches import Batch, BatchPlan
 from pe.config import LossConfig
+from pe.data.batches import Batch, BatchPlan
 from pe.kernels.info_nce import info_nce
-from pe.packing import to_device
-from pe.requests import Instruction, Requests
+from pe.method.packing import to_device
+from pe.method.requests import Instruction, Requests
 
 Embed = Callable[[Requests], Tensor]
-"""Requests -> embeddings `[S, B + N, D]`."""
+"""Requests -> embeddings `[B + N, D]`."""
 
 
 def batch_requests(batch: Batch) -> Requests:
@@ -44,10 +44,10 @@ def instructions_of(plan: BatchPlan) -> list[Instruction]:
 
 
 def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accelerator: Accelerator) -> Tensor:
-    """Mean InfoNCE over steps and embedding sizes, scalar float32.
+    """Mean InfoNCE over embedding sizes, scalar.
 
     Args:
-        embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
+        embeddings: `[B + N, D]` of `batch_requests(batch)`.
         batch: this process's rows; the documents of all processes are negatives of every query.
         config: temperature, masks, Matryoshka sizes.
         accelerator: knows the other processes.
@@ -67,7 +67,7 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
     )
     labels = torch.where(labels < 0, query_ids, labels)  # another positive of a query is none of its negatives
     document_labels = document_labels.index_put((torch.arange(count, device=device), sides), labels)
-    queries, documents, first = embeddings[:, :count].transpose(0, 1), embeddings[:, count:].transpose(0, 1), 0
+    queries, documents, first = embeddings[:count], embeddings[count:], 0
     if accelerator.num_processes > 1:
         documents, first = gather_rows(documents, accelerator)
         ids, _ = gather_rows(ids, accelerator)
@@ -77,21 +77,19 @@ def contrastive_loss(embeddings: Tensor, batch: Batch, config: LossConfig, accel
     losses = []
     for side, labels_of_side in enumerate(document_labels.unbind(1)):
         own = to_device(torch.from_numpy(np.flatnonzero(batch.sides == side)), device)
-        for step in range(embeddings.shape[0]):
-            for width in (size, *config.matryoshka):
-                q, d = (cut(x[:, step], width) for x in (queries, documents))
-                losses.append(
-                    info_nce(
-                        q[own],
-                        d,
-                        positive[own],
-                        temperature=config.temperature,
-                        query_ids=query_ids[own] if masked else None,
-                        doc_ids=ids if masked else None,
-                        query_labels=labels[own] if masked else None,
-                        doc_labels=labels_of_side.contiguous() if masked else None,
-                    )
-                )
+        losses += [
+            info_nce(
+                cut(queries[own], width),
+                cut(documents, width),
+                positive[own],
+                temperature=config.temperature,
+                query_ids=query_ids[own] if masked else None,
+                doc_ids=ids if masked else None,
+                query_labels=labels[own] if masked else None,
+                doc_labels=labels_of_side.contiguous() if masked else None,
+            )
+            for width in (size, *config.matryoshka)
+        ]
     return torch.stack(losses).mean()
 
 
@@ -102,7 +100,7 @@ def counterpart_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Te
     subject decides, and what an instruction changes is hardly learned.
 
     Args:
-        embeddings: `[S, B + N, D]` of `batch_requests(batch)`.
+        embeddings: `[B + N, D]` of `batch_requests(batch)`.
         batch: whose `counterparts` are not -1 where there is one.
         temperature: what cosine similarities are divided by.
     """
@@ -111,7 +109,7 @@ def counterpart_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Te
         return embeddings.new_zeros(())
     count, device = len(batch.queries), embeddings.device
     queries, right, wrong = (
-        embeddings[:, to_device(torch.from_numpy(rows), device)]
+        embeddings[to_device(torch.from_numpy(rows), device)]
         for rows in (places, count + places, count + batch.counterparts[places])
     )
     return F.softplus((queries * (wrong - right)).sum(-1) / temperature).mean()
@@ -205,8 +203,8 @@ def cached_backward(
     3. embed every part again, with gradient and the same random state, and hand that gradient on.
 
     Args:
-        embed: requests to embeddings `[S, B, D]`.
-        requests: B texts.
+        embed: requests to embeddings, a row a text.
+        requests: the texts.
         size: texts of a part.
         loss_of: scalar loss of the embeddings of all requests.
         autocast: a new context of the step's precision.
@@ -218,7 +216,7 @@ def cached_backward(
         states.append(random_state())
         with torch.no_grad(), autocast():
             cached.append(embed(requests.part(part)))
-    embeddings = torch.cat(cached, dim=1).requires_grad_()
+    embeddings = torch.cat(cached).requires_grad_()
     with autocast():  # 2
         loss = loss_of(embeddings)
     (gradient,) = torch.autograd.grad(loss, embeddings)
@@ -227,7 +225,7 @@ def cached_backward(
         set_random_state(state)
         with autocast():
             again = embed(requests.part(part))
-        backward((again * gradient[:, part.start : part.stop]).sum())
+        backward((again * gradient[part.start : part.stop]).sum())
     set_random_state(after)
     return loss.detach()
 

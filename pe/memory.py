@@ -27,13 +27,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pe.batches import Batch
-from pe.cli import user_errors
 from pe.config import Recipe, RecipeError
-from pe.footprint import SYSTEMS, System, TrainingStep, estimate, heaviest_batch, load, longest_batch
-from pe.loading import quiet
-from pe.losses import batch_requests
-from pe.meters import (
+from pe.data.batches import Batch
+from pe.data.records import DataError
+from pe.measure.footprint import SYSTEMS, MeteredStep, System, estimate, heaviest_batch, load, longest_batch
+from pe.measure.meters import (
     CATEGORIES,
     INTERVAL,
     MIB,
@@ -48,8 +46,9 @@ from pe.meters import (
     process_used,
     resident,
 )
-from pe.recipes import load_recipe
-from pe.records import DataError
+from pe.method.loading import quiet
+from pe.runs.cli import user_errors
+from pe.runs.recipes import load_recipe
 from pe.train import DEFAULT_RECIPE, build_accelerator
 
 Record = dict[str, Any]
@@ -109,7 +108,7 @@ def measure(recipe: Recipe, system: System, batch: Batch, steps: int, interval: 
     """
     device = build_accelerator(recipe).device
     torch.manual_seed(recipe.train.seed)
-    step = TrainingStep(load(recipe, system, device), recipe)
+    step = MeteredStep(load(recipe, system, device), recipe)
     give_back_freed()
     on_gpu = device.type == "cuda"
     source, read = device_used(device) if on_gpu else resident()
@@ -123,7 +122,7 @@ def measure(recipe: Recipe, system: System, batch: Batch, steps: int, interval: 
     with Sampler(read, interval, step.phases) as sampler:
         for _ in range(steps):
             started = time.perf_counter()
-            step(batch)
+            taken = step(batch)
             seconds.append(time.perf_counter() - started)
     peak = max(sampler.highest, read())
     if not on_gpu and highest_resident() > highest_before:
@@ -137,7 +136,7 @@ def measure(recipe: Recipe, system: System, batch: Batch, steps: int, interval: 
     return {
         "dtype": str(step.model.backbone.dtype).removeprefix("torch."),
         "autocast": step.accelerator.mixed_precision,
-        "tokens": sum(map(len, step.model.tokenize(batch_requests(batch)))),
+        "tokens": taken.tokens,
         "step_seconds": round(sorted(seconds)[len(seconds) // 2], 4),
         "interval_ms": 1000 * interval,
         "longest_gap_ms": round(1000 * sampler.longest_gap, 1),

@@ -12,24 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pe.alignment import AlignedPrompts, Alignment, build_alignment
-from pe.backbone import Backbone
-from pe.captured import Captured
 from pe.config import Dtype, ModelConfig
-from pe.lens import Lens
-from pe.loading import Filled
-from pe.prompt_bank import PromptBank
-from pe.prompted import PromptedEmbedder
-from pe.prompting import PromptingLLM, SoftPrompts
-from pe.requests import Instruction, Requests, Side, Texts, Truncation
+from pe.method.alignment import AlignedPrompts, Alignment, build_alignment
+from pe.method.backbone import Backbone
+from pe.method.captured import Captured
+from pe.method.lens import Lens
+from pe.method.loading import Filled
+from pe.method.prompt_bank import PromptBank
+from pe.method.prompted import PromptedEmbedder
+from pe.method.prompting import PromptingLLM, SoftPrompts
+from pe.method.requests import Instruction, Requests, Side, Texts, Truncation
+from pe.method.skip import WeightedSkip
+from pe.method.turns import in_turn
 from pe.saving import Parts, find, read, write
-from pe.skip import WeightedSkip
-from pe.turns import in_turn
 
 __all__ = ["Instruction", "PromptEmbedder", "Requests", "Side", "Texts", "Truncation"]
 
-MOST_WRITTEN = 256
-"""Sets of prompts of a frozen prompting LLM that are kept."""
+MOST_WRITTEN = 1024
+"""Prompts of a frozen prompting LLM that are kept."""
 
 
 class PromptEmbedder(PromptedEmbedder):
@@ -62,7 +62,7 @@ class PromptEmbedder(PromptedEmbedder):
         hidden = prompter.hidden_size
         super().__init__(config, writers, backbone, hidden=hidden, skip=skip, lens=lens, instructions=instructions)
         self.name = "PromptEmbedder"
-        self._frozen: PromptBank[tuple[tuple[int, ...], ...], SoftPrompts] = PromptBank(MOST_WRITTEN)
+        self._frozen: PromptBank[tuple[int, ...], SoftPrompts] = PromptBank(MOST_WRITTEN)
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
@@ -129,11 +129,12 @@ class PromptEmbedder(PromptedEmbedder):
 
     @torch.no_grad()
     def _write_frozen(self, ids: list[list[int]]) -> SoftPrompts:
-        """What a frozen prompting LLM writes: once, unless it depends on texts or is drawn."""
+        """What a frozen LLM writes: each prompt once and by itself, unless it depends on texts or is drawn."""
         if self.config.conditioning != "instruction" or (self.training and self.prompter.has_dropout):
             written: SoftPrompts = self.prompter(ids)
             return written
-        return self._frozen.get([tuple(map(tuple, ids))], [self.prompter], self.prompter)[0]
+        prompts = self._frozen.get(list(map(tuple, ids)), [self.prompter], lambda row: self.prompter([row]))
+        return SoftPrompts(torch.cat([p.tokens for p in prompts]), torch.cat([p.hidden for p in prompts]))
 
     # Saving and loading.
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pe.cli import user_errors
-from pe.gguf import load_gguf
-from pe.loading import check_weights, quiet
+from pe.method.gguf import load_gguf
+from pe.method.loading import check_weights, quiet
+from pe.runs.cli import user_errors
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 """Files of a fetched model, README.md last."""

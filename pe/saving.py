@@ -24,14 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from pe.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
-from pe.backbone import Backbone
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
-from pe.files import exchange
-from pe.gguf import is_gguf
-from pe.instructions import as_prompts, trained_instructions
-from pe.lens import Lens
-from pe.loading import (
+from pe.data.instructions import as_prompts, trained_instructions
+from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
+from pe.method.backbone import Backbone
+from pe.method.gguf import is_gguf
+from pe.method.lens import Lens
+from pe.method.loading import (
     TextTokenizer,
     check_weights,
     checkpoint_files,
@@ -40,8 +39,9 @@ from pe.loading import (
     has_content,
     load_pretrained,
 )
-from pe.prompting import PromptingLLM
-from pe.skip import WeightedSkip, build_skip
+from pe.method.prompting import PromptingLLM
+from pe.method.skip import WeightedSkip, build_skip
+from pe.runs.files import exchange
 
 FORMAT = 1
 NEEDED = {"model": (), "backbone": ("name", "revision", "included"), "alignment": ("shared_tokens", "residual")}
@@ -230,7 +230,7 @@ def read(
         ValueError: another format, a damaged file, a backbone or a base of the prompting LLM whose content differs from
             the one trained on, or a `prompter` for a prompting LLM that is whole in the folder.
     """
-    from pe.recipes import model_config_from_dict  # its parser is a package that training steps do without
+    from pe.runs.recipes import model_config_from_dict  # its parser is a package that training steps do without
 
     saved = read_config(path)
     config = model_config_from_dict(saved["model"], str(path / "config.json"))
@@ -267,7 +267,7 @@ def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
         ValueError: no sentences by name.
     """
     if "instructions" not in saved:
-        from pe.recipes import load_recipe
+        from pe.runs.recipes import load_recipe
 
         try:
             return trained_instructions(load_recipe(path / "recipe.yaml").data)

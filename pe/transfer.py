@@ -24,23 +24,23 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from pe.alignment import build_alignment
-from pe.backbone import Backbone
-from pe.batches import BatchPlan
 from pe.card import model_card
-from pe.cli import user_errors
 from pe.config import ModelConfig, Recipe, RecipeError, to_dict
+from pe.data.batches import BatchPlan
 from pe.evaluate import Scores, comparison
-from pe.files import write_text
-from pe.loading import quiet
 from pe.losses import batch_requests
+from pe.method.alignment import build_alignment
+from pe.method.backbone import Backbone
+from pe.method.loading import quiet
+from pe.method.skip_start import fit_skip
 from pe.model import PromptEmbedder
-from pe.recipes import load_recipe, write_yaml
-from pe.runs import RunFolder, differences, flatten
-from pe.skip_start import fit_skip
+from pe.runs.cli import user_errors
+from pe.runs.files import write_text
+from pe.runs.folder import RunFolder, differences, flatten
+from pe.runs.recipes import load_recipe, write_yaml
+from pe.step import TrainingError
 from pe.train import (
     History,
-    TrainingError,
     build_accelerator,
     build_plan,
     check_evaluation,

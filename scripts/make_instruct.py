@@ -2,8 +2,8 @@
 
     python scripts/make_instruct.py data/
 
-Every row is a query with both sides of a contradiction, as `pe/instruct.py` reads it. Choices are hashes of the texts
-themselves, so the same sets and xz library give the same bytes, and a row depends on no other row.
+Every row is a query with both sides of a contradiction, as `pe/data/instruct.py` reads it. Choices are hashes of the
+texts themselves, so the same sets and xz library give the same bytes, and a row depends on no other row.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from pe.instruct import letters, read_instructions, read_rows
-from pe.records import read_jsonl
+from pe.data.instruct import letters, read_instructions, read_rows
+from pe.data.records import read_jsonl
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -137,7 +137,7 @@ def row(query: str, **sides: Row) -> Row:
 
 
 def side(right: str, wrong: list[str], shared: str | None = None, other: str | None = None) -> Row:
-    """A side with its positive, its negatives and, where positives have some, the labels of `pe/instruct.py`."""
+    """A side with its positive, its negatives and, where positives have some, the labels of `pe/data/instruct.py`."""
     labels = {"shared_label": shared, "other_label": other} if shared and other else {}
     return {"positive": right, "negatives": wrong, **labels}
 

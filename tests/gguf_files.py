@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-from pe.alignment import byte_alphabet
+from pe.method.alignment import byte_alphabet
 
 WIDTH, HIDDEN, LAYERS, HEADS, GROUPS = 32, 48, 2, 4, 2
 SHAPES = {

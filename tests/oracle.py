@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pe.alignment import LinearAlignment
+from pe.method.alignment import LinearAlignment
+from pe.method.rms_norm import stock_norms
 from pe.model import PromptEmbedder, Requests
-from pe.rms_norm import stock_norms
 
 
 def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from pe.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters
 from pe.config import LoraSettings
+from pe.method.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters
 from tests.test_reader import embedder
 from tests.tiny import decoder
 

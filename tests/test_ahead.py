@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.ahead import ReadAhead
-from pe.attention import KeyValues
-from pe.backbone import Backbone, Pool
-from pe.captured import Captured
 from pe.config import Recipe
+from pe.method.ahead import ReadAhead
+from pe.method.attention import KeyValues
+from pe.method.backbone import Backbone, Pool
+from pe.method.captured import Captured
 from pe.model import PromptEmbedder, Requests
 from pe.train import fit
 from tests.test_captured import LONGER, OPTIONS, Recorder
@@ -47,17 +47,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("pooling", ["mean_prompt", "last"])
 def test_read_texts_embed_alike(skip: str, pooling: str) -> None:
     model = build("qwen3", layout="suffix", pooling=pooling, reader="activated_lora", skip=skip)
-    for forward in (model, model.stepwise):
-        expected, out = forward(LONGER), forward(model.read_texts(LONGER))
-        assert torch.equal(out, expected)
-        right = gradients(model, expected)
-        for name, gradient in gradients(model, out).items():
-            assert torch.equal(gradient, right[name]), name
+    expected, out = model(LONGER), model(model.read_texts(LONGER))
+    assert torch.equal(out, expected)
+    right = gradients(model, expected)
+    for name, gradient in gradients(model, out).items():
+        assert torch.equal(gradient, right[name]), name
 
 
 def test_texts_in_parts_embed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU reads a large batch in parts and pools the states of each; read ahead, all of them at once."""
-    monkeypatch.setattr("pe.backbone.CPU_TOKENS", 16)
+    monkeypatch.setattr("pe.method.backbone.CPU_TOKENS", 16)
     model = build("qwen3", **OPTIONS, skip="weighted")
     expected, out = model(LONGER), model(model.read_texts(LONGER))
     assert relative_error(out, expected) < 1e-6
@@ -128,14 +127,12 @@ def test_with_recorded_passes() -> None:
     assert found[0].unique().numel() == len(batches)
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_training_is_the_same(recipe: Recipe, stepwise: bool, reads: list[int]) -> None:
+def test_training_is_the_same(recipe: Recipe, reads: list[int]) -> None:
     found = []
     for on in (False, True):
         changed = dataclasses.replace(
             recipe,
             train=dataclasses.replace(recipe.train, read_ahead=on, save_every=recipe.train.steps),
-            loss=dataclasses.replace(recipe.loss, stepwise=stepwise),
         )
         model = new_model(changed)
         reads.clear()

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe.alignment import (
+from pe.config import AlignmentConfig, PrompterConfig
+from pe.method.alignment import (
     AlignmentReport,
     LinearAlignment,
     VocabularyAlignment,
@@ -20,9 +21,8 @@ from pe.alignment import (
     shared_tokens,
     token_bytes,
 )
-from pe.backbone import Backbone
-from pe.config import AlignmentConfig, PrompterConfig
-from pe.prompting import PromptingLLM
+from pe.method.backbone import Backbone
+from pe.method.prompting import PromptingLLM
 from tests.tiny import byte_tokenizer, decoder, language_model
 
 REQUESTS = [[5, 6, 7], [9, 8]]

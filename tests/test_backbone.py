@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from pe import attention, loading
-from pe.attention import AttentionPlan
-from pe.backbone import Backbone, position_limit
 from pe.config import BackboneConfig, LoraSettings
-from pe.final_norm import find_final_norm
-from pe.loading import rounded
-from pe.packing import Segments, pack
-from pe.probes import UnsupportedBackbone
+from pe.method import attention, loading
+from pe.method.attention import AttentionPlan
+from pe.method.backbone import Backbone, position_limit
+from pe.method.final_norm import find_final_norm
+from pe.method.loading import rounded
+from pe.method.packing import Segments, pack
+from pe.method.probes import UnsupportedBackbone
 from tests.tiny import SIZES, VOCABULARY, byte_tokenizer, decoder, randomise
 
 WINDOWED = SIZES | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -414,7 +414,7 @@ def test_a_hub_backbone_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch)
         model.config._commit_hash = "0123abcd"
         return model, byte_tokenizer()
 
-    monkeypatch.setattr("pe.backbone.load_pretrained", load)
+    monkeypatch.setattr("pe.method.backbone.load_pretrained", load)
     for branch in (None, "main"):
         config = BackboneConfig(model="owner/name", revision=branch)
         assert Backbone.from_pretrained(config, torch.device("cpu")).revision == "0123abcd"
@@ -423,7 +423,7 @@ def test_a_hub_backbone_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch)
 def test_texts_read_in_parts_are_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = backbone("qwen3"), random_texts(3, 4, 4, 9)
     whole = model.read(texts)
-    monkeypatch.setattr("pe.backbone.CPU_TOKENS", 7)
+    monkeypatch.setattr("pe.method.backbone.CPU_TOKENS", 7)
     parts = model.read(texts)
     assert parts.segments.lengths == whole.segments.lengths == (3, 4, 4, 9)
     for ours, theirs in zip(parts.layers, whole.layers, strict=True):

@@ -15,7 +15,7 @@ import yaml
 from pe import encode, evaluate, memory, train, transfer
 from pe.config import DatasetConfig, EvaluateConfig, RecipeError
 from pe.model import Instruction, PromptEmbedder
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from tests.test_exactness import build
 
 AS_TYPED = [

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe.backbone import Backbone
 from pe.baselines.common import BARE, Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
@@ -19,6 +18,7 @@ from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder, StaticPrompts
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig
 from pe.kernels.info_nce import info_nce
+from pe.method.backbone import Backbone
 from pe.model import Instruction, Requests
 from tests.tiny import PLAIN, byte_tokenizer, decoder
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ from bench import (
     transfer,
 )
 from bench import test_step as benchmarked
-from bench.cases import CASES, VARIANTS, Case, IdTokenizer, Setting, Shape, default_variants, trainable
+from bench.cases import CASES, VARIANTS, Case, Embedder, IdTokenizer, Setting, Shape, default_variants
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Distribution, SetLengths, workload
 from bench.systems import FROZEN, SYSTEMS
+from pe import losses
+from pe import step as stepping
 from pe.baselines.lora import LoraEmbedder
 from pe.model import PromptEmbedder, Requests
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
+from pe.step import Step
 from pe.train import build_plan, train
 from tests.test_train import write_recipe
 
@@ -79,7 +83,7 @@ def test_workloads_are_the_same_for_everyone(distribution: Distribution) -> None
     for batch in load.batches:
         ids = IdTokenizer()(list(batch.requests.texts))["input_ids"]
         assert [len(row) for row in ids] == [*batch.lengths[0], *batch.lengths[1]]
-        assert len(ids) == 2 * batch.queries == 6
+        assert len(ids) == 2 * len(batch.queries) == 6
         assert max(map(max, ids)) < TOY.vocabulary == 64
 
 
@@ -112,9 +116,8 @@ def test_a_step_trains_the_same_loss(variant: str) -> None:
     load = workload("real", TOY)
     taken = step.prepare(TOY, variant, load, CPU)
     before = [parameter.detach().clone() for parameter in taken.parameters]
-    assert taken(load.batches[0]) > 0
+    assert taken(load.batches[0]).loss > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, taken.parameters, strict=True))
-    assert taken.parameters == trainable(taken.model)
     assert isinstance(taken.model, LoraEmbedder if "lora" in variant else PromptEmbedder)
     backbone = dict(taken.model.backbone.model.named_parameters())
     assert all(".lora." in name or ".reader." in name for name, p in backbone.items() if p.requires_grad)
@@ -122,14 +125,15 @@ def test_a_step_trains_the_same_loss(variant: str) -> None:
 
 def test_the_forms_of_lora_take_the_same_step() -> None:
     load = workload("real", TOY)
-    losses = []
+    found = []
     for form in ("lora-padded", "lora-checkpointed", "lora-packed", "lora-cached"):
         taken = step.prepare(TOY, form, load, CPU)
-        taken.model.eval()
-        losses.append(taken(load.batches[1]))
-        losses.append(taken(load.batches[1]))
-    assert losses[::2] == pytest.approx([losses[0]] * 4, rel=1e-4)
-    assert losses[1::2] == pytest.approx([losses[1]] * 4, rel=1e-4)
+        for part in taken.model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        found += [taken(load.batches[1]).loss for _ in range(2)]
+    assert found[::2] == pytest.approx([found[0]] * 4, rel=1e-4)
+    assert found[1::2] == pytest.approx([found[1]] * 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lora-packed-compiled", "pe-suffix-weighted-compiled"])
@@ -147,11 +151,38 @@ def test_compiled_parts_take_the_same_step(name: str, monkeypatch: pytest.Monkey
     load = workload("real", TOY)
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         expected, taken = (step.prepare(TOY, way, load, CPU) for way in (name.removesuffix("-compiled"), name))
-        losses = [[way(batch) for batch in load.batches * 2] for way in (expected, taken)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        found = [[way(batch).loss for batch in load.batches * 2] for way in (expected, taken)]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert len(compiled) == 2 * (1 + 4) + 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("variant", ["lora-packed", "lora-cached", "pe-suffix", "pe-suffix-weighted-ahead"])
+def test_a_timed_step_is_one_of_training(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tokenises each text once, masks what is no negative, checks, and moves the schedule on."""
+    load = workload("real", TOY)
+    taken, given, masks, checks = step.prepare(TOY, variant, load, CPU), list[int](), list[Any](), list[int]()
+    tokenizer, loss, check = taken.model.backbone.text_tokenizer, losses.info_nce, stepping.check
+
+    def tokenize(texts: Sequence[str], **options: Any) -> list[list[int]]:
+        given.append(len(texts))
+        return tokenizer(texts, **options)
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+        masks.append(options["query_ids"])
+        return loss(*arguments, **options)
+
+    monkeypatch.setattr(taken.model.backbone, "text_tokenizer", tokenize)
+    monkeypatch.setattr(losses, "info_nce", noted)
+    monkeypatch.setattr(stepping, "check", lambda loss, parts, done: checks.append(done) or check(loss, parts, done))
+    for batch, following in load.turns():
+        taken(batch, following)
+    reads_ahead, instructions = taken.ahead is not None, len(load.batches) * ("lora" in variant)
+    assert sum(given) == 6 * (len(load.batches) + reads_ahead) + instructions
+    assert [rows.tolist() for rows in masks] == [batch.query_ids.tolist() for batch in load.batches]
+    assert checks == [0, 1]
+    assert taken.done == 2
 
 
 def test_turns_rotate() -> None:
@@ -165,7 +196,7 @@ def test_turns_rotate() -> None:
 def test_a_variant_that_fails_is_a_row(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, whole = workload("fixed", TOY), step.prepare
 
-    def prepare(case: Case, variant: str, *others: Any) -> step.TrainingStep:
+    def prepare(case: Case, variant: str, *others: Any) -> Step[Embedder]:
         if variant == "lora-padded":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         if variant == "lora-packed":
@@ -215,7 +246,7 @@ def test_texts_are_read_whole(distribution: Distribution, variant: str) -> None:
 
 def test_cut_texts_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "MAX_LENGTH", 511)
-    with pytest.raises(RuntimeError, match="pe-suffix, long: expected texts that are read whole, got 2 cut ones"):
+    with pytest.raises(RuntimeError, match="pe-suffix, long: expected texts that are read whole, got 4 cut ones"):
         list(step.measure(TOY, workload("long", TOY), ["pe-suffix"], 1, CPU, in_turns=True))
 
 
@@ -464,8 +495,22 @@ def test_a_run_that_was_cut_short_takes_no_row_away(results: Path, monkeypatch: 
     assert shown() == [[3.0, 3.0], [4.0], [4.0, 4.0]]
     shares = step_tables.render_shares(results)
     assert "NVIDIA H200, driver 1" in shares
+    assert "to be taken again" not in shares
     assert "H100" not in shares  # LoRA alone is no share
     assert "H100" in step_tables.render_step(results)
+
+
+def test_tables_say_which_steps_were_timed_in_part(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of steps without masks, scheduler and checks have no protocol."""
+    spread = {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    former = [fake(name, ms=spread, rounds=5) for name in ("lora-padded", "pe-suffix")]
+    records.append("step", [{name: value for name, value in row.items() if name != "protocol"} for row in former])
+    remark = "timed without masks, scheduler and checks; to be taken again"
+    assert step_tables.render_step(results).count(remark) == 1
+    assert step_tables.render_shares(results).count(f"Steps: {remark}.") == 1
+    monkeypatch.setattr(records, "run_id", lambda: "later")
+    records.append("step", former)
+    assert "to be taken again" not in step_tables.render_step(results) + step_tables.render_shares(results)
 
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")

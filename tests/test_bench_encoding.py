@@ -14,7 +14,7 @@ from bench import test_encoding as benchmarked
 from bench.encoding import SentenceEncoder
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import ModelConfig
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from tests.test_train import write_recipe
 
 TEXTS = ["a red cat", "the old man and the sea, and a long text that is cut at thirty-two tokens", "one", "the day"]

@@ -18,7 +18,7 @@ from bench import test_kernels as benchmarked
 from bench.kernels import COMPILED, EAGER, MODES, OURS
 from bench.ops import CASES, Case, Problem, Sizes, Way
 from bench.roofline import ROOFS, Cost
-from pe import flash
+from pe.method import flash
 from tests.test_bench import FakeBenchmark
 
 CPU = torch.device("cpu")

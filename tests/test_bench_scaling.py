@@ -19,7 +19,7 @@ from pe.model import PromptEmbedder
 
 CPU = Setting.of("cpu")
 TOY = CASES["toy"]
-BASE = dataclasses.replace(Point.base(TOY), queries=1, length=6)
+BASE = dataclasses.replace(Point.base(TOY), queries=2, length=6)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def saved_beyond_keys_values(variant: str, length: int) -> int:
 @pytest.mark.parametrize("variant", ["pe-suffix", "pe-suffix-reader"])
 def test_suffix_saves_nothing_of_the_text_beyond_keys_and_values(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = functools.partial(context_attention, impl="triton")
-    monkeypatch.setattr("pe.attention.context_attention", kernel)
+    monkeypatch.setattr("pe.method.attention.context_attention", kernel)
     short, long = (saved_beyond_keys_values(variant, length) for length in (8, 64))
     assert short == long > 0
 
@@ -111,15 +111,15 @@ def test_slopes() -> None:
 def test_command_records_prints_and_draws(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(AXES, "batch", dataclasses.replace(AXES["batch"], values=(1, 2, 64)))
+    monkeypatch.setitem(AXES, "batch", dataclasses.replace(AXES["batch"], values=(2, 3, 64)))
     chosen = ["--case", "toy", "--axes", "batch", "--variants", "lora-padded", "pe-suffix", "--rounds", "1"]
     scaling.main([*chosen, "--points", "2"])
     found = records.read("scaling", results)
     assert [(r["value"], r["variant"]) for r in found] == [
-        (value, variant) for value in (1, 2) for variant in ("lora-padded", "pe-suffix")
+        (value, variant) for value in (2, 3) for variant in ("lora-padded", "pe-suffix")
     ]
     assert all(r["ms"]["median"] > 0 and r["above_mib"] >= r["saved_mib"] > r["kv_mib"] > 0 for r in found)
-    assert found[0]["sizes"]["tokens"] == 2 * 16
+    assert found[0]["sizes"]["tokens"] == 4 * 16
     assert "queries of a batch" in capsys.readouterr().out
 
     text = scaling.render(results)

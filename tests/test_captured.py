@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.captured import Captured, Contexts, rounded_up
 from pe.config import LoraSettings
-from pe.graphs import Graphs, NotRecordedError, Work
 from pe.losses import cached_backward
+from pe.method.captured import Captured, Contexts, rounded_up
+from pe.method.graphs import Graphs, NotRecordedError, Work
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 
@@ -132,7 +132,7 @@ def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.Monkey
         raise NotRecordedError("called a synchronizing CUDA operation")
         yield
 
-    monkeypatch.setattr("pe.graphs.refusing_to_wait", refuses)
+    monkeypatch.setattr("pe.method.graphs.refusing_to_wait", refuses)
     model = build("llama", **OPTIONS)
     expected = model(REQUESTS)
     recorder = captured(model)
@@ -146,7 +146,7 @@ def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.Monkey
 
 
 def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe.graphs.MOST", 2)
+    monkeypatch.setattr("pe.method.graphs.MOST", 2)
     weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
     graphs = Graphs([weight], recorder)
     for size in (1, 2, 3, 2, 3, 1):
@@ -158,20 +158,18 @@ def test_the_oldest_shape_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def similarity(rows: Tensor) -> Tensor:
-    """A loss of embeddings `[S, B, D]` that every one of them changes."""
-    return (rows[-1, 0] @ rows[-1].T).exp().sum()
+    """A loss of embeddings `[B, D]` that every one of them changes."""
+    return (rows[0] @ rows.T).exp().sum()
 
 
 @pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}, {"trainable": "lora"}])
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_cached_representations(options: dict[str, str], stepwise: bool) -> None:
+def test_cached_representations(options: dict[str, str]) -> None:
     """Parts of a batch, each embedded twice: the gradient is that of launched passes."""
     model, other = build("llama", **OPTIONS, **options), build("llama", **OPTIONS, **options)
     captured(model)
     found = []
     for embedder in (model, other):
-        embed = embedder.stepwise if stepwise else lambda requests, own=embedder: own(requests)[None]
-        loss = cached_backward(embed, LONGER, 2, similarity, contextlib.nullcontext, Tensor.backward)
+        loss = cached_backward(embedder, LONGER, 2, similarity, contextlib.nullcontext, Tensor.backward)
         parameters = [p for part in embedder.trainable_parameters().values() for p in part]
         found.append(torch.cat([loss[None], *(p.grad.flatten() for p in parameters if p.grad is not None)]))
     assert relative_error(found[0], found[1]) < 1e-4
@@ -211,7 +209,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 
 def test_ever_new_shapes_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe.graphs.TOO_MANY", 2)
+    monkeypatch.setattr("pe.method.graphs.TOO_MANY", 2)
     weight, recorder = torch.nn.Parameter(torch.ones(1)), Recorder()
     graphs = Graphs([weight], recorder)
     for size in (1, 2, 1, 2):

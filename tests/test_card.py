@@ -10,7 +10,7 @@ import pytest
 
 from pe.card import model_card, shown
 from pe.config import BackboneConfig, DatasetConfig, ModelConfig, PrompterConfig, Recipe
-from pe.instructions import trained_instructions
+from pe.data.instructions import trained_instructions
 from pe.model import PromptEmbedder
 
 KINDS = 'Say "which" \\ of a|b\nit is'

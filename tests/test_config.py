@@ -17,7 +17,6 @@ from pe.config import (
     LossConfig,
     ModelConfig,
     PrompterConfig,
-    Recipe,
     RecipeError,
     SideTemplates,
     TemplatesConfig,
@@ -25,7 +24,7 @@ from pe.config import (
     nearest,
     to_dict,
 )
-from pe.recipes import load_recipe, model_config_from_dict, write_yaml
+from pe.runs.recipes import load_recipe, model_config_from_dict, write_yaml
 from tests.tiny import PLAIN
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -322,11 +321,6 @@ def test_a_prefix_says_at_once_all_that_it_takes(changes: dict[str, str], tmp_pa
     file.write_text(yaml.safe_dump({"output": "x", "model": {"layout": "prefix", **changes}}, sort_keys=False))
     assert error_of(file).startswith(f"{file}:2: ")
     assert said in error_of(file)
-
-
-def test_stepwise_loss_needs_the_suffix_layout() -> None:
-    with pytest.raises(RecipeError, match=r"loss\.stepwise: expected false in the prefix layout"):
-        Recipe(model=ModelConfig(layout="prefix", pooling="last", **PLAIN), loss=LossConfig(stepwise=True))
 
 
 @pytest.mark.parametrize(

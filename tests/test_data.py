@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from pe import encode
-from pe.batches import Batch, BatchPlan, text_id
 from pe.config import DatasetConfig
-from pe.data import Count, Dataset, Report, load_dataset
-from pe.instruct import read_instructions, read_rows
-from pe.records import DataError, read_jsonl, read_lines, read_qrels
+from pe.data.batches import Batch, BatchPlan, text_id
+from pe.data.datasets import Count, Dataset, Report, load_dataset
+from pe.data.instruct import read_instructions, read_rows
+from pe.data.records import DataError, read_jsonl, read_lines, read_qrels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "data"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pe.config import Recipe
-from pe.recipes import REMOVED, _nested_dataclass
+from pe.runs.recipes import REMOVED, _nested_dataclass
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench" / "tables").glob("*.md")])

@@ -16,9 +16,9 @@ import torch
 
 from pe import encode, transfer
 from pe.config import BackboneConfig
+from pe.data.records import DataError
 from pe.model import PromptEmbedder
-from pe.recipes import load_recipe
-from pe.records import DataError
+from pe.runs.recipes import load_recipe
 from pe.train import train
 from pe.transfer import Reached, move, reached
 from tests.test_train import write_recipe

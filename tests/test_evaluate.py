@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import pe.evaluate
+from pe.data.records import DataError
+from pe.data.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task, offline_tasks
 from pe.evaluate import EvaluationError, Scores, comparison, main, score
-from pe.records import DataError
-from pe.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task, offline_tasks
 
 mteb = pytest.importorskip("mteb")
 from pe.integrations.mteb import MtebEncoder, Side  # noqa: E402

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe.alignment import LinearAlignment, build_alignment
-from pe.backbone import Backbone
 from pe.config import AlignmentConfig, ModelConfig, PrompterConfig
+from pe.method.alignment import LinearAlignment, build_alignment
+from pe.method.backbone import Backbone
+from pe.method.prompting import PromptingLLM
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.prompting import PromptingLLM
 from tests import oracle
 from tests.tiny import ARCHITECTURES, PLAIN, byte_tokenizer, decoder, language_model
 

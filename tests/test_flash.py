@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe import flash
-from pe.attention import causal_attention
-from pe.flash import (
+from pe.kernels.context_attention_torch import context_attention_ref
+from pe.method import flash
+from pe.method.attention import causal_attention
+from pe.method.flash import (
     FLASH_2,
     FLASH_3,
     PACKAGES,
@@ -27,9 +28,8 @@ from pe.flash import (
     packages_for,
     torch_attention,
 )
-from pe.kernels.context_attention_torch import context_attention_ref
-from pe.packing import Segments
-from pe.probes import UnsupportedBackbone
+from pe.method.packing import Segments
+from pe.method.probes import UnsupportedBackbone
 from tests.test_backbone import backbone
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -304,7 +304,7 @@ def test_the_parity_probe_refuses_a_package_by_its_name(
     model = backbone("llama").to(torch.bfloat16)
     on_cpu_as_on(GPU, monkeypatch)
     monkeypatch.setattr(
-        "pe.attention.causal_attention",
+        "pe.method.attention.causal_attention",
         lambda q, k, v, segments, scale: flash_attention(
             q, k, v, segments.cu_seqlens, segments.cu_seqlens, segments.longest, segments.longest, scale=scale
         ),

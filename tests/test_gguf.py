@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from pe.backbone import Backbone
 from pe.config import BackboneConfig, ModelConfig, PrompterConfig
-from pe.gguf import check_gguf, is_gguf, load_gguf
+from pe.method.backbone import Backbone
+from pe.method.gguf import check_gguf, is_gguf, load_gguf
 from pe.model import PromptEmbedder
 from tests.gguf_files import write_gguf
 

@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 import pe.evaluate
+from pe.data.instruct import InstructRow, InstructTask, Side, letters, read_instructions, read_rows
+from pe.data.instruct_score import INSTRUCT_TASKS, available_sets, read_set, rights
+from pe.data.records import DataError, read_jsonl
 from pe.evaluate import EvaluationError, comparison, main, score
-from pe.instruct import InstructRow, InstructTask, Side, letters, read_instructions, read_rows
-from pe.instruct_score import INSTRUCT_TASKS, available_sets, read_set, rights
-from pe.records import DataError, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -98,7 +98,7 @@ def test_instructions_and_rows_are_read(tasks: dict[str, InstructTask], tmp_path
 
 
 def test_the_reader_needs_no_torch() -> None:
-    program = "import sys, pe.instruct; assert 'torch' not in sys.modules"
+    program = "import sys, pe.data.instruct; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 
-from pe.batches import Batch, BatchPlan
 from pe.config import DatasetConfig, LossConfig, RecipeError
-from pe.instruct_set import InstructSet, first_wordings, load_instruct_set
+from pe.data.batches import Batch, BatchPlan
+from pe.data.instruct_set import InstructSet, first_wordings, load_instruct_set
+from pe.data.records import DataError
 from pe.losses import backward, batch_requests, contrastive_loss, counterpart_loss
-from pe.records import DataError
 
 DOCUMENT = "Represent it"
 
@@ -90,7 +90,7 @@ def test_processes_share_one_batch(dataset: InstructSet) -> None:
 
 def vectors(batch: Any, answers: dict[str, torch.Tensor]) -> torch.Tensor:
     texts = [f"{'yea' if a == 0 else 'nay'} {q}" for a, q in zip(sides(batch), batch.queries, strict=True)]
-    return torch.stack([answers[text] for text in [*texts, *batch.documents]])[None]
+    return torch.stack([answers[text] for text in [*texts, *batch.documents]])
 
 
 def test_the_loss_sees_the_contradiction_but_no_other_positive(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_loss_sees_the_contradiction_but_no_other_positive(tmp_path: Path) -
     answers = {name: F.normalize(torch.randn(6), dim=0) for name in sorted({*names, *batch.documents})}
     embeddings = vectors(batch, answers)
     got = contrastive_loss(embeddings, batch, LossConfig(temperature=0.1), Accelerator(cpu=True))
-    q, d = embeddings[0, :8], embeddings[0, 8:]
+    q, d = embeddings[:8], embeddings[8:]
     losses, side = [], sides(batch)
     for b in range(8):
         same = [c for c in range(8) if c != b and side[c] == side[b] and batch.queries[c] == batch.queries[b]]
@@ -127,9 +127,9 @@ def test_what_another_row_shows_to_be_right_too_is_no_negative(tmp_path: Path) -
         1: {f"no {n}": nay[n] for n in range(4)} | {"yes 3": "y"},
     }
     torch.manual_seed(0)
-    embeddings = F.normalize(torch.randn(1, 16, 6), dim=-1)
+    embeddings = F.normalize(torch.randn(16, 6), dim=-1)
     got = contrastive_loss(embeddings, batch, LossConfig(temperature=0.1), Accelerator(cpu=True))
-    q, d, losses, masked = embeddings[0, :8], embeddings[0, 8:], [], 0
+    q, d, losses, masked = embeddings[:8], embeddings[8:], [], 0
     for b in range(8):
         own = (yea, nay)[side[b]][number[b]]
         same = [c for c in range(8) if c != b and right[side[b]].get(batch.documents[c]) == own]
@@ -143,8 +143,8 @@ def test_what_another_row_shows_to_be_right_too_is_no_negative(tmp_path: Path) -
 def test_counterpart_loss_is_a_choice_between_two(dataset: InstructSet) -> None:
     batch = BatchPlan([dataset], [1.0], 1, 4, 0).batch(0)
     torch.manual_seed(1)
-    embeddings = F.normalize(torch.randn(1, 8, 5), dim=-1).requires_grad_()
-    q, d = embeddings[0, :4], embeddings[0, 4:]
+    embeddings = F.normalize(torch.randn(8, 5), dim=-1).requires_grad_()
+    q, d = embeddings[:4], embeddings[4:]
     pairs = torch.stack([torch.stack([q[b] @ d[b], q[b] @ d[batch.counterparts[b]]]) for b in range(4)])
     expected = F.cross_entropy(pairs / 0.2, torch.zeros(4, dtype=torch.long))
     torch.testing.assert_close(counterpart_loss(embeddings, batch, 0.2), expected)
@@ -155,7 +155,7 @@ def test_the_weight_of_the_counterparts_reaches_the_gradient(dataset: InstructSe
     torch.manual_seed(1)
     losses = {}
     for weight in (0.0, 4.0):
-        rows = torch.nn.Parameter(F.normalize(torch.randn(1, 8, 5), dim=-1))
+        rows = torch.nn.Parameter(F.normalize(torch.randn(8, 5), dim=-1))
         config = LossConfig(counterpart=weight)
         losses[weight] = backward(lambda _: F.normalize(rows, dim=-1), batch, config, Accelerator(cpu=True))  # noqa: B023
         assert rows.grad is not None
@@ -166,7 +166,7 @@ def test_the_weight_of_the_counterparts_reaches_the_gradient(dataset: InstructSe
 def test_without_contradictions_there_is_none(dataset: InstructSet) -> None:
     batch = BatchPlan([dataset], [1.0], 1, 4, 0).batch(0)
     plain = type(batch)(**{**vars(batch), "counterparts": np.full(4, -1)})
-    assert counterpart_loss(torch.randn(1, 8, 5), plain, 0.1) == 0
+    assert counterpart_loss(torch.randn(8, 5), plain, 0.1) == 0
 
 
 def test_names_of_what_was_trained(dataset: InstructSet) -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from pe import encode
 from pe.config import BackboneConfig, DatasetConfig, ModelConfig, PrompterConfig
-from pe.instructions import trained_instructions
+from pe.data.instructions import trained_instructions
 from pe.model import PromptEmbedder
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from pe.saving import read_config
 from pe.train import train
 from pe.transfer import move
@@ -110,7 +110,7 @@ def test_a_trained_embedder_needs_no_instruction(run: Path, tmp_path: Path, capl
             expected = model.encode(TEXTS, instruction=instruction, side=side)  # type: ignore[arg-type]
             for _ in range(2):
                 assert np.array_equal(model.encode(TEXTS, side=side), expected)  # type: ignore[arg-type]
-    said = [record.getMessage() for record in caplog.records if record.name == "pe.encoder"]
+    said = [record.getMessage() for record in caplog.records if record.name == "pe.method.encoder"]
     assert [("'Find the same thing'" in line, "'A thing'" in line) for line in said] == [(True, False), (False, True)]
     model.save_pretrained(tmp_path / "again")
     assert PromptEmbedder.from_pretrained(tmp_path / "again").instructions == model.instructions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pe.baselines.static import StaticPromptEmbedder
-from pe.config import BackboneConfig, ModelConfig, PrompterConfig
-from pe.lens import Lens
+from pe.config import BackboneConfig, ModelConfig, PrompterConfig, RecipeError
+from pe.method.lens import Lens
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.transfer import move
 
@@ -78,11 +78,9 @@ def test_an_instruction_turns_an_embedding(model: PromptEmbedder) -> None:
     assert apart < alike - 0.05
 
 
-@pytest.mark.parametrize("layout", ["suffix", "prefix"])
-def test_every_path_agrees(tiny_models: Path, layout: Literal["suffix", "prefix"]) -> None:
-    extra: dict[str, Any] = {"pooling": "mean_text", "reader": "none", "skip": "none"} if layout == "prefix" else {}
+def test_every_path_agrees(tiny_models: Path) -> None:
     torch.manual_seed(0)
-    model = turned(PromptEmbedder.from_config(configured(tiny_models, layout=layout, **extra))).eval()
+    model = turned(PromptEmbedder.from_config(configured(tiny_models))).eval()
     many = torch.tensor(model.encode_many(TEXTS, instructions=[FIND, AVOID]))
     for place, text in enumerate((FIND, AVOID)):
         single = torch.tensor(model.encode(TEXTS, instruction=text))
@@ -91,6 +89,11 @@ def test_every_path_agrees(tiny_models: Path, layout: Literal["suffix", "prefix"
         torch.testing.assert_close(single, forward.detach())
     both = Requests([TEXTS[0], TEXTS[0]], [Instruction(FIND), Instruction(AVOID)], [0, 1])
     torch.testing.assert_close(model(both).detach(), many[:, 0])
+
+
+def test_the_prefix_layout_has_none(tiny_models: Path) -> None:
+    with pytest.raises(RecipeError, match="lens_rank: expected 0 in the prefix layout, got 5"):
+        configured(tiny_models, layout="prefix", pooling="mean_text", reader="none", skip="none")
 
 
 def test_a_changed_lens_makes_the_bank_stale(model: PromptEmbedder) -> None:

@@ -17,15 +17,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pe import encode, files, footprint, transfer
-from pe.backbone import Backbone
+from pe import encode, transfer
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig, Recipe
-from pe.loading import Filled, TextTokenizer
+from pe.measure import footprint
+from pe.method.backbone import Backbone
+from pe.method.loading import Filled, TextTokenizer
+from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
-from pe.prompting import PromptingLLM
-from pe.recipes import write_yaml
-from pe.runs import RunError, RunFolder
+from pe.runs import files
+from pe.runs.folder import RunError, RunFolder
+from pe.runs.recipes import write_yaml
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 CPU = torch.device("cpu")

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import records
-from pe import footprint, memory, meters
-from pe.batches import Batch
+from pe import memory
 from pe.config import Recipe
-from pe.footprint import SYSTEMS, TrainingStep, estimate, heaviest_batch, load, longest_batch
+from pe.data.batches import Batch
 from pe.losses import batch_requests
-from pe.meters import (
+from pe.measure import footprint, meters
+from pe.measure.footprint import SYSTEMS, MeteredStep, estimate, heaviest_batch, load, longest_batch
+from pe.measure.meters import (
     ACTIVATIONS,
     CATEGORIES,
     FROZEN,
@@ -39,7 +40,7 @@ from pe.meters import (
     Sampler,
     extra,
 )
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from tests.test_train import write_recipe
 
 CPU = torch.device("cpu")
@@ -66,8 +67,8 @@ def recipe_of(models: Path, folder: Path, **changes: object) -> Recipe:
     return load_recipe(write_recipe(models, folder, **changes))
 
 
-def measured(recipe: Recipe, system: footprint.System, batch: Batch) -> tuple[TrainingStep, Footprint]:
-    step = TrainingStep(load(recipe, system, CPU), recipe)
+def measured(recipe: Recipe, system: footprint.System, batch: Batch) -> tuple[MeteredStep, Footprint]:
+    step = MeteredStep(load(recipe, system, CPU), recipe)
     step(batch)
     return step, step.footprint(batch)
 

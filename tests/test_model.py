@@ -15,8 +15,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from pe import loading, saving
-from pe.alignment import LinearAlignment
+from pe import saving
 from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
@@ -30,9 +29,11 @@ from pe.config import (
     SideTemplates,
     TemplatesConfig,
 )
+from pe.method import loading
+from pe.method.alignment import LinearAlignment
+from pe.method.prompt_bank import SAMPLED, PromptBank, stamp
+from pe.method.prompting import PromptingLLM
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.prompt_bank import SAMPLED, PromptBank, stamp
-from pe.prompting import PromptingLLM
 from tests import oracle
 from tests.tiny import PLAIN, byte_tokenizer, decoder, language_model
 
@@ -515,6 +516,19 @@ def test_a_frozen_prompting_llm_writes_once(make: Maker, monkeypatch: pytest.Mon
     assert len(calls) == 6
 
 
+def test_a_frozen_prompting_llm_writes_each_prompt_by_itself(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of other wordings write what is new alone, and the neighbours change no bit."""
+    model = make().eval()
+    model.prompter.requires_grad_(False)
+    calls = count_generations(model, monkeypatch)
+    short, long = Instruction("Find it"), Instruction("Find a sentence that follows from this one, whatever it says")
+    both = model(Requests(TEXTS[:2], [short, long], [0, 1]))
+    assert len(calls) == 2
+    again = model(Requests(TEXTS[:2], [Instruction("Another"), long], [0, 1]))
+    assert len(calls) == 3
+    assert torch.equal(both[1], again[1])
+
+
 @pytest.mark.parametrize(("conditioning", "dropout"), [("instruction_and_text", False), ("instruction", True)])
 def test_prompts_that_depend_on_texts_or_dropout_are_not_kept(
     make: Maker, conditioning: str, dropout: bool, monkeypatch: pytest.MonkeyPatch
@@ -543,20 +557,6 @@ def test_no_bank_where_prompts_depend_on_texts(make: Maker) -> None:
 
 
 # Training.
-
-
-def test_stepwise_ends_with_the_embedding(make: Maker) -> None:
-    model = make()
-    steps = model.stepwise(requests(*TEXTS))
-    assert steps.shape == (3, 6, 32)
-    assert torch.allclose(steps[-1], model(requests(*TEXTS)), atol=ROUNDING)
-    short = make(prompter={"soft_tokens": 2})
-    assert torch.allclose(steps[1], short(requests(*TEXTS)), atol=1e-5)
-
-
-def test_stepwise_needs_the_suffix_layout(make: Maker) -> None:
-    with pytest.raises(ValueError, match="stepwise embeddings need 'suffix', got 'prefix'"):
-        make(**PREFIX).stepwise(requests("a"))
 
 
 TRAINED: dict[str, dict[str, Any]] = {

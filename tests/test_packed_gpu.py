@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pe.adapters import prepare_adapters
-from pe.ahead import ReadAhead
-from pe.backbone import READER
 from pe.kernels.info_nce import info_nce
+from pe.method.adapters import prepare_adapters
+from pe.method.ahead import ReadAhead
+from pe.method.backbone import READER
+from pe.method.rms_norm import fuse_norms
 from pe.model import PromptEmbedder, Requests
-from pe.rms_norm import fuse_norms
 from tests import oracle
 from tests.kernels.tolerance import assert_no_worse
 from tests.test_exactness import REQUESTS, build

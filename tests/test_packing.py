@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from pe.packing import CPU_TOKENS, Segments, budget_on, by_length, inverse, neighbours, pack, token_batches
+from pe.method.packing import CPU_TOKENS, Segments, budget_on, by_length, inverse, neighbours, pack, token_batches
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe.config import LoraSettings, PrompterConfig
-from pe.probes import UnsupportedPrompter
-from pe.prompting import PromptingLLM, left_padded
+from pe.method.probes import UnsupportedPrompter
+from pe.method.prompting import PromptingLLM, left_padded
 from tests.tiny import byte_tokenizer, language_model
 
 REQUESTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9, 9, 11], [12], [40, 41, 42]]
@@ -64,7 +64,7 @@ class ValuesRead(TorchDispatchMode):
 
 
 def test_requests_of_similar_length_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe.prompting.TOKENS_AT_ONCE", 12)
+    monkeypatch.setattr("pe.method.prompting.TOKENS_AT_ONCE", 12)
     model, read = prompter(), []
     generate = model._generate
 
@@ -123,7 +123,7 @@ def test_padded_generation_equals_each_request_alone(architecture: str) -> None:
 def test_cached_generation_equals_whole_forwards_with_gradients(
     monkeypatch: pytest.MonkeyPatch, architecture: str, at_once: int
 ) -> None:
-    monkeypatch.setattr("pe.prompting.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("pe.method.prompting.TOKENS_AT_ONCE", at_once)
     model = prompter(architecture)
     weights = torch.randn(4, 3, 32)
     cached = model(REQUESTS)

@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModel, DynamicCache
 
-from pe.alignment import LinearAlignment
-from pe.backbone import Backbone
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig
+from pe.method.alignment import LinearAlignment
+from pe.method.backbone import Backbone
+from pe.method.packing import pack
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.packing import pack
 from tests import oracle
 from tests.test_exactness import build, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pe import rms_norm
-from pe.backbone import Backbone
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings
-from pe.probes import UnsupportedBackbone, UnsupportedPrompter
-from pe.rms_norm import fuse_norms, is_rms_norm, restore_norms, stock_norms
+from pe.method import rms_norm
+from pe.method.backbone import Backbone
+from pe.method.probes import UnsupportedBackbone, UnsupportedPrompter
+from pe.method.rms_norm import fuse_norms, is_rms_norm, restore_norms, stock_norms
 from tests.test_exactness import REQUESTS, build, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pe import backbone as backbone_module
-from pe.backbone import Backbone
 from pe.baselines.linear import LinearEmbedder
+from pe.method import backbone as backbone_module
+from pe.method.backbone import Backbone
+from pe.method.probes import UnsupportedBackbone
+from pe.method.skip import with_skip
+from pe.method.token_weights import standardize
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.probes import UnsupportedBackbone
-from pe.skip import with_skip
-from pe.token_weights import standardize
 from tests import oracle
 from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
@@ -58,14 +58,6 @@ def test_encoding_under_several_instructions_adds_it_to_each() -> None:
     for text, row in zip(wanted, encoded, strict=True):
         requests = Requests(TEXTS, [Instruction(text, "document")], [0] * len(TEXTS))
         np.testing.assert_allclose(row, oracle.embed(model, requests).numpy(force=True), atol=1e-5)
-
-
-def test_every_step_has_it() -> None:
-    model = embedder()
-    means = torch.stack([oracle.text_mean(model, REQUESTS, place) for place in range(len(TEXTS))])
-    assert model.skip is not None
-    expected = torch.nn.functional.normalize(build("qwen3").stepwise(REQUESTS) + model.skip(means), dim=-1)
-    torch.testing.assert_close(model.stepwise(REQUESTS), expected)
 
 
 def test_the_text_pass_in_parts_pools_the_same_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +149,4 @@ def test_the_text_pass_is_started_before_the_prompts_are_written(monkeypatch: py
     monkeypatch.setattr(model.backbone, "read", lambda *a, **k: calls.append("read") or read(*a, **k))
     monkeypatch.setattr(model.prompter, "forward", lambda *a, **k: calls.append("write") or write(*a, **k))
     model(REQUESTS)
-    model.stepwise(REQUESTS)
-    assert calls == ["read", "write"] * 2
+    assert calls == ["read", "write"]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pe.method.skip_start import RIDGE, directions, fit_skip
 from pe.model import Instruction, PromptEmbedder, Requests
-from pe.skip_start import RIDGE, directions, fit_skip
 from tests.test_exactness import build
 from tests.tiny import WORDS
 

@@ -12,8 +12,8 @@ import yaml
 
 from pe.card import alike
 from pe.config import BackboneConfig, DatasetConfig, LossConfig, ModelConfig, PrompterConfig, Recipe, TrainConfig
+from pe.measure.spread import Spread, mean_cosine, spread
 from pe.model import PromptEmbedder
-from pe.spread import Spread, mean_cosine, spread
 from pe.train import build_accelerator, build_plan, fit, instructions_of, spread_of, train
 
 WORDS = ["red", "green", "blue", "round", "square", "flat", "soft", "hard", "old", "new", "wet", "dry"]

@@ -20,9 +20,9 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraEmbedder
 from pe.config import Recipe
+from pe.method.turns import BeingTrained
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.train import fit
-from pe.turns import BeingTrained
 from tests.test_baselines import backbone, lora, static
 from tests.test_exactness import build
 from tests.test_train import accelerator, new_model, plan_of, recipe

@@ -22,18 +22,21 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pe import step as stepping
 from pe import train as training
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.batches import Batch, BatchPlan
-from pe.cli import user_errors
 from pe.config import LossConfig, Recipe, TrainConfig
-from pe.loading import TextTokenizer
+from pe.data.batches import Batch, BatchPlan
+from pe.evaluate import Scores, TaskScore
 from pe.losses import backward, batch_requests, contrastive_loss, cut
+from pe.method.loading import TextTokenizer
 from pe.model import PromptEmbedder, Requests
-from pe.recipes import load_recipe
-from pe.runs import RunError, RunFolder, conditions_of, flatten
-from pe.train import History, Trainable, TrainingError, embeddings_of, fit, main, rate, train
+from pe.runs.cli import user_errors
+from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
+from pe.runs.recipes import load_recipe
+from pe.step import Step, Trainable, TrainingError, check, rate
+from pe.train import History, fit, main, train
 from tests.tiny import write_training_data
 
 
@@ -110,10 +113,10 @@ def test_loss_equals_the_plain_one_and_masks_labels(recipe: Recipe) -> None:
     plan = plan_of(recipe)
     batches = (plan.batch(int(step)) for step in np.flatnonzero(plan.sets == 1))
     batch = next(batch for batch in batches if (np.bincount(batch.labels) > 1).any())
-    embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
+    embeddings = torch.nn.functional.normalize(torch.randn(len(batch.queries) + len(batch.documents), 16), dim=-1)
     config = LossConfig(temperature=0.1)
     got = contrastive_loss(embeddings, batch, config, accelerator()).item()
-    assert got == pytest.approx(plain_loss(embeddings[0], batch, 0.1), rel=1e-5)
+    assert got == pytest.approx(plain_loss(embeddings, batch, 0.1), rel=1e-5)
     unmasked = dataclasses.replace(config, mask_false_negatives=False)
     assert contrastive_loss(embeddings, batch, unmasked, accelerator()).item() > got + 1e-3
 
@@ -123,39 +126,33 @@ def test_other_positives_of_a_query_are_none_of_its_negatives(recipe: Recipe) ->
     batch = next(batch for batch in map(plan.batch, range(plan.steps)) if (batch.labels < 0).all())
     twice = dataclasses.replace(batch, query_ids=batch.query_ids.copy())
     twice.query_ids[1] = twice.query_ids[0]
-    embeddings = torch.nn.functional.normalize(torch.randn(1, len(batch.queries) + len(batch.documents), 16), dim=-1)
+    embeddings = torch.nn.functional.normalize(torch.randn(len(batch.queries) + len(batch.documents), 16), dim=-1)
     config = LossConfig(temperature=0.02)
     losses = [contrastive_loss(embeddings, one, config, accelerator()).item() for one in (batch, twice)]
-    assert losses[1] == pytest.approx(plain_loss(embeddings[0], twice, 0.02), rel=1e-5)
+    assert losses[1] == pytest.approx(plain_loss(embeddings, twice, 0.02), rel=1e-5)
     assert losses[1] < losses[0]
 
 
-def test_stepwise_and_matryoshka_are_means(recipe: Recipe) -> None:
+def test_matryoshka_is_a_mean(recipe: Recipe) -> None:
     batch = plan_of(recipe).batch(0)
     count = len(batch.queries) + len(batch.documents)
-    embeddings = torch.nn.functional.normalize(torch.randn(2, count, 16), dim=-1)
+    embeddings = torch.nn.functional.normalize(torch.randn(count, 16), dim=-1)
     config = LossConfig(matryoshka=(4,), temperature=0.1)
     single = LossConfig(temperature=0.1)
-    expected = [
-        contrastive_loss(cut(embeddings[step], width)[None], batch, single, accelerator()).item()
-        for step in range(2)
-        for width in (16, 4)
-    ]
+    expected = [contrastive_loss(cut(embeddings, width), batch, single, accelerator()).item() for width in (16, 4)]
     got = contrastive_loss(embeddings, batch, config, accelerator()).item()
     assert got == pytest.approx(np.mean(expected), rel=1e-5)
     with pytest.raises(ValueError, match=r"matryoshka: expected sizes up to 16.*\[99\]"):
         contrastive_loss(embeddings, batch, LossConfig(matryoshka=(99,)), accelerator())
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize("micro", [1, 4])
-def test_cached_gradient_equals_the_whole_batch(recipe: Recipe, stepwise: bool, micro: int) -> None:
+def test_cached_gradient_equals_the_whole_batch(recipe: Recipe, micro: int) -> None:
     batch = plan_of(recipe).batch(0)
     found = []
     for size in (None, micro):
         model = new_model(recipe).eval()
-        embed = training.functools.partial(embeddings_of, model, stepwise)
-        loss = backward(embed, batch, recipe.loss, accelerator(), size)
+        loss = backward(model, batch, recipe.loss, accelerator(), size)
         found.append((loss.item(), gradients(model)))
     (loss, whole), (cached_loss, cached) = found
     assert cached_loss == pytest.approx(loss, rel=1e-5)
@@ -172,7 +169,7 @@ def test_cached_gradient_replays_dropout(tiny_models: Path, tmp_path: Path) -> N
     seen: list[Tensor] = []
 
     def embed(requests: object) -> Tensor:
-        seen.append(model(requests)[None])  # type: ignore[arg-type]
+        seen.append(model(requests))  # type: ignore[arg-type]
         return seen[-1]
 
     torch.manual_seed(1)
@@ -327,13 +324,12 @@ def test_resuming_restores_every_random_state(recipe: Recipe, tmp_path: Path, mo
 def test_every_process_gets_its_own_random_state_back(recipe: Recipe, tmp_path: Path) -> None:
     run, model = RunFolder(tmp_path / "r"), new_model(recipe)
     run.start(recipe, resume=False, fresh=False)
-    optimizer = torch.optim.AdamW(training.parameter_groups(model.trainable_parameters(), recipe.train))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     states = [[torch.Generator().manual_seed(seed).get_state()] for seed in (1, 2)]
-    training.save(run, 1, model, optimizer, scheduler, History(), states, keep=1)
+    training.save(run, Step(model, recipe.loss, recipe.train, accelerator()), History(), states)
     for number, (state,) in enumerate(states):
         process = SimpleNamespace(device=torch.device("cpu", 0), process_index=number)  # as accelerate has it
-        training.restore(run, model, optimizer, scheduler, History(), cast(Accelerator, process))
+        step = Step(model, recipe.loss, recipe.train, cast(Accelerator, process))
+        training.restore(run, step, History())
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -359,7 +355,7 @@ def test_the_bar_is_closed_when_training_stops(recipe: Recipe, monkeypatch: pyte
 
     monkeypatch.setattr(training, "tqdm", bar)
     fit(new_model(recipe), plan_of(recipe), recipe, accelerator())
-    monkeypatch.setattr(training, "check_gradients", lambda *_: 1 / 0)
+    monkeypatch.setattr(stepping, "check", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(new_model(recipe), plan_of(recipe), recipe, accelerator())
     assert [bar.disable for bar in bars] == [True, True], "a closed bar is one that is off"
@@ -562,9 +558,8 @@ def test_a_file_is_no_run_folder(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_stops_when_a_part_gets_no_gradient(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model(recipe)
-    monkeypatch.setattr(
-        training, "embeddings_of", lambda model, stepwise, requests: model(requests)[None].detach().requires_grad_()
-    )
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda requests: forward(requests).detach().requires_grad_())
     with pytest.raises(TrainingError, match="no parameter of the prompter got a gradient"):
         fit(model, plan_of(recipe), recipe, accelerator())
 
@@ -581,10 +576,12 @@ def test_stops_when_nothing_trains_or_the_loss_is_not_finite(recipe: Recipe, mon
         next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
     with pytest.raises(TrainingError, match="step 1: the loss is nan"):
         fit(model, plan_of(recipe), recipe, accelerator())
-    with pytest.raises(TrainingError, match="nothing to train"):
-        training.check_gradients({}, torch.tensor(1.0), 0)
     with pytest.raises(TrainingError, match="step 1: the loss is 0, no query has a negative"):
-        training.check_gradients({"skip": []}, torch.tensor(0.0), 0)
+        check(torch.tensor(0.0), {"skip": []}, 0)
+    check(torch.tensor(0.0), {"skip": []}, 1)
+    monkeypatch.setattr(model, "trainable_parameters", dict)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        fit(model, plan_of(recipe), recipe, accelerator())
 
 
 def test_a_diverged_model_is_not_saved(recipe: Recipe, tmp_path: Path) -> None:
@@ -606,7 +603,7 @@ def test_ctrl_c_is_one_sentence(
             raise KeyboardInterrupt
         return backward(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "backward", interrupted)
+    monkeypatch.setattr(stepping, "backward", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main([str(write_recipe(tiny_models, tmp_path))])
     assert stopped.value.code == 130
@@ -632,45 +629,102 @@ import sys, json, torch, dataclasses
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from accelerate import Accelerator
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from pe.losses import backward
-from pe import train as training
+from pe import step as stepping
+from pe.step import average
 from tests.test_train import new_model, plan_of
 recipe = load_recipe({recipe!r})
 accelerator = Accelerator(cpu=True)
 model = new_model(recipe).eval()
-embed = training.functools.partial(training.embeddings_of, model, False)
 batch = plan_of(recipe).batch(0, accelerator.process_index, accelerator.num_processes)
-loss = training.average(backward(embed, batch, recipe.loss, accelerator), list(model.parameters()), accelerator)
+loss = average(backward(model, batch, recipe.loss, accelerator), list(model.parameters()), accelerator)
 if accelerator.process_index == {saving}:
     torch.save({{"loss": loss}} | {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
 accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("saving", [0, 1])
-def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, saving: int) -> None:
-    path = write_recipe(tiny_models, tmp_path)
-    script, out = tmp_path / "two.py", tmp_path / "gradients.pt"
-    root = str(Path(__file__).parent.parent)
-    words = {"root": root, "recipe": str(path), "out": str(out), "saving": saving}
-    script.write_text(TWO_PROCESSES.format(**words), encoding="utf-8")
+ONE_SCORES = """
+import sys, json, os
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from pe import train as training
+from pe.evaluate import Scores, TaskScore
+from pe.runs.recipes import load_recipe
+asked = []
+def measure(encoder):
+    asked.append(encoder.name)
+    score = 50.0 + len(asked)
+    sides = {{"instruction": "Find", "document_instruction": None}}
+    task = TaskScore(type="STS", metric="cosine_spearman", score=score, seconds=1.0, **sides)
+    return Scores(model=encoder.name, revision="", tasks={{"a task": task}})
+training.check_evaluation = lambda options: None
+training.measurer = lambda recipe: measure
+scores = training.train(load_recipe({recipe!r}))
+Path({out!r} + os.environ["RANK"]).write_text(json.dumps([asked, list(scores)]))
+"""
+
+
+def run_in_two_processes(folder: Path, script: str, **words: object) -> None:
+    """Run a script, with these words filled in, as both processes of a training."""
+    file = folder / "two.py"
+    file.write_text(script.format(root=str(Path(__file__).parent.parent), **words), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            [sys.executable, str(file)], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    try:
+        assert [process.wait(timeout=200) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_one_process_of_two_scores(tiny_models: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": 2, "train__eval_every": 1, "evaluate": {"tasks": ["a task"]}}
+    path = write_recipe(tiny_models, tmp_path, **changes)
+    run_in_two_processes(tmp_path, ONE_SCORES, recipe=str(path), out=str(tmp_path / "of-"))
+    (asked, scores), other = (json.loads((tmp_path / f"of-{rank}").read_text(encoding="utf-8")) for rank in range(2))
+    assert len(asked) == 2 + 2 + 1, "before training, after each of its steps, at its end"
+    assert scores == ["frozen backbone, mean", "untrained prompt", "trained"]
+    assert other == [[], []]
+    state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+    assert [score[::2] for score in state["history"]["scores"]] == [(1, 53.0), (2, 54.0)]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_scores_before_training_may_be_left_out(
+    tiny_models: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(encoder: Any) -> Scores:
+        sides = {"instruction": "Find", "document_instruction": None}
+        task = TaskScore(type="STS", metric="cosine_spearman", score=50.0, seconds=1.0, **sides)
+        return Scores(model=encoder.name, revision="", tasks={"a task": task})
+
+    monkeypatch.setattr("pe.train.check_evaluation", lambda options: None)
+    monkeypatch.setattr("pe.train.measurer", lambda recipe: measure)
+    recipe = write_recipe(tiny_models, tmp_path, evaluate={"tasks": ["a task"], "before": before})
+    expected = ["frozen backbone, mean", "untrained prompt", "trained"] if before else ["trained"]
+    assert list(train(load_recipe(recipe))) == expected
+    assert list(json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))) == expected
+
+
+@pytest.mark.parametrize("saving", [0, 1])
+def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, saving: int) -> None:
+    path = write_recipe(tiny_models, tmp_path)
+    out = tmp_path / "gradients.pt"
+    run_in_two_processes(tmp_path, TWO_PROCESSES, recipe=str(path), out=str(out), saving=saving)
     recipe = load_recipe(path, ["--train.batch_size=12"])
     model = new_model(recipe).eval()
-    embed = training.functools.partial(embeddings_of, model, False)
-    loss = backward(embed, plan_of(recipe).batch(0), recipe.loss, accelerator())
+    loss = backward(model, plan_of(recipe).batch(0), recipe.loss, accelerator())
     together = torch.load(out, weights_only=True)
     expected = gradients(model)
     assert together.pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 from pe import transfer
 from pe.model import PromptEmbedder
-from pe.recipes import load_recipe
+from pe.runs.recipes import load_recipe
 from pe.saving import read_config
 from pe.train import train
 from tests.test_train import write_recipe

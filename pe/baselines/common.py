@@ -13,11 +13,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from pe.backbone import Backbone
-from pe.loading import Filled, TextTokenizer
-from pe.packing import Segments, to_device
-from pe.requests import Requests, Truncation
-from pe.token_weights import TokenWeights, standardize
+from pe.method.backbone import Backbone
+from pe.method.loading import Filled, TextTokenizer
+from pe.method.packing import Segments, to_device
+from pe.method.requests import Requests, Truncation
+from pe.method.token_weights import TokenWeights, standardize
 
 Pooling = Literal["mean", "last", "weighted"]
 

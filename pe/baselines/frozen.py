@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pe.backbone import Backbone
 from pe.baselines.common import BARE, Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig
-from pe.encoder import Embed, Encoder
-from pe.packing import inverse, pack
-from pe.requests import Instruction, Requests, Truncation
-from pe.turns import in_turn
+from pe.method.backbone import Backbone
+from pe.method.encoder import Embed, Encoder
+from pe.method.packing import inverse, pack
+from pe.method.requests import Instruction, Requests, Truncation
+from pe.method.turns import in_turn
 
 
 class FrozenEncoder(Encoder):

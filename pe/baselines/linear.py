@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pe.backbone import Backbone
 from pe.baselines.common import content_hash, short_name
 from pe.config import BackboneConfig
-from pe.encoder import Embed
-from pe.files import written_into
-from pe.packing import inverse
-from pe.requests import Instruction, Requests, Truncation
-from pe.skip import mapped, mean_states
-from pe.trainable import TrainableModule
-from pe.turns import in_turn
+from pe.method.backbone import Backbone
+from pe.method.encoder import Embed
+from pe.method.packing import inverse
+from pe.method.requests import Instruction, Requests, Truncation
+from pe.method.skip import mapped, mean_states
+from pe.method.trainable import TrainableModule
+from pe.method.turns import in_turn
+from pe.runs.files import written_into
 
 
 class LinearEmbedder(TrainableModule):

@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pe.adapters import lora_config, prepare_adapters
-from pe.backbone import Backbone, stacked_layers
 from pe.baselines.common import Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
-from pe.encoder import Embed
-from pe.files import written_into
-from pe.packing import inverse, pack, to_device
-from pe.requests import Instruction, Requests, Side, Truncation
-from pe.rms_norm import restore_norms
-from pe.token_weights import TokenWeights
-from pe.trainable import TrainableModule
-from pe.turns import in_turn
+from pe.method.adapters import lora_config, prepare_adapters
+from pe.method.backbone import Backbone, stacked_layers
+from pe.method.encoder import Embed
+from pe.method.packing import inverse, pack, to_device
+from pe.method.requests import Instruction, Requests, Side, Truncation
+from pe.method.rms_norm import restore_norms
+from pe.method.token_weights import TokenWeights
+from pe.method.trainable import TrainableModule
+from pe.method.turns import in_turn
+from pe.runs.files import written_into
 
 ADAPTER = "lora"
 Form = Literal["padded", "checkpointed", "packed"]

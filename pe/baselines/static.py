@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pe.alignment import AlignedPrompts
-from pe.backbone import Backbone
 from pe.baselines.common import content_hash, short_name
 from pe.config import ModelConfig
-from pe.files import written_into
-from pe.loading import Filled
-from pe.prompted import PromptedEmbedder
-from pe.requests import Instruction, listed
-from pe.turns import in_turn
+from pe.method.alignment import AlignedPrompts
+from pe.method.backbone import Backbone
+from pe.method.loading import Filled
+from pe.method.prompted import PromptedEmbedder
+from pe.method.requests import Instruction, listed
+from pe.method.turns import in_turn
+from pe.runs.files import written_into
 
 Start = Literal["vocabulary", "instruction"]
 

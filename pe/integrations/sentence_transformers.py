@@ -23,9 +23,9 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import InputModule
 
 from pe.config import Dtype
-from pe.instructions import as_prompts
+from pe.data.instructions import as_prompts
+from pe.method.requests import Side, listed
 from pe.model import PromptEmbedder
-from pe.requests import Side, listed
 
 TASKS: dict[str | None, Side] = {None: "query", "query": "query", "document": "document"}
 """The side of each task of sentence-transformers."""

@@ -1,0 +1,1 @@
+"""What a training step and an embedder are measured by: memory, and how alike instructions are."""

@@ -1,0 +1,327 @@
+"""The frozen embedding LLM: any decoder of transformers, run on packed rows.
+
+Legend: T tokens of a packed row, B texts, D hidden size, K soft tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe.config import BackboneConfig, LoraSettings
+from pe.kernels.pool_normalize import Mode, pool_normalize
+from pe.kernels.prompt_rows import prompt_rows
+from pe.method import attention, probes
+from pe.method.adapters import drops, lora_config, prepare_adapters
+from pe.method.attention import AttentionPlan, KeyValues, LastLayerReached
+from pe.method.final_norm import NormOptions, find_final_norm
+from pe.method.loading import (
+    TextTokenizer,
+    content_of,
+    embedding_scale,
+    load_pretrained,
+    warn_of_slow_products,
+)
+from pe.method.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
+from pe.method.rms_norm import fuse_norms, stock_norms
+from pe.method.turns import Turns
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READER = "reader"
+Pool = Callable[[Tensor, Segments], Tensor]
+"""States `[T, D]` of texts -> what is kept of them, such as a row `[B, D]` for each text."""
+
+attention.register()
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a position means the same in every batch; None: any number.
+
+    Learned positions end there; `dynamic` and `longrope` frequencies change there with the longest text of the batch.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return getattr(config, "max_position_embeddings", None)
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    return min((kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in changing),
+               default=None)  # fmt: skip
+
+
+def stacked_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """A decoder's layers, first to last; None where they do not stand in one list."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next(stacks, None)
+
+
+class Backbone(nn.Module):
+    """A frozen decoder over packed rows.
+
+    Attributes:
+        model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
+        text_tokenizer: its tokenizer.
+        name, revision: what a saved PromptEmbedder refers to.
+        turns: what threads that share it wait for; whoever runs it holds it (see `pe/method/turns.py`).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None
+    ) -> None:
+        """Take over `model`: freeze it, fuse its norms, switch it to packed attention, check that this changes nothing.
+
+        Raises:
+            UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.
+            ValueError: see `TextTokenizer`.
+        """
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.text_tokenizer = TextTokenizer(tokenizer, len(self.embedding))
+        self.name, self.revision, self.turns = name, revision, Turns()
+        self.num_layers: int = model.config.get_text_config().num_hidden_layers
+        options = model.config.get_text_config()
+        # transformers 5.17's SDPA drops a soft cap in silence
+        is_capped = getattr(options, "attn_logit_softcapping", None) is not None
+        self.stock_attention: str = "eager" if is_capped else model.config._attn_implementation
+        self.position_limit = position_limit(options)
+        fuse_norms(self.model)
+        self.final_norm = find_final_norm(self.model)
+        self.check_parity()
+
+    @classmethod
+    def from_pretrained(cls, config: BackboneConfig, device: torch.device) -> Backbone:
+        """Load by folder or hub name; `trust_remote_code` stays off.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a name that the hub or its cache has.
+            UnsupportedBackbone, ValueError: see `__init__` and `load_pretrained`.
+        """
+        automatic = torch.float32 if device.type == "cpu" else "auto"
+        dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
+        if isinstance(dtype, torch.dtype):
+            warn_of_slow_products("backbone.dtype", dtype, device)
+        model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
+        revision = content_of(model, config.model, config.revision)
+        return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.embedding.shape[1])
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embedding `[V, D]`, before `embedding_scale`."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def embedding_scale(self) -> float:
+        return embedding_scale(self.model)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """The decoder stays in eval mode; only the reader's dropout follows `mode`."""
+        super().train(False)
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def forward(
+        self,
+        rows: Tensor,
+        segments: Segments,
+        *,
+        context: KeyValues | None = None,
+        context_index: Sequence[int] | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, KeyValues | None]:
+        """Run a packed row of input embeddings.
+
+        Args:
+            rows: `[T, D]`, in the space of the model's `inputs_embeds`.
+            segments: the texts of the row.
+            context: keys and values that stand before the texts; they see it whole.
+            context_index: segment of `context` for each text; None: text b sees segment b.
+            keep: return this pass's own keys and values.
+
+        Returns:
+            hidden states `[T, D]` for `pool`, which applies the final norm, and the kept keys and values.
+        """
+        plan = AttentionPlan(segments, context, keep=keep)
+        offsets = context.lengths if context else (0,) * len(segments)
+        if context and context_index is not None:
+            plan.context_index = to_device(context_index, rows.device)
+            offsets = tuple(offsets[i] for i in context_index)
+        return self._run(rows, plan, offsets), self._kept(plan)
+
+    def pool(
+        self,
+        hidden: Tensor,
+        segments: Segments,
+        mode: Mode = "mean",
+        *,
+        token_weights: Tensor | None = None,
+        normalize: bool = True,
+    ) -> Tensor:
+        """Final norm, pooling of each text and L2 normalisation of `forward`'s states `[T, D]`: `[B, D]` float32."""
+        norm = self.final_norm.options if self.final_norm else NormOptions()
+        return pool_normalize(
+            hidden,
+            segments.cu_seqlens,
+            mode=mode,
+            token_weights=token_weights,
+            normalize=normalize,
+            **norm._asdict(),
+        )
+
+    def read(self, texts: Sequence[Sequence[int]], pool: Pool | None = None) -> KeyValues:
+        """The frozen text pass: keys and values of every text, without gradient, without the reader.
+
+        The last layer stops at its keys and values: nothing behind them can reach a later token. The states that enter
+        it go through `pool`, which may have weights that train; `check_states` says whether they can be had.
+        """
+        if self.device.type == "cpu":
+            return attention.joined([self._read(part, pool) for part in neighbours(texts, CPU_TOKENS)])
+        return self._read(texts, pool)
+
+    def _read(self, texts: Sequence[Sequence[int]], pool: Pool | None) -> KeyValues:
+        ids, segments = pack(texts, self.device)
+        plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
+        with torch.no_grad(), self.reader_off(), self._entering_last_layer(pool is not None) as states:
+            with contextlib.suppress(LastLayerReached):
+                self._run(self.token_rows(ids), plan, (0,) * len(segments))
+            kept = self._kept(plan)
+        assert kept is not None
+        return kept if pool is None else dataclasses.replace(kept, pooled=pool(states[0][0], segments))
+
+    @contextlib.contextmanager
+    def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """The states `[1, T, D]` that enter the last layer, in a list that is filled when it is called, if `wanted`."""
+        states: list[Tensor] = []
+        if not wanted:
+            yield states
+            return
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            states.append(arguments[0] if arguments else options["hidden_states"])
+
+        layers = stacked_layers(self.model)
+        if layers is None:
+            raise ValueError(f"no list of {self.num_layers} layers")
+        handle = layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    def token_rows(self, ids: Tensor) -> Tensor:
+        """Input embeddings `[T, D]` of token ids `[T]`."""
+        return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
+
+    def prompt_rows(self, ids: Tensor, prompts: Tensor, weight: Tensor | None) -> Tensor:
+        """Token rows and aligned soft-prompt rows as one packed input (see `kernels/prompt_rows.py`)."""
+        return prompt_rows(ids, self.embedding, prompts, weight, scale=self.embedding_scale)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse sequences whose positions the model does not have.
+
+        Raises:
+            ValueError: `tokens` of text and prompt are too many.
+        """
+        if self.position_limit is not None and tokens > self.position_limit:
+            raise ValueError(
+                f"{self.name}: text and prompt take {tokens} tokens, but its positions are fixed for the first"
+                f" {self.position_limit} only (beyond them they are missing, or depend on the longest text of a batch);"
+                " lower max_length"
+            )
+
+    def _run(self, rows: Tensor, plan: AttentionPlan, offsets: Sequence[int]) -> Tensor:
+        return self.decode(rows, self.positions(plan.segments, offsets), plan)
+
+    def positions(self, segments: Segments, offsets: Sequence[int]) -> Tensor:
+        """Position `[T] int64` of each token, where `offsets` tokens stand before each text."""
+        self.check_length(max(map(sum, zip(offsets, segments.lengths, strict=True)), default=0))
+        before = to_device(offsets, self.device).repeat_interleave(
+            to_device(segments.lengths, self.device), output_size=segments.total
+        )
+        return segments.positions + before
+
+    def decode(self, rows: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """States `[T, D]` of a packed row under a plan; nothing in it waits for the device."""
+        self.model.set_attn_implementation(attention.NAME)
+        with self.final_norm.left_out() if self.final_norm else contextlib.nullcontext():
+            output = self.model(inputs_embeds=rows[None], position_ids=positions[None], use_cache=False, plan=plan)
+        return output.last_hidden_state[0]
+
+    def _kept(self, plan: AttentionPlan) -> KeyValues | None:
+        return attention.keep_all(plan, range(self.num_layers)) if plan.keep else None
+
+    # The reader: adapters that act in the K-token pass alone.
+
+    def add_reader(self, settings: LoraSettings) -> None:
+        """Put LoRA adapters, float32, on every linear layer; they start as the identity and alone are trainable."""
+        self.model.add_adapter(lora_config(settings), READER)
+        prepare_adapters(self.model, READER)
+        self.train(self.training)
+
+    def load_reader(self, folder: Path) -> None:
+        """Load adapters that `save_pretrained` of the model wrote; they go on training."""
+        self.model.load_adapter(str(folder), adapter_name=READER, is_trainable=True)
+        prepare_adapters(self.model, READER)
+        self.train(self.training)
+
+    @property
+    def has_reader(self) -> bool:
+        return READER in getattr(self.model, "peft_config", {})
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers: in the reader, since the decoder stays in eval mode."""
+        return any("lora_dropout" in name and drops(module) for name, module in self.model.named_modules())
+
+    def reader_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if f".{READER}." in name]
+
+    @contextlib.contextmanager
+    def reader_off(self) -> Iterator[None]:
+        """Switch the adapters off; afterwards each is as it was, `requires_grad` of its weights too."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, was_off in zip(layers, before, strict=True):
+                layer._disable_adapters = was_off
+
+    # Against the stock model.
+
+    def check_parity(self) -> None:
+        """Compare the packed passes with the stock model's (see `pe/method/probes.py`)."""
+        probes.check_parity(self)
+
+    def check_states(self) -> None:
+        """Compare the states before the last layer with the stock model's (see `pe/method/probes.py`)."""
+        probes.check_states(self)
+
+    @torch.no_grad()
+    def stock_forward(self, ids: Sequence[int]) -> Tensor:
+        """The unchanged model on one sequence: final hidden states `[L, D]`."""
+        self.model.set_attn_implementation(self.stock_attention)
+        with stock_norms(self.model):
+            return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]

@@ -1,0 +1,272 @@
+"""One training step: from a batch's texts to changed weights.
+
+`pe.train.fit` takes these steps, `pe.memory` weighs one (`pe/measure/footprint.py`), `bench.step` times them: what is
+measured is what trains.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from pe.config import LossConfig, TrainConfig
+from pe.data.batches import Batch
+from pe.losses import backward, batch_requests
+from pe.method.ahead import ReadAhead
+from pe.method.backbone import Backbone
+from pe.method.prompted import PromptedEmbedder
+from pe.method.requests import Requests, Truncation
+
+Parts = Mapping[str, Sequence[nn.Parameter]]
+"""Parameters that train, by the part of the model they are in."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: no gradient, unchanged outputs, or a loss that is not a number."""
+
+
+class Trainable(Protocol):
+    """What trains: a PromptEmbedder or a baseline."""
+
+    truncation: Truncation
+
+    @property
+    def backbone(self) -> Backbone: ...
+    def __call__(self, requests: Requests) -> Tensor: ...
+    def tokenized(self, requests: Requests) -> Requests: ...
+    def train(self, mode: bool = True) -> nn.Module: ...
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]: ...
+    def trainable_state(self) -> dict[str, Tensor]: ...
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a step came to.
+
+    Attributes:
+        loss: mean over all processes.
+        gradient_norm: of all gradients together, before they were clipped; scalar.
+        texts, truncated: texts of this process, and how many of them were cut to the token limit.
+        tokens, padded: their tokens, and the tokens of the same batch with padding.
+    """
+
+    loss: float
+    gradient_norm: Tensor
+    texts: int
+    truncated: int
+    tokens: int
+    padded: int
+
+
+class StepTexts:
+    """A step's batch and its texts, tokenised once: when they are first asked for."""
+
+    def __init__(self, model: Trainable, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.truncated = 0
+
+    @functools.cached_property
+    def requests(self) -> Requests:
+        """The batch's texts as the model reads them; `truncated` says from then on how many were cut."""
+        before = self.model.truncation.cut
+        requests = self.model.tokenized(batch_requests(self.batch))
+        self.truncated = self.model.truncation.cut - before
+        return requests
+
+
+Model = TypeVar("Model", bound=Trainable)
+
+
+class Step(Generic[Model]):
+    """Takes training steps on a model.
+
+    CUDA graphs, where the options have them, need the weights to stay where they are until `close`.
+
+    Attributes:
+        model, loss, options, accelerator: as given.
+        parts, parameters: what trains, by part and all together.
+        optimizer, scheduler: AdamW with a peak rate for each part, and the schedule of the rates.
+        ahead: reads the next batch's texts beside a step, where the options ask for it and the layout allows it.
+    """
+
+    def __init__(self, model: Model, loss: LossConfig, options: TrainConfig, accelerator: Accelerator) -> None:
+        """Set up the optimiser.
+
+        Args:
+            model: trains in place.
+            loss: what is trained on.
+            options: rates, schedule, clipping, micro batches, reading ahead, graphs.
+            accelerator: precision and processes.
+
+        Raises:
+            TrainingError: no parameter trains.
+        """
+        self.model, self.loss, self.options, self.accelerator = model, loss, options, accelerator
+        self.parts = model.trainable_parameters()
+        self.parameters = [parameter for part in self.parts.values() for parameter in part]
+        if not self.parameters:
+            raise TrainingError("nothing to train: no parameter requires a gradient")
+        self.optimizer = adamw(self.parts, options)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, functools.partial(rate, options=options))
+        self.ahead: ReadAhead | None = None
+        self._following: StepTexts | None = None
+        if isinstance(model, PromptedEmbedder):
+            if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
+                self.ahead = ReadAhead(model, accelerator.autocast)
+            model.use_graphs(options.cuda_graphs)
+
+    def close(self) -> None:
+        """Let the weights move again."""
+        if isinstance(self.model, PromptedEmbedder):
+            self.model.use_graphs(False)
+
+    @property
+    def done(self) -> int:
+        """Steps that were taken, those before a checkpoint included."""
+        return int(self.scheduler.last_epoch)
+
+    def __call__(self, batch: Batch, following: Batch | None = None) -> Taken:
+        """Take one step, and wait until this process's device has done it.
+
+        Args:
+            batch: this process's rows.
+            following: the batch of the next step, whose texts are read in this one where texts are read ahead.
+
+        Raises:
+            TrainingError: a loss that is not finite, or at the first step one of 0, or a part without gradient.
+        """
+        self.model.train()
+        texts = self._texts_of(batch)
+        self._following = StepTexts(self.model, following) if self.ahead and following is not None else None
+        loss = self.gradients(texts)
+        norm = self.update()
+        lengths = [len(row) for row in texts.requests.read or ()]
+        return Taken(
+            loss=loss.item(),
+            gradient_norm=norm,
+            texts=len(lengths),
+            truncated=texts.truncated,
+            tokens=sum(lengths),
+            padded=len(lengths) * max(lengths),
+        )
+
+    def _texts_of(self, batch: Batch) -> StepTexts:
+        """The batch's texts, tokenised already where the step before was told of this batch."""
+        known = self._following
+        return known if known is not None and known.batch is batch else StepTexts(self.model, batch)
+
+    def gradients(self, texts: StepTexts) -> Tensor:
+        """The loss and, in each parameter's `grad`, its gradient; both the mean of all processes, and checked."""
+        loss = backward(
+            self._embed, texts.batch, self.loss, self.accelerator, self.options.micro_batch_size, texts.requests
+        )
+        loss = average(loss, self.parameters, self.accelerator)
+        check(loss, self.parts, self.done)
+        return loss
+
+    def _embed(self, requests: Requests) -> Tensor:
+        """`[B, D]`; the next batch's texts are begun behind this one's passes, which a GPU has to do yet."""
+        if self.ahead is None:
+            return self.model(requests)
+        embeddings: Tensor = self.ahead.model(self.ahead.take(requests))
+        if self._following is not None:
+            self.ahead.start(self._following.requests)
+        return embeddings
+
+    def update(self) -> Tensor:
+        """Change the weights by their gradients, clipped, and the rates by the schedule; the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def start_optimizer(self) -> None:
+        """Make the optimiser's state as a first step would, from gradients of zero."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "step": self.done,
+            "model": self.model.trainable_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.model.load_trainable_state(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def adamw(parts: Parts, options: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over one group a part, each with its own peak rate; in its fused form on a GPU.
+
+    Parameters without data (`pe/measure/footprint.py`) are taken one after another: the fused form wants data, and
+    needs as little besides the state.
+    """
+    rates = {name: getattr(options, f"{name}_lr") for name in ("alignment", "reader", "skip", "lens")}
+    groups: list[dict[str, Any]] = [
+        {"params": group, "lr": options.lr if (own := rates.get(name)) is None else own, "name": name}
+        for name, group in parts.items()
+    ]
+    parameters = [parameter for group in parts.values() for parameter in group]
+    has_data = not any(map(is_fake, parameters))
+    fused = has_data and parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(
+        groups, weight_decay=options.weight_decay, fused=fused, foreach=None if has_data else False
+    )
+
+
+def rate(step: int, options: TrainConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, then the schedule down to zero."""
+    warm = max(1, round(options.warmup * options.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, options.steps - warm)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[options.schedule]
+
+
+def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
+    """The loss as the mean of all processes, and in place each gradient."""
+    if accelerator.num_processes == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    mean: Tensor = accelerator.reduce(loss.detach(), "mean")
+    return mean
+
+
+def check(loss: Tensor, parts: Parts, done: int) -> None:
+    """Refuse a loss that is not finite, and at the first step one of 0, or a part that no gradient reaches.
+
+    Raises:
+        TrainingError: what is wrong, after `done` steps.
+    """
+    if not torch.isfinite(loss):
+        raise TrainingError(f"step {done + 1}: the loss is {loss.item()}; lower the rates, or check the data")
+    if done:
+        return
+    if not loss:
+        raise TrainingError(
+            "step 1: the loss is 0, no query has a negative; expected a batch of at least two documents that differ in"
+            " text and label (train.batch_size, data)"
+        )
+    for name, part in parts.items():
+        if not any(p.grad is not None and bool(p.grad.any()) for p in part):
+            raise TrainingError(f"step 1: no parameter of the {name} got a gradient; it would not train")
