@@ -11,7 +11,7 @@ train-real: .venv/ready
 	$(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
