@@ -3,7 +3,8 @@
 The one rule, for finished prompts and for those of a frozen prompting LLM: a `Stamp` of the weights is taken at every
 look, and another stamp than before empties the bank. It says where each weight is (a model that was moved or cast), the
 sum of the version counters (loading, plain optimisers, any write that autograd sees) and a few values of each weight
-(fused optimisers and writes through `.data`, as averages of weights are, raise no version).
+(fused optimisers and writes through `.data`, as averages of weights are, raise no version). Looking at values waits for
+a GPU, so a pass with gradient there, whose kernels are to be launched ahead, goes by the first two.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ class Stamp(NamedTuple):
     values: tuple[float, ...]
 
 
-def stamp(modules: Iterable[nn.Module]) -> Stamp:
-    """The stamp of all parameters of some modules; on a GPU it waits for the stream."""
-    weights = [p for module in modules for p in module.parameters()]
+def stamp(weights: Sequence[Tensor], *, with_values: bool = True) -> Stamp:
+    """The stamp of some weights; with values it waits for a GPU's stream."""
     return Stamp(
         tuple((p.device, p.dtype, p.data_ptr()) for p in weights),
         sum(p._version for p in weights if not p.is_inference()),
-        sample(weights),
+        sample(weights) if with_values else (),
     )
+
+
+def may_wait(weights: Iterable[Tensor]) -> bool:
+    """Whether a look at values holds nothing up."""
+    return not torch.is_grad_enabled() or not any(p.is_cuda for p in weights)
 
 
 @torch.no_grad()
@@ -70,9 +75,11 @@ class PromptBank(Generic[Key, Written]):
 
         What was written in another precision of autocast, or on the other side of inference mode, is another entry.
         """
-        now = stamp(writers)
-        if now != self._stamp:
-            self._entries, self._stamp = {}, now
+        weights = [p for writer in writers for p in writer.parameters()]
+        now = stamp(weights, with_values=may_wait(weights))
+        known = self._stamp
+        if known is None or now[:2] != known[:2] or (now.values and now.values != known.values):
+            self._entries, self._stamp = {}, now if now.values else stamp(weights)
         types = sorted({device.type for device, _, _ in now.places} - {"meta"})
         precisions = [torch.get_autocast_dtype(name) if torch.is_autocast_enabled(name) else None for name in types]
         found = []
