@@ -20,16 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pe.kernels._checks import Impl, require, require_float, require_range, require_same_device, use_triton
-from pe.kernels._triton import (
-    LOG2E,
-    distinct,
-    generation,
-    matmul_into,
-    tile,
-    triton_op,
-    unit_stride,
-    wrap_triton,
-)
+from pe.kernels._triton import LOG2E, distinct, generation, matmul_into, tile, triton_op, unit_stride, wrap_triton
 
 PROGRAMS = 264  # split the documents until about this many programs run: two for each of 132 multiprocessors
 CONFIGS = ({"BLOCK_D": 128, "num_stages": 2}, {"BLOCK_D": 32, "num_stages": 4}, {"num_warps": 4})
@@ -37,16 +28,10 @@ CHUNK = 1024  # documents a chunk of the backward pass, at least
 
 
 def info_nce_ref(
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    *,
-    temperature: float,
-    query_ids: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    query_labels: Tensor | None = None,
-    doc_labels: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, d: Tensor, positive: Tensor, *, temperature: float,
+    query_ids: Tensor | None = None, doc_ids: Tensor | None = None,
+    query_labels: Tensor | None = None, doc_labels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Plain torch, at least float32 inside and out; builds the [B, N] matrix and its masks."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.shape[0] == 0:
@@ -67,19 +52,9 @@ def info_nce_ref(
 
 @triton.jit
 def _scores(
-    q_ptr,
-    d_ptr,
-    offs_m,
-    offs_n,
-    mask_m,
-    mask_n,
-    D,
-    stride_qm,
-    stride_dn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, d_ptr, offs_m, offs_n, mask_m, mask_n, D, stride_qm, stride_dn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Tile [BM, BN] of q dᵀ."""
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + offs_m[:, None] * stride_qm + offs_d[None, :]
@@ -95,19 +70,9 @@ def _scores(
 
 @triton.jit
 def _left_out(
-    row_text_ptr,
-    row_positive_ptr,
-    row_label_ptr,
-    column_text_ptr,
-    column_label_ptr,
-    offs_m,
-    offs_n,
-    mask_m,
-    mask_n,
-    TEXT_TEXT: tl.constexpr,
-    POSITIVE_TEXT: tl.constexpr,
-    LABELS: tl.constexpr,
-):
+    row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_label_ptr,
+    offs_m, offs_n, mask_m, mask_n, TEXT_TEXT: tl.constexpr, POSITIVE_TEXT: tl.constexpr, LABELS: tl.constexpr,
+):  # fmt: skip
     """Whether column n leaves row m unless it is its positive: the query's or the positive's text, or one label."""
     out = (mask_m[:, None] & mask_n[None, :]) == 0
     if TEXT_TEXT:
@@ -125,31 +90,12 @@ def _left_out(
 
 @triton.jit
 def _info_nce_fwd_kernel(
-    q_ptr,
-    d_ptr,
-    positive_ptr,
-    row_text_ptr,
-    row_positive_ptr,
-    row_label_ptr,
-    column_text_ptr,
-    column_label_ptr,
-    max_ptr,
-    sum_ptr,
-    score_ptr,
-    scale,
-    B,
-    N,
-    D,
-    tiles_per_split,
-    stride_qm,
-    stride_dn,
-    TEXT_TEXT: tl.constexpr,
-    POSITIVE_TEXT: tl.constexpr,
-    LABELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, d_ptr, positive_ptr, row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_label_ptr,
+    max_ptr, sum_ptr, score_ptr, scale, B, N, D, tiles_per_split,
+    stride_qm, stride_dn,
+    TEXT_TEXT: tl.constexpr, POSITIVE_TEXT: tl.constexpr, LABELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns BLOCK_M queries on one split of the documents: maximum, sum and the positive's score if met."""
     scale = tl.cast(scale, tl.float32)
     pid_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -186,32 +132,12 @@ def _info_nce_fwd_kernel(
 
 @triton.jit
 def _info_nce_bwd_kernel(
-    q_ptr,
-    d_ptr,
-    positive_ptr,
-    row_text_ptr,
-    row_positive_ptr,
-    row_label_ptr,
-    column_text_ptr,
-    column_label_ptr,
-    lse_ptr,
-    row_scale_ptr,
-    g_ptr,
-    scale,
-    B,
-    N,
-    D,
-    n_begin,
-    stride_qm,
-    stride_dn,
-    stride_gm,
-    TEXT_TEXT: tl.constexpr,
-    POSITIVE_TEXT: tl.constexpr,
-    LABELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, d_ptr, positive_ptr, row_text_ptr, row_positive_ptr, row_label_ptr, column_text_ptr, column_label_ptr,
+    lse_ptr, row_scale_ptr, g_ptr, scale, B, N, D, n_begin,
+    stride_qm, stride_dn, stride_gm,
+    TEXT_TEXT: tl.constexpr, POSITIVE_TEXT: tl.constexpr, LABELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns a tile [BLOCK_M, BLOCK_N] of G = r (P - 1[positive])."""
     scale = tl.cast(scale, tl.float32)
     pid_n, pid_m = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -235,57 +161,35 @@ def _info_nce_bwd_kernel(
 
 
 def _shared(
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    row_text: Tensor | None,
-    row_positive: Tensor | None,
-    row_label: Tensor | None,
-    column_text: Tensor | None,
-    column_label: Tensor | None,
-    temperature: float,
-    block_m: int,
-    block_n: int,
-) -> dict[str, Any]:
+    q: Tensor, d: Tensor, positive: Tensor,
+    row_text: Tensor | None, row_positive: Tensor | None, row_label: Tensor | None,
+    column_text: Tensor | None, column_label: Tensor | None,
+    temperature: float, block_m: int, block_n: int,
+) -> dict[str, Any]:  # fmt: skip
     """Arguments that both kernels have in common."""
     return {
-        "q_ptr": q,
-        "d_ptr": d,
-        "positive_ptr": positive,
+        "q_ptr": q, "d_ptr": d, "positive_ptr": positive,
         "row_text_ptr": positive if row_text is None else row_text,
         "row_positive_ptr": positive if row_positive is None else row_positive,
         "row_label_ptr": positive if row_label is None else row_label,
         "column_text_ptr": positive if column_text is None else column_text,
         "column_label_ptr": positive if column_label is None else column_label,
-        "scale": LOG2E / temperature,
-        "B": q.shape[0],
-        "N": d.shape[0],
-        "D": q.shape[1],
-        "stride_qm": q.stride(0),
-        "stride_dn": d.stride(0),
+        "scale": LOG2E / temperature, "B": q.shape[0], "N": d.shape[0], "D": q.shape[1],
+        "stride_qm": q.stride(0), "stride_dn": d.stride(0),
         "TEXT_TEXT": row_text is not None and column_text is not None,
         "POSITIVE_TEXT": row_positive is not None and column_text is not None,
         "LABELS": row_label is not None and column_label is not None,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_D": 64 if q.element_size() == 2 else 32,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3 if generation(q.device) else 1,
-    }
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": 64 if q.element_size() == 2 else 32,
+        "num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if generation(q.device) else 1,
+    }  # fmt: skip
 
 
 @triton_op("pe::info_nce_fwd")
 def _info_nce_fwd(
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    row_text: Tensor | None,
-    row_positive: Tensor | None,
-    row_label: Tensor | None,
-    column_text: Tensor | None,
-    column_label: Tensor | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, d: Tensor, positive: Tensor,
+    row_text: Tensor | None, row_positive: Tensor | None, row_label: Tensor | None,
+    column_text: Tensor | None, column_label: Tensor | None, temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of each row and the base-2 log-sum-exp of its scaled scores, [B] float32."""
     B, N = q.shape[0], d.shape[0]
     block_m, block_n = tile(B, 16, 128), tile(N, 16, 64 if generation(q.device) == 8 else 128)
@@ -295,11 +199,8 @@ def _info_nce_fwd(
     ids = row_text, row_positive, row_label, column_text, column_label
     wrap_triton(_info_nce_fwd_kernel, CONFIGS)[(row_tiles, splits)](
         **_shared(q, d, positive, *ids, temperature, block_m, block_n),
-        max_ptr=top,
-        sum_ptr=total,
-        score_ptr=score,
-        tiles_per_split=triton.cdiv(column_tiles, splits),
-    )
+        max_ptr=top, sum_ptr=total, score_ptr=score, tiles_per_split=triton.cdiv(column_tiles, splits),
+    )  # fmt: skip
     largest = top.amax(dim=0)
     lse = largest + (total * torch.exp2(top - largest)).sum(dim=0).log2()
     return (lse - score.sum(dim=0)) / LOG2E, lse
@@ -307,20 +208,11 @@ def _info_nce_fwd(
 
 @triton_op("pe::info_nce_bwd")
 def _info_nce_bwd(
-    g: Tensor,
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    row_text: Tensor | None,
-    row_positive: Tensor | None,
-    row_label: Tensor | None,
-    column_text: Tensor | None,
-    column_label: Tensor | None,
-    lse: Tensor,
-    temperature: float,
-    needs_q: bool,
-    needs_d: bool,
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, q: Tensor, d: Tensor, positive: Tensor,
+    row_text: Tensor | None, row_positive: Tensor | None, row_label: Tensor | None,
+    column_text: Tensor | None, column_label: Tensor | None, lse: Tensor,
+    temperature: float, needs_q: bool, needs_d: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq and dd for the rows' gradients g [B]; an empty tensor for what is not asked for."""
     (B, D), N = q.shape, d.shape[0]
     largest = g.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
@@ -347,17 +239,10 @@ def _info_nce_bwd(
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        d: Tensor,
-        positive: Tensor,
-        row_text: Tensor | None,
-        row_positive: Tensor | None,
-        row_label: Tensor | None,
-        column_text: Tensor | None,
-        column_label: Tensor | None,
-        temperature: float,
-    ) -> Tensor:
+        ctx: FunctionCtx, q: Tensor, d: Tensor, positive: Tensor,
+        row_text: Tensor | None, row_positive: Tensor | None, row_label: Tensor | None,
+        column_text: Tensor | None, column_label: Tensor | None, temperature: float,
+    ) -> Tensor:  # fmt: skip
         ids = row_text, row_positive, row_label, column_text, column_label
         loss, lse = _info_nce_fwd(q, d, positive, *ids, temperature)
         ctx.save_for_backward(q, d, positive, *ids, lse)
@@ -372,15 +257,9 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _row_losses(
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    temperature: float,
-    query_ids: Tensor | None,
-    doc_ids: Tensor | None,
-    query_labels: Tensor | None,
-    doc_labels: Tensor | None,
-) -> Tensor:
+    q: Tensor, d: Tensor, positive: Tensor, temperature: float,
+    query_ids: Tensor | None, doc_ids: Tensor | None, query_labels: Tensor | None, doc_labels: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Loss of each query, [B] float32."""
     positive_ids = None if doc_ids is None else doc_ids[positive]
     texts = query_ids, positive_ids, query_labels, doc_ids, doc_labels
@@ -389,17 +268,10 @@ def _row_losses(
 
 
 def info_nce(
-    q: Tensor,
-    d: Tensor,
-    positive: Tensor,
-    *,
-    temperature: float,
-    query_ids: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    query_labels: Tensor | None = None,
-    doc_labels: Tensor | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
+    q: Tensor, d: Tensor, positive: Tensor, *, temperature: float,
+    query_ids: Tensor | None = None, doc_ids: Tensor | None = None,
+    query_labels: Tensor | None = None, doc_labels: Tensor | None = None, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Mean over queries of -log softmax(q dᵀ / temperature)[positive], duplicates of the positive left out.
 
     q [B, D], d [N, D] (positives and hard negatives in any order), positive [B] int64 the column of each query's

@@ -45,17 +45,10 @@ Norm = Literal["none", "rms", "layer"]
 
 
 def pool_normalize_ref(
-    h: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    mode: Mode = "mean",
-    norm: Norm = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    token_weights: Tensor | None = None,
-    normalize: bool = True,
-) -> Tensor:
+    h: Tensor, cu_seqlens: Tensor, *, mode: Mode = "mean",
+    norm: Norm = "none", weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6,
+    token_weights: Tensor | None = None, normalize: bool = True,
+) -> Tensor:  # fmt: skip
     """Plain torch, at least float32 inside and out."""
     n_segments = cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(h.dtype, torch.float32)
@@ -140,28 +133,10 @@ def _finish(u, y_ptrs, inv_ptr, mask_d, l2_eps, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _pool_normalize_fwd_kernel(
-    h_ptr,
-    cu_ptr,
-    weight_ptr,
-    bias_ptr,
-    w_ptr,
-    partial_ptr,
-    y_ptr,
-    inv_ptr,
-    eps,
-    l2_eps,
-    D,
-    stride_ht,
-    MODE: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    h_ptr, cu_ptr, weight_ptr, bias_ptr, w_ptr, partial_ptr, y_ptr, inv_ptr, eps, l2_eps, D, stride_ht,
+    MODE: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """One program pools every SPLITS-th block of rows of one segment, and finishes it where it is the only one."""
     eps, l2_eps = tl.cast(eps, tl.float32), tl.cast(l2_eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -196,15 +171,9 @@ def _pool_normalize_fwd_kernel(
 
 @triton.jit
 def _pool_normalize_merge_kernel(
-    partial_ptr,
-    y_ptr,
-    inv_ptr,
-    l2_eps,
-    D,
-    NORMALIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    partial_ptr, y_ptr, inv_ptr, l2_eps, D,
+    NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program sums the splits of one segment and normalises the sum."""
     l2_eps = tl.cast(l2_eps, tl.float32)
     b = tl.program_id(0).to(tl.int64)
@@ -230,26 +199,10 @@ def _pooled_gradient(g_ptr, y_ptr, inv_ptr, b, offs_d, mask_d, D, NORMALIZE: tl.
 
 @triton.jit
 def _pool_normalize_bwd_kernel(
-    h_ptr,
-    cu_ptr,
-    weight_ptr,
-    w_ptr,
-    y_ptr,
-    inv_ptr,
-    g_ptr,
-    dh_ptr,
-    eps,
-    D,
-    stride_ht,
-    MODE: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    h_ptr, cu_ptr, weight_ptr, w_ptr, y_ptr, inv_ptr, g_ptr, dh_ptr, eps, D, stride_ht,
+    MODE: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, NORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """One program writes dh for every SPLITS-th block of rows of one segment."""
     eps = tl.cast(eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -278,27 +231,10 @@ def _pool_normalize_bwd_kernel(
 
 @triton.jit
 def _pool_normalize_bwd_weights_kernel(
-    h_ptr,
-    cu_ptr,
-    weight_ptr,
-    bias_ptr,
-    w_ptr,
-    y_ptr,
-    inv_ptr,
-    g_ptr,
-    dw_ptr,
-    eps,
-    D,
-    stride_ht,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    h_ptr, cu_ptr, weight_ptr, bias_ptr, w_ptr, y_ptr, inv_ptr, g_ptr, dw_ptr, eps, D, stride_ht,
+    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """One program writes dw for every SPLITS-th block of rows of one segment."""
     eps = tl.cast(eps, tl.float32)
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -336,16 +272,9 @@ def _tiles(n_rows: int, width: int, n_segments: int, mode: str) -> dict[str, int
 
 @triton_op("pe::pool_normalize_fwd")
 def _pool_normalize_fwd(
-    h: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    token_weights: Tensor | None,
-    mode: str,
-    norm: str,
-    eps: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+    h: Tensor, cu_seqlens: Tensor, weight: Tensor | None, bias: Tensor | None, token_weights: Tensor | None,
+    mode: str, norm: str, eps: float, normalize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, D] and 1 / |u| [B], float32."""
     (T, D), B = h.shape, cu_seqlens.shape[0] - 1
     y, inverse = h.new_empty(B, D, dtype=torch.float32), h.new_empty(B, dtype=torch.float32)
@@ -355,54 +284,24 @@ def _pool_normalize_fwd(
     splits = tiles["SPLITS"]
     partial = h.new_empty(B, splits, D, dtype=torch.float32) if splits > 1 else h
     wrap_triton(_pool_normalize_fwd_kernel, CONFIGS)[(B, splits)](
-        h_ptr=h,
-        cu_ptr=cu_seqlens,
-        weight_ptr=h if weight is None else weight,
-        bias_ptr=h if bias is None else bias,
-        w_ptr=h if token_weights is None else token_weights,
-        partial_ptr=partial,
-        y_ptr=y,
-        inv_ptr=inverse,
-        eps=eps,
-        l2_eps=L2_EPS,
-        D=D,
-        stride_ht=h.stride(0),
-        MODE=mode,
-        NORM=norm,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        NORMALIZE=normalize,
-        **tiles,
-    )
+        h_ptr=h, cu_ptr=cu_seqlens, weight_ptr=h if weight is None else weight, bias_ptr=h if bias is None else bias,
+        w_ptr=h if token_weights is None else token_weights, partial_ptr=partial, y_ptr=y, inv_ptr=inverse,
+        eps=eps, l2_eps=L2_EPS, D=D, stride_ht=h.stride(0),
+        MODE=mode, NORM=norm, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NORMALIZE=normalize, **tiles,
+    )  # fmt: skip
     if splits > 1:
         wrap_triton(_pool_normalize_merge_kernel)[(B,)](
-            partial_ptr=partial,
-            y_ptr=y,
-            inv_ptr=inverse,
-            l2_eps=L2_EPS,
-            D=D,
-            NORMALIZE=normalize,
-            SPLITS=splits,
-            BLOCK_D=tiles["BLOCK_D"],
-            num_warps=tiles["num_warps"],
-        )
+            partial_ptr=partial, y_ptr=y, inv_ptr=inverse, l2_eps=L2_EPS, D=D,
+            NORMALIZE=normalize, SPLITS=splits, BLOCK_D=tiles["BLOCK_D"], num_warps=tiles["num_warps"],
+        )  # fmt: skip
     return y, inverse
 
 
 @triton_op("pe::pool_normalize_bwd")
 def _pool_normalize_bwd(
-    g: Tensor,
-    h: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor | None,
-    token_weights: Tensor | None,
-    y: Tensor,
-    inverse: Tensor,
-    mode: str,
-    norm: str,
-    eps: float,
-    normalize: bool,
-) -> Tensor:
+    g: Tensor, h: Tensor, cu_seqlens: Tensor, weight: Tensor | None, token_weights: Tensor | None,
+    y: Tensor, inverse: Tensor, mode: str, norm: str, eps: float, normalize: bool,
+) -> Tensor:  # fmt: skip
     """dh [T, D] in h's dtype."""
     (T, D), B = h.shape, cu_seqlens.shape[0] - 1
     dh = h.new_empty(T, D)
@@ -410,40 +309,19 @@ def _pool_normalize_bwd(
         return dh
     tiles = _tiles(T, D, B, "mean")  # every row has a gradient
     wrap_triton(_pool_normalize_bwd_kernel, CONFIGS)[(B, tiles["SPLITS"])](
-        h_ptr=h,
-        cu_ptr=cu_seqlens,
-        weight_ptr=h if weight is None else weight,
-        w_ptr=h if token_weights is None else token_weights,
-        y_ptr=y,
-        inv_ptr=inverse,
-        g_ptr=g,
-        dh_ptr=dh,
-        eps=eps,
-        D=D,
-        stride_ht=h.stride(0),
-        MODE=mode,
-        NORM=norm,
-        HAS_WEIGHT=weight is not None,
-        NORMALIZE=normalize,
-        **tiles,
-    )
+        h_ptr=h, cu_ptr=cu_seqlens, weight_ptr=h if weight is None else weight,
+        w_ptr=h if token_weights is None else token_weights, y_ptr=y, inv_ptr=inverse, g_ptr=g, dh_ptr=dh,
+        eps=eps, D=D, stride_ht=h.stride(0),
+        MODE=mode, NORM=norm, HAS_WEIGHT=weight is not None, NORMALIZE=normalize, **tiles,
+    )  # fmt: skip
     return dh
 
 
 @triton_op("pe::pool_normalize_bwd_weights")
 def _pool_normalize_bwd_weights(
-    g: Tensor,
-    h: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    token_weights: Tensor,
-    y: Tensor,
-    inverse: Tensor,
-    norm: str,
-    eps: float,
-    normalize: bool,
-) -> Tensor:
+    g: Tensor, h: Tensor, cu_seqlens: Tensor, weight: Tensor | None, bias: Tensor | None, token_weights: Tensor,
+    y: Tensor, inverse: Tensor, norm: str, eps: float, normalize: bool,
+) -> Tensor:  # fmt: skip
     """dw [T] float32."""
     (T, D), B = h.shape, cu_seqlens.shape[0] - 1
     dw = h.new_empty(T, dtype=torch.float32)
@@ -451,41 +329,21 @@ def _pool_normalize_bwd_weights(
         return dw
     tiles = _tiles(T, D, B, "weighted")
     wrap_triton(_pool_normalize_bwd_weights_kernel, CONFIGS)[(B, tiles["SPLITS"])](
-        h_ptr=h,
-        cu_ptr=cu_seqlens,
-        weight_ptr=h if weight is None else weight,
-        bias_ptr=h if bias is None else bias,
-        w_ptr=token_weights,
-        y_ptr=y,
-        inv_ptr=inverse,
-        g_ptr=g,
-        dw_ptr=dw,
-        eps=eps,
-        D=D,
-        stride_ht=h.stride(0),
-        NORM=norm,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        NORMALIZE=normalize,
-        **tiles,
-    )
+        h_ptr=h, cu_ptr=cu_seqlens, weight_ptr=h if weight is None else weight, bias_ptr=h if bias is None else bias,
+        w_ptr=token_weights, y_ptr=y, inv_ptr=inverse, g_ptr=g, dw_ptr=dw,
+        eps=eps, D=D, stride_ht=h.stride(0),
+        NORM=norm, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NORMALIZE=normalize, **tiles,
+    )  # fmt: skip
     return dw
 
 
 class _PoolNormalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        h: Tensor,
-        cu_seqlens: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        token_weights: Tensor | None,
-        mode: str,
-        norm: str,
-        eps: float,
-        normalize: bool,
-    ) -> Tensor:
+        ctx: FunctionCtx, h: Tensor, cu_seqlens: Tensor,
+        weight: Tensor | None, bias: Tensor | None, token_weights: Tensor | None,
+        mode: str, norm: str, eps: float, normalize: bool,
+    ) -> Tensor:  # fmt: skip
         y, inverse = _pool_normalize_fwd(h, cu_seqlens, weight, bias, token_weights, mode, norm, eps, normalize)
         ctx.save_for_backward(h, cu_seqlens, weight, bias, token_weights, y, inverse)
         ctx.options = mode, norm, eps, normalize
@@ -508,18 +366,10 @@ class _PoolNormalize(torch.autograd.Function):
 
 
 def pool_normalize(
-    h: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    mode: Mode = "mean",
-    norm: Norm = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    token_weights: Tensor | None = None,
-    normalize: bool = True,
-    impl: Impl = "auto",
-) -> Tensor:
+    h: Tensor, cu_seqlens: Tensor, *, mode: Mode = "mean",
+    norm: Norm = "none", weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6,
+    token_weights: Tensor | None = None, normalize: bool = True, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Pool the rows of each segment of `h`, after an optional final norm, to one L2-normalised row.
 
     h [T, D], cu_seqlens [B + 1] int32 -> [B, D] float32 (float64 stays float64).

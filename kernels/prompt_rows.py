@@ -41,18 +41,10 @@ def prompt_rows_ref(ids: Tensor, embedding: Tensor, prompts: Tensor, weight: Ten
 
 @triton.jit
 def _prompt_rows_fwd_kernel(
-    ids_ptr,
-    embedding_ptr,
-    aligned_ptr,
-    x_ptr,
-    scale,
-    D,
-    stride_ev,
-    stride_ar,
-    stride_xt,
-    HAS_SOFT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    ids_ptr, embedding_ptr, aligned_ptr, x_ptr, scale, D,
+    stride_ev, stride_ar, stride_xt,
+    HAS_SOFT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program copies BLOCK_D columns of one packed row."""
     scale = tl.cast(scale, tl.float32)
     t = tl.program_id(0).to(tl.int64)
@@ -70,16 +62,10 @@ def _prompt_rows_fwd_kernel(
 
 @triton.jit
 def _prompt_rows_bwd_kernel(
-    order_ptr,
-    begin_ptr,
-    dx_ptr,
-    da_ptr,
-    D,
-    stride_xt,
-    stride_ar,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    order_ptr, begin_ptr, dx_ptr, da_ptr, D,
+    stride_xt, stride_ar,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns BLOCK_D columns of one soft row's gradient: the sum over its uses, BLOCK_T at a time."""
     r = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -109,19 +95,10 @@ def _prompt_rows_fwd(ids: Tensor, embedding: Tensor, soft: Tensor, weight: Tenso
         matmul_into(aligned, soft, weight)
     block_d = tile(D, 16, 1024)
     wrap_triton(_prompt_rows_fwd_kernel, CONFIGS)[(T, triton.cdiv(D, block_d))](
-        ids_ptr=ids,
-        embedding_ptr=embedding,
-        aligned_ptr=aligned,
-        x_ptr=x,
-        scale=scale,
-        D=D,
-        stride_ev=embedding.stride(0),
-        stride_ar=aligned.stride(0),
-        stride_xt=x.stride(0),
-        HAS_SOFT=soft.shape[0] > 0,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+        ids_ptr=ids, embedding_ptr=embedding, aligned_ptr=aligned, x_ptr=x, scale=scale, D=D,
+        stride_ev=embedding.stride(0), stride_ar=aligned.stride(0), stride_xt=x.stride(0),
+        HAS_SOFT=soft.shape[0] > 0, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
     return x
 
 
@@ -142,17 +119,10 @@ def _prompt_rows_bwd(
     if R > 0 and D > 0:
         block_d = tile(D, 16, 128)
         wrap_triton(_prompt_rows_bwd_kernel, CONFIGS)[(R, triton.cdiv(D, block_d))](
-            order_ptr=order,
-            begin_ptr=begin,
-            dx_ptr=dx,
-            da_ptr=da,
-            D=D,
-            stride_xt=dx.stride(0),
-            stride_ar=da.stride(0),
-            BLOCK_T=16,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+            order_ptr=order, begin_ptr=begin, dx_ptr=dx, da_ptr=da, D=D,
+            stride_xt=dx.stride(0), stride_ar=da.stride(0),
+            BLOCK_T=16, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
     if weight is not None and needs_soft:
         matmul_into(dsoft, da, weight.T)
     if weight is not None and needs_weight:
@@ -177,14 +147,8 @@ class _PromptRows(torch.autograd.Function):
 
 
 def prompt_rows(
-    ids: Tensor,
-    embedding: Tensor,
-    prompts: Tensor,
-    weight: Tensor | None,
-    *,
-    scale: float = 1.0,
-    impl: Impl = "auto",
-) -> Tensor:
+    ids: Tensor, embedding: Tensor, prompts: Tensor, weight: Tensor | None, *, scale: float = 1.0, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Rows of a packed batch: `embedding[id] * scale` for id >= 0, aligned soft row number -1 - id for id < 0.
 
     ids [T] int64, embedding [V, De], prompts [N, K, Dp], weight [Dp, De] or None (Dp == De, rows copied)

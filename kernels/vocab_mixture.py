@@ -73,24 +73,10 @@ def _rows_by_entries(
 
 @triton.jit
 def _vocab_mixture_fwd_probs_kernel(
-    h_ptr,
-    e_out_ptr,
-    p_ptr,
-    offset_ptr,
-    sum_ptr,
-    scale,
-    M,
-    V,
-    D,
-    v_begin,
-    stride_hm,
-    stride_ev,
-    stride_pm,
-    stride_om,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    h_ptr, e_out_ptr, p_ptr, offset_ptr, sum_ptr, scale, M, V, D, v_begin,
+    stride_hm, stride_ev, stride_pm, stride_om,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns a tile [BLOCK_M, BLOCK_V] of logits: 2^(z - k), the offset k and the tile's row sums."""
     scale = tl.cast(scale, tl.float32)
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
@@ -124,27 +110,11 @@ def _row_offset(offset_ptrs, mask_m, first, last, start, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def _vocab_mixture_mix_kernel(
-    p_ptr,
-    e_ptr,
-    offset_ptr,
-    partial_ptr,
-    M,
-    N,
-    n_entries,
-    first_tile,
-    tiles_per_split,
-    stride_pm,
-    stride_ev,
-    stride_om,
-    stride_as,
-    stride_am,
+    p_ptr, e_ptr, offset_ptr, partial_ptr, M, N, n_entries, first_tile, tiles_per_split,
+    stride_pm, stride_ev, stride_om, stride_as, stride_am,
     HAS_OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """One program adds its split of a chunk to a tile of partial[split], at the row's largest offset so far."""
     pid_n, pid_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
@@ -184,25 +154,11 @@ def _vocab_mixture_mix_kernel(
 
 @triton.jit
 def _vocab_mixture_merge_kernel(
-    partial_ptr,
-    offset_ptr,
-    sum_ptr,
-    s_ptr,
-    lse_ptr,
-    M,
-    N,
-    n_splits,
-    n_tiles,
-    stride_as,
-    stride_am,
-    stride_om,
-    stride_sm,
-    HAS_OFFSET: tl.constexpr,
-    TILES_ARE_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    partial_ptr, offset_ptr, sum_ptr, s_ptr, lse_ptr, M, N, n_splits, n_tiles,
+    stride_as, stride_am, stride_om, stride_sm,
+    HAS_OFFSET: tl.constexpr, TILES_ARE_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """One program sums the splits of one row's BLOCK_N columns and, forward, divides by the sum of probabilities.
 
     The splits stand at one offset, or each at its own where TILES_ARE_SPLITS.
@@ -243,32 +199,11 @@ def _vocab_mixture_merge_kernel(
 
 @triton.jit
 def _vocab_mixture_bwd_logits_kernel(
-    h_ptr,
-    e_out_ptr,
-    e_in_ptr,
-    ds_ptr,
-    lse_ptr,
-    delta_ptr,
-    dz_ptr,
-    p_ptr,
-    scale,
-    inverse_temperature,
-    M,
-    V,
-    D,
-    DIN,
-    v_begin,
-    stride_hm,
-    stride_ov,
-    stride_iv,
-    stride_sm,
-    stride_zm,
-    NEEDS_DZ: tl.constexpr,
-    NEEDS_P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    h_ptr, e_out_ptr, e_in_ptr, ds_ptr, lse_ptr, delta_ptr, dz_ptr, p_ptr,
+    scale, inverse_temperature, M, V, D, DIN, v_begin,
+    stride_hm, stride_ov, stride_iv, stride_sm, stride_zm,
+    NEEDS_DZ: tl.constexpr, NEEDS_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns a tile [BLOCK_M, BLOCK_V] of dZ = P (dS E_inᵀ - delta) / T, and of P if dE_in needs it."""
     scale, inverse_temperature = tl.cast(scale, tl.float32), tl.cast(inverse_temperature, tl.float32)
     pid_m, pid_v = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
@@ -296,36 +231,12 @@ def _vocab_mixture_bwd_logits_kernel(
 
 @triton.jit
 def _vocab_mixture_fused_kernel(
-    h_ptr,
-    e_out_ptr,
-    e_in_ptr,
-    ds_ptr,
-    lse_ptr,
-    delta_ptr,
-    partial_ptr,
-    offset_ptr,
-    sum_ptr,
-    scale,
-    inverse_temperature,
-    M,
-    V,
-    D,
-    DIN,
-    stride_hm,
-    stride_ov,
-    stride_iv,
-    stride_sm,
-    stride_as,
-    stride_am,
-    stride_om,
-    IS_BACKWARD: tl.constexpr,
-    IS_TIED: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    h_ptr, e_out_ptr, e_in_ptr, ds_ptr, lse_ptr, delta_ptr, partial_ptr, offset_ptr, sum_ptr,
+    scale, inverse_temperature, M, V, D, DIN,
+    stride_hm, stride_ov, stride_iv, stride_sm, stride_as, stride_am, stride_om,
+    IS_BACKWARD: tl.constexpr, IS_TIED: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One program owns a split's tiles of the vocabulary for BLOCK_M rows: partial[split] of S, or of dh backward.
 
     Operands are [SLICES, rows, columns of a slice]: D = SLICES * BLOCK_D, Din = SLICES * BLOCK_N, less what is masked.
@@ -418,77 +329,39 @@ def _mix(p: Tensor, e: Tensor, partial: Tensor, first_tile: int, offset: Tensor 
     wrap_triton(_vocab_mixture_mix_kernel, MIX_CONFIGS, updates="partial_ptr")[
         (triton.cdiv(N, block_n), triton.cdiv(M, block_m), n_splits)
     ](
-        p_ptr=p,
-        e_ptr=e,
-        offset_ptr=p if offset is None else offset,
-        partial_ptr=partial,
-        M=M,
-        N=N,
-        n_entries=e.shape[0],
-        first_tile=first_tile,
+        p_ptr=p, e_ptr=e, offset_ptr=p if offset is None else offset, partial_ptr=partial,
+        M=M, N=N, n_entries=e.shape[0], first_tile=first_tile,
         tiles_per_split=triton.cdiv(triton.cdiv(e.shape[0], BLOCK_V), n_splits),
-        stride_pm=p.stride(0),
-        stride_ev=e.stride(0),
-        stride_om=0 if offset is None else offset.stride(0),
-        stride_as=partial.stride(0),
-        stride_am=partial.stride(1),
+        stride_pm=p.stride(0), stride_ev=e.stride(0), stride_om=0 if offset is None else offset.stride(0),
+        stride_as=partial.stride(0), stride_am=partial.stride(1),
         HAS_OFFSET=offset is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=64 if p.element_size() == 2 else 32,
-        BLOCK_V=BLOCK_V,
-        BLOCK_T=32,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=3 if generation(p.device) else 1,
-    )
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64 if p.element_size() == 2 else 32, BLOCK_V=BLOCK_V, BLOCK_T=32,
+        num_warps=8 if block_m == 128 else 4, num_stages=3 if generation(p.device) else 1,
+    )  # fmt: skip
 
 
 def _merge(
-    partial: Tensor,
-    out: Tensor,
-    lse: Tensor | None = None,
-    offset: Tensor | None = None,
-    sums: Tensor | None = None,
-    tiles_are_splits: bool = False,
-) -> None:
+    partial: Tensor, out: Tensor, lse: Tensor | None = None, offset: Tensor | None = None,
+    sums: Tensor | None = None, tiles_are_splits: bool = False,
+) -> None:  # fmt: skip
     """out [M, N] = the sum of the splits, divided by the sum of probabilities where offsets are given."""
     n_splits, M, N = partial.shape
     block_n = tile(N, 16, 128)
     wrap_triton(_vocab_mixture_merge_kernel)[(M, triton.cdiv(N, block_n))](
-        partial_ptr=partial,
-        offset_ptr=partial if offset is None else offset,
-        sum_ptr=partial if sums is None else sums,
-        s_ptr=out,
-        lse_ptr=partial if lse is None else lse,
-        M=M,
-        N=N,
-        n_splits=n_splits,
-        n_tiles=0 if offset is None else offset.shape[1],
-        stride_as=partial.stride(0),
-        stride_am=partial.stride(1),
-        stride_om=0 if offset is None else offset.stride(0),
-        stride_sm=out.stride(0),
-        HAS_OFFSET=offset is not None,
-        TILES_ARE_SPLITS=tiles_are_splits,
-        BLOCK_S=tile(n_splits, 1, 32),
-        BLOCK_N=block_n,
-        BLOCK_T=256,
-        num_warps=4,
-    )
+        partial_ptr=partial, offset_ptr=partial if offset is None else offset,
+        sum_ptr=partial if sums is None else sums, s_ptr=out, lse_ptr=partial if lse is None else lse,
+        M=M, N=N, n_splits=n_splits, n_tiles=0 if offset is None else offset.shape[1],
+        stride_as=partial.stride(0), stride_am=partial.stride(1),
+        stride_om=0 if offset is None else offset.stride(0), stride_sm=out.stride(0),
+        HAS_OFFSET=offset is not None, TILES_ARE_SPLITS=tiles_are_splits,
+        BLOCK_S=tile(n_splits, 1, 32), BLOCK_N=block_n, BLOCK_T=256, num_warps=4,
+    )  # fmt: skip
 
 
 def _fused(
-    h: Tensor,
-    e_out: Tensor,
-    e_in: Tensor,
-    temperature: float,
-    is_tied: bool,
-    block_m: int,
-    out: Tensor,
-    lse: Tensor,
-    ds: Tensor | None = None,
-    delta: Tensor | None = None,
-) -> None:
+    h: Tensor, e_out: Tensor, e_in: Tensor, temperature: float, is_tied: bool, block_m: int,
+    out: Tensor, lse: Tensor, ds: Tensor | None = None, delta: Tensor | None = None,
+) -> None:  # fmt: skip
     """out = S, and lse with it; or out = dh where `ds` and `delta` are given."""
     (M, D), (V, Din) = h.shape, e_in.shape
     width_out, width_in = tile(D, 128, FUSED_WIDTH), tile(Din, 128, FUSED_WIDTH)
@@ -499,38 +372,17 @@ def _fused(
     offset, sums = h.new_empty(M, n_splits, dtype=torch.float32), h.new_empty(M, n_splits, dtype=torch.float32)
     chip = generation(h.device)
     wrap_triton(_vocab_mixture_fused_kernel, FUSED_CONFIGS)[(n_blocks, n_splits)](
-        h_ptr=h,
-        e_out_ptr=e_out,
-        e_in_ptr=e_in,
-        ds_ptr=h if ds is None else ds,
-        lse_ptr=lse,
-        delta_ptr=lse if delta is None else delta,
-        partial_ptr=partial,
-        offset_ptr=offset,
-        sum_ptr=sums,
-        scale=LOG2E / temperature,
-        inverse_temperature=1.0 / temperature,
-        M=M,
-        V=V,
-        D=D,
-        DIN=Din,
-        stride_hm=h.stride(0),
-        stride_ov=e_out.stride(0),
-        stride_iv=e_in.stride(0),
-        stride_sm=0 if ds is None else ds.stride(0),
-        stride_as=partial.stride(0),
-        stride_am=partial.stride(1),
+        h_ptr=h, e_out_ptr=e_out, e_in_ptr=e_in, ds_ptr=h if ds is None else ds, lse_ptr=lse,
+        delta_ptr=lse if delta is None else delta, partial_ptr=partial, offset_ptr=offset, sum_ptr=sums,
+        scale=LOG2E / temperature, inverse_temperature=1.0 / temperature, M=M, V=V, D=D, DIN=Din,
+        stride_hm=h.stride(0), stride_ov=e_out.stride(0), stride_iv=e_in.stride(0),
+        stride_sm=0 if ds is None else ds.stride(0), stride_as=partial.stride(0), stride_am=partial.stride(1),
         stride_om=offset.stride(0),
-        IS_BACKWARD=ds is not None,
-        IS_TIED=is_tied,
-        SLICES=FUSED_SLICES,
-        BLOCK_M=block_m,
-        BLOCK_V=block_v,
-        BLOCK_D=width_out // FUSED_SLICES,
+        IS_BACKWARD=ds is not None, IS_TIED=is_tied,
+        SLICES=FUSED_SLICES, BLOCK_M=block_m, BLOCK_V=block_v, BLOCK_D=width_out // FUSED_SLICES,
         BLOCK_N=width_in // FUSED_SLICES,
-        num_warps=FUSED_SLICES,
-        num_stages=1 if chip == 0 else 3 if is_tied or chip > 8 else 2,
-    )
+        num_warps=FUSED_SLICES, num_stages=1 if chip == 0 else 3 if is_tied or chip > 8 else 2,
+    )  # fmt: skip
     if ds is None:
         _merge(partial, out, lse, offset, sums, tiles_are_splits=True)
     else:
@@ -559,26 +411,12 @@ def _vocab_mixture_fwd(
         wrap_triton(_vocab_mixture_fwd_probs_kernel, LOGITS_CONFIGS)[
             (triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))
         ](
-            h_ptr=h,
-            e_out_ptr=e_out,
-            p_ptr=p,
-            offset_ptr=offset,
-            sum_ptr=sums,
-            scale=LOG2E / temperature,
-            M=M,
-            V=V,
-            D=D,
-            v_begin=v,
-            stride_hm=h.stride(0),
-            stride_ev=e_out.stride(0),
-            stride_pm=p.stride(0),
-            stride_om=offset.stride(0),
-            BLOCK_M=block_m,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=64 if h.element_size() == 2 else 32,
-            num_warps=8 if block_m == 128 else 4,
-            num_stages=3 if generation(h.device) else 1,
-        )
+            h_ptr=h, e_out_ptr=e_out, p_ptr=p, offset_ptr=offset, sum_ptr=sums,
+            scale=LOG2E / temperature, M=M, V=V, D=D, v_begin=v,
+            stride_hm=h.stride(0), stride_ev=e_out.stride(0), stride_pm=p.stride(0), stride_om=offset.stride(0),
+            BLOCK_M=block_m, BLOCK_V=BLOCK_V, BLOCK_D=64 if h.element_size() == 2 else 32,
+            num_warps=8 if block_m == 128 else 4, num_stages=3 if generation(h.device) else 1,
+        )  # fmt: skip
         _mix(p, e_in[v : v + size], partial, v // BLOCK_V, offset)
     _merge(partial, out, lse, offset, sums)
     return out, lse
@@ -586,19 +424,9 @@ def _vocab_mixture_fwd(
 
 @triton_op("pe::vocab_mixture_bwd")
 def _vocab_mixture_bwd(
-    ds: Tensor,
-    h: Tensor,
-    e_out: Tensor,
-    e_in: Tensor,
-    s: Tensor,
-    lse: Tensor,
-    temperature: float,
-    is_tied: bool,
-    needs_h: bool,
-    needs_out: bool,
-    needs_in: bool,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ds: Tensor, h: Tensor, e_out: Tensor, e_in: Tensor, s: Tensor, lse: Tensor,
+    temperature: float, is_tied: bool, needs_h: bool, needs_out: bool, needs_in: bool, scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dh [M, D] float32, dE_out and dE_in, times `scale` [1]; an empty tensor for each that is not asked for."""
     (M, D), (V, Din) = h.shape, e_in.shape
     dh = h.new_empty(M, D, dtype=torch.float32) if needs_h else h.new_empty(0)
@@ -622,34 +450,14 @@ def _vocab_mixture_bwd(
         wrap_triton(_vocab_mixture_bwd_logits_kernel, LOGITS_CONFIGS)[
             (triton.cdiv(size, BLOCK_V), triton.cdiv(M, block_m))
         ](
-            h_ptr=h,
-            e_out_ptr=e_out,
-            e_in_ptr=e_in,
-            ds_ptr=ds,
-            lse_ptr=lse,
-            delta_ptr=delta,
-            dz_ptr=dz,
-            p_ptr=p,
-            scale=LOG2E / temperature,
-            inverse_temperature=1.0 / temperature,
-            M=M,
-            V=V,
-            D=D,
-            DIN=Din,
-            v_begin=v,
-            stride_hm=h.stride(0),
-            stride_ov=e_out.stride(0),
-            stride_iv=e_in.stride(0),
-            stride_sm=ds.stride(0),
-            stride_zm=chunk,
-            NEEDS_DZ=needs_dz,
-            NEEDS_P=needs_in,
-            BLOCK_M=block_m,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=64 if h.element_size() == 2 else 32,
-            num_warps=8 if block_m == 128 else 4,
-            num_stages=3 if generation(h.device) else 1,
-        )
+            h_ptr=h, e_out_ptr=e_out, e_in_ptr=e_in, ds_ptr=ds, lse_ptr=lse, delta_ptr=delta, dz_ptr=dz, p_ptr=p,
+            scale=LOG2E / temperature, inverse_temperature=1.0 / temperature, M=M, V=V, D=D, DIN=Din, v_begin=v,
+            stride_hm=h.stride(0), stride_ov=e_out.stride(0), stride_iv=e_in.stride(0),
+            stride_sm=ds.stride(0), stride_zm=chunk,
+            NEEDS_DZ=needs_dz, NEEDS_P=needs_in,
+            BLOCK_M=block_m, BLOCK_V=BLOCK_V, BLOCK_D=64 if h.element_size() == 2 else 32,
+            num_warps=8 if block_m == 128 else 4, num_stages=3 if generation(h.device) else 1,
+        )  # fmt: skip
         if needs_h:
             _mix(dz, e_out[v : v + size], partial, v // BLOCK_V)
         if needs_out:
