@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from pe.config import Recipe
+
 HAS_GPU = torch.cuda.is_available()
 CACHE = Path(__file__).resolve().parent.parent / ".cache"  # git ignores it; the defaults lie in the temporary folder
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
@@ -48,3 +50,24 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
     return folder
+
+
+@pytest.fixture
+def recipe(tiny_models: Path, tmp_path: Path) -> Recipe:
+    """That of `write_recipe`, in a folder of the test's own."""
+    from pe.runs.recipes import load_recipe
+    from tests.training import write_recipe
+
+    return load_recipe(write_recipe(tiny_models, tmp_path))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was trained for a few steps on two sets of equal weight; no test may change it."""
+    from pe.runs.recipes import load_recipe
+    from pe.train import train
+    from tests.training import write_recipe
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_recipe(write_recipe(tiny_models, folder)))
+    return folder / "run" / "model"

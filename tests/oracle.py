@@ -7,17 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pe.method.alignment import LinearAlignment
+from pe.method.prompting import PromptingLLM
 from pe.method.rms_norm import stock_norms
 from pe.model import PromptEmbedder, Requests
 
 
-def soft_prompt(model: PromptEmbedder, text: str) -> tuple[Tensor, Tensor]:
-    """Soft tokens and the hidden states that wrote them, `[K, P]` each, by whole forwards of the prompting LLM."""
-    prompter = model.prompter
-    ids = torch.tensor(prompter.text_tokenizer.tokenizer(text)["input_ids"])
-    lm = prompter.model
-    rows, tokens, hidden = lm.get_input_embeddings()(ids), [], []
-    scale = lm.get_input_embeddings()(ids[:1]).norm() / prompter.embedding[ids[:1]].norm()
+def soft_prompt(prompter: PromptingLLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Soft tokens of one request and the hidden states that wrote them, `[K, P]` each, by whole stock forwards."""
+    lm, tokens, hidden = prompter.model, [], []
+    rows = lm.get_input_embeddings()(torch.tensor(ids))
+    scale = rows[0].norm() / prompter.embedding[ids[0]].norm()
     for _ in range(prompter.config.soft_tokens):
         output = lm(inputs_embeds=rows[None], use_cache=False, output_hidden_states=True)
         probabilities = torch.softmax(output.logits[0, -1] / prompter.config.temperature, dim=-1)
@@ -71,7 +70,8 @@ def pooled(model: PromptEmbedder, requests: Requests, place: int) -> Tensor:
     else:
         read = read[: read.index("{text}")].rstrip()
     assert isinstance(model.alignment, LinearAlignment)
-    soft = soft_prompt(model, read)[0] @ model.alignment.weight
+    ids = model.prompter.text_tokenizer.tokenizer(read)["input_ids"]
+    soft = soft_prompt(model.prompter, ids)[0] @ model.alignment.weight
 
     tokenizer, stock = model.backbone.text_tokenizer.tokenizer, model.backbone.model
     embedding = stock.get_input_embeddings()

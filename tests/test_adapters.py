@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pe.config import LoraSettings
 from pe.method.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters
-from tests.test_reader import embedder
+from tests.embedders import with_reader
 from tests.tiny import decoder
 
 ADAPTER = "reader"
@@ -144,7 +144,7 @@ def test_peft_acts_where_nothing_may_be_fused(
 
 
 def test_the_reader_merges_where_an_embedder_encodes(sums: list[torch.Size]) -> None:
-    model, texts = embedder(), [f"text {n}" for n in range(20)]
+    model, texts = with_reader(), [f"text {n}" for n in range(20)]
     one_by_one = torch.cat([model.encode_tensor([text], instructions=["topic"]) for text in texts], dim=1)
     assert not sums
     together = model.encode_tensor(texts, instructions=["topic"])

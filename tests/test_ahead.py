@@ -14,14 +14,11 @@ from pe.config import Recipe
 from pe.method.ahead import ReadAhead
 from pe.method.attention import KeyValues
 from pe.method.backbone import Backbone, Pool
-from pe.method.captured import Captured
 from pe.model import PromptEmbedder, Requests
 from pe.train import fit
-from tests.test_captured import LONGER, OPTIONS, Recorder
-from tests.test_exactness import REQUESTS, build, gradients, relative_error
-from tests.test_train import accelerator, new_model, plan_of, recipe
+from tests.embedders import LONGER, REQUESTS, build, captured, gradients, relative_error
+from tests.training import accelerator, new_model, plan_of
 
-__all__ = ["recipe"]
 SKIPS = pytest.mark.parametrize("skip", ["none", "weighted"])
 
 
@@ -57,7 +54,7 @@ def test_read_texts_embed_alike(skip: str, pooling: str) -> None:
 def test_texts_in_parts_embed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU reads a large batch in parts and pools the states of each; read ahead, all of them at once."""
     monkeypatch.setattr("pe.method.backbone.CPU_TOKENS", 16)
-    model = build("qwen3", **OPTIONS, skip="weighted")
+    model = build("qwen3", skip="weighted")
     expected, out = model(LONGER), model(model.read_texts(LONGER))
     assert relative_error(out, expected) < 1e-6
     right = gradients(model, expected)
@@ -68,7 +65,7 @@ def test_texts_in_parts_embed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 @SKIPS
 def test_weights_may_train_in_between(skip: str) -> None:
     """Texts read before a change of every trained weight embed as those read after it."""
-    model = build("qwen3", **OPTIONS, reader="activated_lora", skip=skip)
+    model = build("qwen3", reader="activated_lora", skip=skip)
     texts, before = model.read_texts(REQUESTS), model(REQUESTS)
     with torch.no_grad():
         for part in model.trainable_parameters().values():
@@ -85,7 +82,7 @@ def test_the_prefix_layout_reads_behind_its_prompt() -> None:
 
 
 def test_what_was_begun_is_taken_once(reads: list[int]) -> None:
-    ahead = ahead_of(build("qwen3", **OPTIONS))
+    ahead = ahead_of(build("qwen3"))
     same = Requests(list(REQUESTS.texts), list(REQUESTS.instructions), list(REQUESTS.index))
     reads.clear()
     ahead.start(REQUESTS)
@@ -97,7 +94,7 @@ def test_what_was_begun_is_taken_once(reads: list[int]) -> None:
 
 
 def test_another_batch_is_not_mistaken(reads: list[int]) -> None:
-    model = build("qwen3", **OPTIONS)
+    model = build("qwen3")
     ahead, expected = ahead_of(model), model(LONGER)
     other = dataclasses.replace(LONGER, index=[1, 1, 1, 1, 1])
     reads.clear()
@@ -107,9 +104,9 @@ def test_another_batch_is_not_mistaken(reads: list[int]) -> None:
 
 
 def test_with_recorded_passes() -> None:
-    model, other = build("llama", **OPTIONS, skip="weighted"), build("llama", **OPTIONS, skip="weighted")
+    model, other = build("llama", skip="weighted"), build("llama", skip="weighted")
     ahead, found = ahead_of(model), []
-    model.captured = Captured(model.prompter, model.backbone, Recorder())
+    captured(model)
     batches = [REQUESTS, LONGER, REQUESTS, LONGER]
     for embedder in (model, other):
         optimizer = torch.optim.SGD([p for part in embedder.trainable_parameters().values() for p in part], lr=0.5)

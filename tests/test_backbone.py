@@ -20,6 +20,7 @@ from pe.method.final_norm import find_final_norm
 from pe.method.loading import rounded
 from pe.method.packing import Segments, pack
 from pe.method.probes import UnsupportedBackbone
+from tests.embedders import backbone, relative_error
 from tests.tiny import SIZES, VOCABULARY, byte_tokenizer, decoder, randomise
 
 WINDOWED = SIZES | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -62,10 +63,6 @@ def build(kind: str, sizes: dict[str, Any], **changes: Any) -> PreTrainedModel:
     return randomise(AutoModel.from_config(config, dtype=torch.float32), 0)
 
 
-def backbone(architecture: str = "llama", **changes: Any) -> Backbone:
-    return Backbone(decoder(architecture, **changes), byte_tokenizer(), architecture)
-
-
 def random_texts(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(4)
     return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
@@ -88,10 +85,6 @@ def final_states(model: Backbone, hidden: Tensor) -> Tensor:
     return model.pool(hidden, Segments((1,) * len(hidden), model.device), normalize=False)
 
 
-def relative(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_further_architectures_are_exact(name: str) -> None:
     model = Backbone(build(*SUPPORTED[name]), byte_tokenizer(), name)
@@ -104,8 +97,8 @@ def test_further_architectures_are_exact(name: str) -> None:
     embed = model.model.get_input_embeddings()
     stock = torch.cat([stock_states(model, embed(torch.tensor(t)), s) for t, s in zip(texts, soft, strict=True)])
     (theirs,) = torch.autograd.grad((stock * weights).sum(), soft)
-    assert relative(packed, stock) < 1e-5
-    assert relative(ours, theirs) < 1e-5
+    assert relative_error(packed, stock) < 1e-5
+    assert relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("kind", HYBRID)
@@ -249,7 +242,7 @@ def test_sliding_window_shorter_than_the_text(architecture: str) -> None:
     first, near = [7 if text[0] != 7 else 8, *text[1:]], [*text[:-1], 7 if text[-1] != 7 else 8]
     states = [model(rows, Segments((1,), model.device), context=model.read([t]))[0] for t in (text, first, near)]
     assert torch.equal(states[0], states[1])
-    assert relative(states[2], states[0]) > 1e-3
+    assert relative_error(states[2], states[0]) > 1e-3
 
 
 def test_prefix_context_is_shared_by_index() -> None:
@@ -263,7 +256,7 @@ def test_prefix_context_is_shared_by_index() -> None:
     rows = [model.token_rows(torch.tensor(t)) for t in texts]
     leads = [model.token_rows(torch.tensor(lead[i])) for i in index]
     expected = torch.cat([stock_states(model, a, b) for a, b in zip(leads, rows, strict=True)])
-    assert relative(got, expected) < 1e-5
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_no_autograd_state_without_gradients() -> None:
@@ -388,7 +381,7 @@ def test_final_norm_is_recognised(architecture: str) -> None:
     stock = torch.cat([model.stock_forward(ids) for ids in ([1, 2, 3], [4, 5])])
     ids, segments = pack([[1, 2, 3], [4, 5]], model.device)
     hidden, _ = model(model.token_rows(ids), segments)
-    assert relative(final_states(model, hidden), stock) < 1e-5
+    assert relative_error(final_states(model, hidden), stock) < 1e-5
     assert model.final_norm.module is getattr(model.model, model.final_norm.name)
 
 

@@ -16,7 +16,7 @@ from pe import encode, evaluate, memory, train, transfer
 from pe.config import DatasetConfig, EvaluateConfig, RecipeError
 from pe.model import Instruction, PromptEmbedder
 from pe.runs.recipes import load_recipe
-from tests.test_exactness import build
+from tests.embedders import build
 
 AS_TYPED = [
     *("yes", "null", "~", "1e3", "007", "key: value", "{a: b}", "#x", "&x", "*x", "---", "- item", "[a, b]", "[1]"),

@@ -16,11 +16,11 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder, StaticPrompts
-from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig
+from pe.config import BackboneConfig, LoraSettings, ModelConfig
 from pe.kernels.info_nce import info_nce
-from pe.method.backbone import Backbone
 from pe.model import Instruction, Requests
-from tests.tiny import PLAIN, byte_tokenizer, decoder
+from tests.embedders import INSTRUCTIONS, backbone, gradients, lora, relative_error, static
+from tests.tiny import byte_tokenizer
 
 TEXTS = [
     "the cat sat",
@@ -29,24 +29,8 @@ TEXTS = [
     "the end of a day",
     "one more and a longer text than all",
 ]
-INSTRUCTIONS = [Instruction("find the answer"), Instruction("represent it", "document")]
 REQUESTS = Requests(TEXTS, INSTRUCTIONS, [0, 1, 0, 1, 0])
 FORMS: tuple[Form, ...] = ("padded", "checkpointed", "packed")
-
-
-def backbone(architecture: str = "qwen3", bos: bool = False, **changes: Any) -> Backbone:
-    return Backbone(decoder(architecture, **changes), byte_tokenizer(bos), architecture)
-
-
-def lora(form: Form, architecture: str = "qwen3", dropout: float = 0.0, **options: Any) -> LoraEmbedder:
-    """Adapters far from the identity, the same in every form."""
-    settings = LoraSettings(rank=2, alpha=4, dropout=dropout)
-    model = LoraEmbedder(LoraBaselineConfig(lora=settings, form=form, **options), backbone(architecture))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters()["lora"]:
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def stock_embedding(model: LoraEmbedder | FrozenEncoder, ids: list[int], start: int, pooling: str) -> Tensor:
@@ -66,14 +50,12 @@ def expected_ids(place: int) -> tuple[list[int], int]:
 
 
 def gradient(model: nn.Module, embeddings: Tensor) -> Tensor:
-    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([g.flatten() for g in torch.autograd.grad((embeddings * weights).sum(), parameters)])
+    return torch.cat([g.flatten() for g in gradients(model, embeddings).values()])
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
     assert expected.norm() > 1e-4
-    assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+    assert relative_error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -219,11 +201,6 @@ def test_templates_end_with_the_text() -> None:
     with pytest.raises(ValueError, match=r"templates\.query: expected a template that ends with \{text\}"):
         Templates(query="{text} {instruction}")
     assert Templates(query=BARE).query == BARE
-
-
-def static(start: Any = "vocabulary", **options: Any) -> StaticPromptEmbedder:
-    config = ModelConfig(prompter=PrompterConfig(soft_tokens=3), **PLAIN | options)
-    return StaticPromptEmbedder.fresh(config, backbone(), INSTRUCTIONS, start=start)
 
 
 def test_static_prompt_of_an_unseen_instruction_is_the_mean() -> None:

@@ -48,7 +48,8 @@ from pe.model import PromptEmbedder, Requests
 from pe.runs.recipes import load_recipe
 from pe.step import Step
 from pe.train import build_plan, train
-from tests.test_train import write_recipe
+from tests.benchmarks import FakeBenchmark
+from tests.training import write_recipe
 
 CPU = Setting.of("cpu")
 TOY = CASES["toy"]
@@ -718,24 +719,10 @@ def test_spread_and_scores() -> None:
     assert quality.mean_and_spread([46.0, None]) == "-"
 
 
-class FakeBenchmark:
-    """What `bench/test_step.py` uses of pytest-benchmark's fixture."""
-
-    group = ""
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, Any] = {}
-        self.calls = 0
-
-    def __call__(self, function: Any) -> None:
-        function()
-        self.calls += 1
-
-
 def test_benchmark_says_what_it_ran_on() -> None:
     benchmark = FakeBenchmark()
     benchmarked.test_step(benchmark, "toy", "real", "pe-suffix")
-    assert (benchmark.group, benchmark.calls) == ("toy, real", 1)
+    assert (benchmark.group, len(benchmark.found)) == ("toy, real", 1)
     assert benchmark.extra_info["hardware"]["gpu"] is None or torch.cuda.is_available()
     assert benchmark.extra_info["sizes"]["queries"] == 3
 

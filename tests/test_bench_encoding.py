@@ -15,7 +15,8 @@ from bench.encoding import SentenceEncoder
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import ModelConfig
 from pe.runs.recipes import load_recipe
-from tests.test_train import write_recipe
+from tests.benchmarks import FakeBenchmark
+from tests.training import write_recipe
 
 TEXTS = ["a red cat", "the old man and the sea, and a long text that is cut at thirty-two tokens", "one", "the day"]
 DEVICE = torch.device("cpu")
@@ -156,24 +157,12 @@ def test_page_shows_rates_and_multiples(tmp_path: Path) -> None:
     assert "Not yet measured." in encoding.render(tmp_path / "none")
 
 
-class OneCall:
-    """What `bench/test_encoding.py` uses of pytest-benchmark's fixture."""
-
-    group = ""
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, object] = {}
-
-    def __call__(self, function: encoding.Encode, *arguments: list[str]) -> None:
-        self.found = function(*arguments)
-
-
 def test_benchmark_says_what_it_ran_on(
     config: ModelConfig, frozen: FrozenEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmarked, "TEXTS", 3)
     encoders = encoding.systems(config, SentenceEncoder(config, frozen.backbone), frozen, 2)
-    benchmark = OneCall()
+    benchmark = FakeBenchmark()
     benchmarked.test_encoding(benchmark, encoders, "pe-suffix", 10)
-    assert benchmark.found.shape[:2] == (10, 3)
+    assert benchmark.found[0].shape[:2] == (10, 3)
     assert benchmark.extra_info["instructions"] == 10

@@ -19,7 +19,7 @@ from bench.kernels import COMPILED, EAGER, MODES, OURS
 from bench.ops import CASES, Case, Problem, Sizes, Way
 from bench.roofline import ROOFS, Cost
 from pe.method import flash
-from tests.test_bench import FakeBenchmark
+from tests.benchmarks import FakeBenchmark
 
 CPU = torch.device("cpu")
 GPU = {"gpu": "NVIDIA H200", "driver": "1", "cpu": "", "cores": 1, "threads": 1}
@@ -341,7 +341,7 @@ def test_page_shows_the_newest_run_of_every_case(results: Path, monkeypatch: pyt
 def test_benchmark_says_what_it_ran_on() -> None:
     benchmark = FakeBenchmark()
     benchmarked.test_kernel(benchmark, DISTINCT["pool"], OURS, "both")
-    assert (benchmark.group, benchmark.calls) == (f"{DISTINCT['pool']}, both", 1)
+    assert (benchmark.group, len(benchmark.found)) == (f"{DISTINCT['pool']}, both", 1)
     assert benchmark.extra_info["sizes"] == dict(case("pool").toy)
     assert (DISTINCT["pool"], ops.VARLEN) not in benchmarked.PAIRS
     with pytest.raises(pytest.skip.Exception, match="_flash_attention_forward"):

@@ -11,41 +11,15 @@ from torch import Tensor
 
 from pe.config import LoraSettings
 from pe.losses import cached_backward
-from pe.method.captured import Captured, Contexts, rounded_up
-from pe.method.graphs import Graphs, NotRecordedError, Work
-from pe.model import Instruction, PromptEmbedder, Requests
-from tests.test_exactness import REQUESTS, build, gradients, relative_error
-
-LONGER = Requests(
-    ["a river bank " * 9, "b", "an old man", "the end", "of " * 30],
-    [Instruction("find what is said about the same river"), Instruction("same", "document")],
-    [0, 0, 1, 1, 0],
-)
-OPTIONS = {"layout": "suffix", "pooling": "mean_prompt"}
-
-
-class Recorder:
-    """Counts what it records, and repeats it by running it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, work: Work) -> Work:
-        self.count += 1
-        work()
-        return work
-
-
-def captured(model: PromptEmbedder) -> Recorder:
-    recorder = Recorder()
-    model.captured = Captured(model.prompter, model.backbone, recorder)
-    return recorder
+from pe.method.captured import Contexts, rounded_up
+from pe.method.graphs import Graphs, NotRecordedError
+from tests.embedders import LONGER, REQUESTS, Recorder, build, captured, gradients, relative_error
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral_window", "gpt_oss"])
 @pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}, {"pooling": "last"}])
 def test_equals_the_passes_themselves(architecture: str, options: dict[str, str]) -> None:
-    model = build(architecture, **OPTIONS | options)
+    model = build(architecture, **options)
     batches = [REQUESTS, LONGER, REQUESTS, REQUESTS.part([1, 0, 2, 3]), LONGER]
     torch.manual_seed(1)
     for parameter in model.backbone.reader_parameters():  # B is zero at the start
@@ -62,7 +36,7 @@ def test_equals_the_passes_themselves(architecture: str, options: dict[str, str]
 
 
 def test_follows_the_weights() -> None:
-    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    model, other = build("llama"), build("llama")
     captured(model)
     steps = []
     for embedder in (model, other):
@@ -74,13 +48,13 @@ def test_follows_the_weights() -> None:
             optimizer.zero_grad()
         steps.append(embedder(REQUESTS).detach())
     assert relative_error(steps[0], steps[1]) < 1e-4
-    assert relative_error(steps[0], build("llama", **OPTIONS)(REQUESTS)) > 1e-3
+    assert relative_error(steps[0], build("llama")(REQUESTS)) > 1e-3
 
 
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_add_up(to_none: bool) -> None:
     """The buffer that a graph writes is the parameter's `grad`: a second backward pass must not overwrite the first."""
-    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    model, other = build("llama"), build("llama")
     captured(model)
     found = []
     for embedder in (model, other):
@@ -95,7 +69,7 @@ def test_gradients_add_up(to_none: bool) -> None:
 
 
 def test_a_second_batch_before_the_first_one_s_backward_pass() -> None:
-    model = build("llama", **OPTIONS)
+    model = build("llama")
     expected = [gradients(model, model(batch)) for batch in (REQUESTS, LONGER)]
     recorder = captured(model)
     first, second = model(REQUESTS), model(LONGER)
@@ -108,7 +82,7 @@ def test_a_second_batch_before_the_first_one_s_backward_pass() -> None:
 
 
 def test_without_gradient_nothing_is_recorded() -> None:
-    model = build("llama", **OPTIONS)
+    model = build("llama")
     recorder = captured(model)
     with torch.no_grad():
         model(REQUESTS)
@@ -133,7 +107,7 @@ def test_a_pass_that_waits_for_the_device_is_launched(monkeypatch: pytest.Monkey
         yield
 
     monkeypatch.setattr("pe.method.graphs.refusing_to_wait", refuses)
-    model = build("llama", **OPTIONS)
+    model = build("llama")
     expected = model(REQUESTS)
     recorder = captured(model)
     with pytest.warns(UserWarning, match="no CUDA graphs of a pass any more"):
@@ -165,7 +139,7 @@ def similarity(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"reader": "activated_lora", "skip": "weighted"}, {"trainable": "lora"}])
 def test_cached_representations(options: dict[str, str]) -> None:
     """Parts of a batch, each embedded twice: the gradient is that of launched passes."""
-    model, other = build("llama", **OPTIONS, **options), build("llama", **OPTIONS, **options)
+    model, other = build("llama", **options), build("llama", **options)
     captured(model)
     found = []
     for embedder in (model, other):
@@ -176,7 +150,7 @@ def test_cached_representations(options: dict[str, str]) -> None:
 
 
 def test_a_parameter_that_a_pass_does_not_use() -> None:
-    model, other = build("llama", **OPTIONS), build("llama", **OPTIONS)
+    model, other = build("llama"), build("llama")
     for embedder in (model, other):
         embedder.prompter.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
     captured(model)
@@ -189,7 +163,7 @@ def test_a_parameter_that_a_pass_does_not_use() -> None:
 
 
 def test_nothing_trains_but_the_skip() -> None:
-    model = build("llama", **OPTIONS, skip="weighted")
+    model = build("llama", skip="weighted")
     model.prompter.requires_grad_(False)
     model.alignment.requires_grad_(False)
     recorder = captured(model)
@@ -200,7 +174,7 @@ def test_nothing_trains_but_the_skip() -> None:
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    model = build("llama", **OPTIONS)
+    model = build("llama")
     captured(model)
     total = model(REQUESTS).sum()
     total.backward(retain_graph=True)
@@ -223,34 +197,26 @@ def test_ever_new_shapes_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
-    model = build("llama", **OPTIONS)
+    model = build("llama")
     model.use_graphs(True)
     assert model.captured is None
 
 
 def test_dropout_is_seen() -> None:
-    reader = build("llama", **OPTIONS, reader="activated_lora")
-    active = build("llama", **OPTIONS, reader="activated_lora", reader_lora=LoraSettings(dropout=0.1))
-    fixed, prompted = build("gpt2", **OPTIONS), build("llama", **OPTIONS, prompter="gpt2")
+    reader = build("llama", reader="activated_lora")
+    active = build("llama", reader="activated_lora", reader_lora=LoraSettings(dropout=0.1))
+    fixed, prompted = build("gpt2"), build("llama", prompter="gpt2")
     found = [model.has_dropout for model in (reader, active, fixed, prompted)]
     assert found == [False, True, False, True]
 
 
 def test_few_sizes() -> None:
-    assert [rounded_up(count) for count in (1, 64, 65, 96, 97, 129, 4096, 4097)] == [
-        64,
-        64,
-        96,
-        96,
-        128,
-        192,
-        4096,
-        6144,
-    ]
+    sizes = [rounded_up(count) for count in (1, 64, 65, 96, 97, 129, 4096, 4097)]
+    assert sizes == [64, 64, 96, 96, 128, 192, 4096, 6144]
 
 
 def test_contexts_stay_where_they_are() -> None:
-    model, contexts = build("llama", **OPTIONS), Contexts()
+    model, contexts = build("llama"), Contexts()
     texts = [model.backbone.read([[1] * count, [2, 3]]) for count in (50, 20, 70)]
     assert contexts.put(texts[0])
     place = contexts.texts(2, 64).layers[0][0].data_ptr()

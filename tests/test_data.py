@@ -24,6 +24,7 @@ from pe.data.batches import Batch, BatchPlan, text_id
 from pe.data.datasets import Count, Dataset, Report, load_dataset
 from pe.data.instruct import read_instructions, read_rows
 from pe.data.records import DataError, read_jsonl, read_lines, read_qrels
+from tests.tiny import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "data"
@@ -32,13 +33,6 @@ GOOD = '{"query": "q", "positive": "p"}'
 
 def config(path: object, **values: Any) -> DatasetConfig:
     return DatasetConfig(path=str(path), instruction="Find the answer.", **values)
-
-
-def write(path: Path, *rows: object) -> Path:
-    """A file with a line a row: strings as they are, anything else as JSON."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def pairs(path: Path, count: int, negatives: int = 0, **values: Any) -> Dataset:
@@ -51,12 +45,12 @@ def pairs(path: Path, count: int, negatives: int = 0, **values: Any) -> Dataset:
         }
         for i in range(count)
     ]
-    return load_dataset(config(write(path, *rows), **values))
+    return load_dataset(config(write_rows(path, *rows), **values))
 
 
 def labelled(path: Path, per_label: Sequence[int]) -> Dataset:
     rows = [{"text": f"t{k}.{i}", "label": f"label {k}"} for k, count in enumerate(per_label) for i in range(count)]
-    return load_dataset(config(write(path, *rows)))
+    return load_dataset(config(write_rows(path, *rows)))
 
 
 def assert_same(left: Batch, right: Batch) -> None:
@@ -116,7 +110,7 @@ MORE_BAD_LINES = [
 
 @pytest.mark.parametrize(("line", "message"), [*BAD_LINES.values(), *MORE_BAD_LINES])
 def test_bad_record_names_file_line_expected_and_got(tmp_path: Path, line: str, message: str) -> None:
-    path = write(tmp_path / "set.jsonl", GOOD, line)
+    path = write_rows(tmp_path / "set.jsonl", GOOD, line)
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ")) as caught:
         load_dataset(config(path))
     assert message in str(caught.value)
@@ -151,7 +145,7 @@ def test_bad_record_names_file_line_expected_and_got(tmp_path: Path, line: str, 
     ],
 )
 def test_bad_label_or_score(tmp_path: Path, first: object, second: object, message: str) -> None:
-    path = write(tmp_path / "set.jsonl", first, second)
+    path = write_rows(tmp_path / "set.jsonl", first, second)
     positive_from = 0.0 if "score" in json.dumps(first) else None
     with pytest.raises(DataError, match=re.escape(f"{path}:2: {message}")):
         load_dataset(config(path, positive_from=positive_from))
@@ -263,10 +257,10 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path, blanks: str) ->
 
 
 def test_blank_lines_of_judgements(tmp_path: Path) -> None:
-    path = write(tmp_path / "qrels.tsv", "", "query-id\tcorpus-id\tscore", " ", "q\td\t1", "", "")
+    path = write_rows(tmp_path / "qrels.tsv", "", "query-id\tcorpus-id\tscore", " ", "q\td\t1", "", "")
     assert read_qrels(path) == {"q": {"d": 1}}
     with pytest.raises(DataError, match=re.escape(f"{path}:4: expected three")):
-        read_qrels(write(path, "query-id\tcorpus-id\tscore", "", "", "q"))
+        read_qrels(write_rows(path, "query-id\tcorpus-id\tscore", "", "", "q"))
 
 
 @pytest.mark.parametrize("name", ["X.JSONL", "x.Jsonl.XZ", "x.jsonl.Gz", "X.JSONL.GZ"])
@@ -287,7 +281,7 @@ def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
 
 
 def test_first_record_of_no_kind(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.jsonl", {"querry": "q", "positive": "p"})
+    path = write_rows(tmp_path / "set.jsonl", {"querry": "q", "positive": "p"})
     expected = (
         f"{path}:1: expected {{query, positive, negatives?}} or {{text, label}} or {{sentence1, sentence2, score}}, "
         "got {querry, positive}; did you mean 'query'?"
@@ -322,7 +316,7 @@ def test_unreadable_file(tmp_path: Path, name: str, content: bytes | str | None,
 
 def test_skip_counts_every_reason_and_its_first_line(tmp_path: Path) -> None:
     lines = [line for line, _ in BAD_LINES.values()]
-    path = write(tmp_path / "set.jsonl", lines[0], GOOD, *lines, GOOD, *lines)
+    path = write_rows(tmp_path / "set.jsonl", lines[0], GOOD, *lines, GOOD, *lines)
     dataset = load_dataset(config(path, on_bad_record="skip"))
     expected = {reason: Count(2, 3 + place) for place, reason in enumerate(BAD_LINES)}
     assert dataset.report.skipped == expected | {"not JSON": Count(3, 1)}
@@ -334,14 +328,14 @@ def test_skip_counts_every_reason_and_its_first_line(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_is_an_error_that_tells_the_counts(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.jsonl", "nonsense", {"query": "", "positive": "p"})
+    path = write_rows(tmp_path / "set.jsonl", "nonsense", {"query": "", "positive": "p"})
     with pytest.raises(DataError, match="expected at least one usable record, got none") as caught:
         load_dataset(config(path, on_bad_record="skip"))
     assert "skipped 1: empty text (first: 2)" in str(caught.value)
 
 
 def test_max_rows_reads_the_first_rows_and_says_so(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.jsonl", GOOD, GOOD, "nonsense")
+    path = write_rows(tmp_path / "set.jsonl", GOOD, GOOD, "nonsense")
     report = load_dataset(config(path, max_rows=2)).report
     assert (report.rows, report.examples) == (2, 2)
     assert "stopped at max_rows = 2" in str(report)
@@ -369,7 +363,7 @@ def test_max_rows_reads_the_first_rows_and_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_bad_qrels(tmp_path: Path, lines: list[str], message: str) -> None:
-    path = write(tmp_path / "qrels.tsv", *lines)
+    path = write_rows(tmp_path / "qrels.tsv", *lines)
     with pytest.raises(DataError, match=re.escape(f"{path}:{message}")):
         read_qrels(path)
 
@@ -392,12 +386,12 @@ def test_read_lines_keeps_every_separator_but_the_line_feed(tmp_path: Path) -> N
 
 
 def test_read_jsonl_asks_for_keys(tmp_path: Path) -> None:
-    path = write(tmp_path / "corpus.jsonl", {"_id": "a", "text": "t"}, {"_id": "b", "txt": "t"})
+    path = write_rows(tmp_path / "corpus.jsonl", {"_id": "a", "text": "t"}, {"_id": "b", "txt": "t"})
     assert [record["_id"] for record in read_jsonl(path, keys=("_id",))] == ["a", "b"]
     message = re.escape(f"{path}:2: expected the key 'text', got {{_id, txt}}")
     with pytest.raises(DataError, match=message):
         read_jsonl(path, keys=("_id", "text"))
-    with pytest.raises(DataError, match=re.escape(f"{write(path, GOOD, 'x')}:2: expected a JSON object")):
+    with pytest.raises(DataError, match=re.escape(f"{write_rows(path, GOOD, 'x')}:2: expected a JSON object")):
         read_jsonl(path)
 
 
@@ -415,11 +409,11 @@ def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"query": "q1", "positive": " ", "negatives": None, "source": "b"},
         {"query": "q2", "positive": "p2", "negatives": None, "source": "b"},
     ]
-    write(folder / "train.jsonl", *rows)
-    write(folder / "test.jsonl", *rows[::2])
+    write_rows(folder / "train.jsonl", *rows)
+    write_rows(folder / "test.jsonl", *rows[::2])
     other = tmp_path / "labelled"
     other.mkdir()
-    write(other / "test.jsonl", {"text": "t0", "label": 3}, {"text": "t1", "label": 3})
+    write_rows(other / "test.jsonl", {"text": "t0", "label": 3}, {"text": "t1", "label": 3})
     dataset = load_dataset(config(f"hf://{folder}", on_bad_record="skip"))
     assert (dataset.queries, dataset.negatives) == (["q0", "q2"], [("n0", "n1"), ()])
     assert dataset.report.skipped == {"empty text": Count(1, 2)}
@@ -450,7 +444,7 @@ DOORS = ["file", "hub"]
 
 
 def through(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *rows: dict[str, object]) -> DatasetConfig:
-    return fake_hub(monkeypatch, *rows) if door == "hub" else config(write(tmp_path / "set.jsonl", *rows))
+    return fake_hub(monkeypatch, *rows) if door == "hub" else config(write_rows(tmp_path / "set.jsonl", *rows))
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -520,7 +514,7 @@ def test_a_set_of_other_names_is_told_the_right_one(door: str, tmp_path: Path, m
 
 
 def test_pairs_and_templates(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.jsonl", {"query": "{q} {text}", "positive": "p", "negatives": ["n0", "n1"]}, GOOD)
+    path = write_rows(tmp_path / "set.jsonl", {"query": "{q} {text}", "positive": "p", "negatives": ["n0", "n1"]}, GOOD)
     dataset = load_dataset(config(path, query_template="query: {text}", document_template="{{doc}} {text}!"))
     example = dataset.example(0, np.random.default_rng(0))
     assert (example.query, example.positive) == ("query: {q} {text}", "{{doc}} p!")
@@ -533,7 +527,7 @@ def test_pairs_and_templates(tmp_path: Path) -> None:
 
 def test_labelled_positive_is_every_other_text_of_the_label(tmp_path: Path) -> None:
     rows = [("a0", "a"), ("b0", "b"), ("a1", "a"), ("a0", "a"), ("c0", "c"), ("a2", "a"), ("b1", "b"), ("a0", "d")]
-    path = write(tmp_path / "set.jsonl", *({"text": text, "label": label} for text, label in rows))
+    path = write_rows(tmp_path / "set.jsonl", *({"text": text, "label": label} for text, label in rows))
     dataset = load_dataset(config(path))
     assert dict(zip(dataset.queries, dataset.labels.tolist(), strict=True)) == {
         "a0": 0,
@@ -560,12 +554,12 @@ def test_labelled_positive_is_every_other_text_of_the_label(tmp_path: Path) -> N
 
 def test_integer_and_string_labels_are_different(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": label} for i, label in enumerate([1, "1", 1, "1"])]
-    assert load_dataset(config(write(tmp_path / "set.jsonl", *rows))).labels.tolist() == [0, 0, 1, 1]
+    assert load_dataset(config(write_rows(tmp_path / "set.jsonl", *rows))).labels.tolist() == [0, 0, 1, 1]
 
 
 def test_scored_pairs(tmp_path: Path) -> None:
     rows = [("a", "low", 1), ("a", "high", 4), ("b", "low", 0.5), ("a", "edge", 3.5), ("c", "high", 5.0), ("b", "l", 3)]
-    path = write(tmp_path / "set.jsonl", *({"sentence1": a, "sentence2": b, "score": s} for a, b, s in rows))
+    path = write_rows(tmp_path / "set.jsonl", *({"sentence1": a, "sentence2": b, "score": s} for a, b, s in rows))
     dataset = load_dataset(config(path, positive_from=3.5))
     examples = [dataset.example(index, np.random.default_rng(0)) for index in range(len(dataset))]
     shown = [(example.query, example.positive, example.negatives) for example in examples]
@@ -580,7 +574,7 @@ def test_scored_pairs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected at least one usable record, got none"):
         load_dataset(config(path, positive_from=6))
     with pytest.raises(DataError, match=re.escape("positive_from: expected null for {query, positive, negatives?}")):
-        load_dataset(config(write(tmp_path / "pairs.jsonl", GOOD), positive_from=3))
+        load_dataset(config(write_rows(tmp_path / "pairs.jsonl", GOOD), positive_from=3))
 
 
 def test_report_of_a_clean_set_is_one_line() -> None:
@@ -724,7 +718,7 @@ def test_ids_find_false_negatives(tmp_path: Path) -> None:
         {"query": "other", "positive": "same", "negatives": ["p0"]},
         {"query": "last", "positive": "shared", "negatives": []},
     ]
-    dataset = load_dataset(config(write(tmp_path / "set.jsonl", *rows), query_template="q: {text}"))
+    dataset = load_dataset(config(write_rows(tmp_path / "set.jsonl", *rows), query_template="q: {text}"))
     batch = BatchPlan([dataset], [1.0], steps=1, batch_size=4, seed=0).batch(0)
     place = {(query, text): i for i, (query, text) in enumerate(zip(batch.queries, batch.documents, strict=False))}
     zero, one = place["q: same", "p0"], place["q: same", "p1"]

@@ -18,33 +18,22 @@ from pe import encode, transfer
 from pe.config import BackboneConfig
 from pe.data.records import DataError
 from pe.model import PromptEmbedder
-from pe.runs.recipes import load_recipe
-from pe.train import train
 from pe.transfer import Reached, move, reached
-from tests.test_train import write_recipe
 
 TEXTS = ["the river", "moon", "a much longer text about bread and honey"]
 TASK = "Find the same thing"
 
 
 @pytest.fixture(scope="module")
-def run(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a few steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(load_recipe(write_recipe(tiny_models, folder)))
-    return folder / "run"
+def expected(checkpoint: Path) -> np.ndarray:
+    return PromptEmbedder.from_pretrained(checkpoint).encode(TEXTS, instruction=TASK)
 
 
-@pytest.fixture(scope="module")
-def expected(run: Path) -> np.ndarray:
-    return PromptEmbedder.from_pretrained(run / "model").encode(TEXTS, instruction=TASK)
-
-
-def test_every_output_format(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_every_output_format(checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("\n".join(TEXTS), encoding="utf-8")
     for name in ("out.npy", "out.jsonl", "out.parquet"):
-        encode.main([str(run / "model"), str(source), str(tmp_path / name), f"--instruction={TASK}"])
+        encode.main([str(checkpoint), str(source), str(tmp_path / name), f"--instruction={TASK}"])
     assert np.allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == TEXTS
@@ -54,10 +43,10 @@ def test_every_output_format(run: Path, expected: np.ndarray, tmp_path: Path) ->
     assert np.allclose(np.array(table["embedding"].to_pylist()), expected, atol=1e-6)
 
 
-def test_jsonl_input_and_several_instructions(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_jsonl_input_and_several_instructions(checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    arguments = [str(run / "model"), str(source), str(tmp_path / "out.npy"), "--field=body"]
+    arguments = [str(checkpoint), str(source), str(tmp_path / "out.npy"), "--field=body"]
     encode.main([*arguments, "--instruction", json.dumps([TASK, "Another task"])])
     both = np.load(tmp_path / "out.npy")
     assert both.shape == (2, *expected.shape)
@@ -65,12 +54,12 @@ def test_jsonl_input_and_several_instructions(run: Path, expected: np.ndarray, t
     assert not np.allclose(both[1], expected, atol=1e-3)
 
 
-def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_refuses_bad_input(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, taken, folder = tmp_path / "in.txt", tmp_path / "taken.npy", tmp_path / "folder.npy"
     folder.mkdir()
     source.write_text("a", encoding="utf-8")
     taken.write_bytes(b"precious")
-    model, task = str(run / "model"), f"--instruction={TASK}"
+    model, task = str(checkpoint), f"--instruction={TASK}"
     for arguments, message in (
         ([model, str(source), str(tmp_path / "out.csv"), task], "a name ending in .npy, .jsonl, .parquet"),
         ([model, str(source), str(taken), task], "exists already"),
@@ -88,7 +77,7 @@ def test_encode_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_an_output_that_cannot_be_written_is_known_before_encoding(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(**_: object) -> None:
         raise PermissionError("no writing here")
@@ -97,7 +86,7 @@ def test_an_output_that_cannot_be_written_is_known_before_encoding(
     monkeypatch.setattr(PromptEmbedder, "encode_many", lambda *_, **__: pytest.fail("encoded in vain"))
     (tmp_path / "in.txt").write_text("a", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
-        encode.main([str(run / "model"), str(tmp_path / "in.txt"), str(tmp_path / "o.npy"), f"--instruction={TASK}"])
+        encode.main([str(checkpoint), str(tmp_path / "in.txt"), str(tmp_path / "o.npy"), f"--instruction={TASK}"])
     assert stopped.value.code == 2
     assert "no writing here" in capsys.readouterr().err
 
@@ -136,21 +125,21 @@ def test_blank_lines_are_no_texts(tmp_path: Path, name: str) -> None:
     assert encode.read_texts(tmp_path / name, "text") == ["a", ""]
 
 
-def test_suffixes_in_capitals(run: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_suffixes_in_capitals(checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "IN.TXT").write_text("\n".join(TEXTS), encoding="utf-8")
     for name in ("O.NPY", "O.Parquet", "O.JSONL"):
-        encode.main([str(run / "model"), str(tmp_path / "IN.TXT"), str(tmp_path / name), f"--instruction={TASK}"])
+        encode.main([str(checkpoint), str(tmp_path / "IN.TXT"), str(tmp_path / name), f"--instruction={TASK}"])
     assert np.allclose(np.load(tmp_path / "O.NPY"), expected, atol=1e-6)
     assert pq.read_table(tmp_path / "O.Parquet")["text"].to_pylist() == TEXTS
     assert encode.read_texts(tmp_path / "O.JSONL", "text") == TEXTS
 
 
 @pytest.mark.parametrize("instruction", [TASK, f"Given a query: {TASK}", "- item", "[a, b]"])
-def test_one_plain_instruction(run: Path, tmp_path: Path, instruction: str) -> None:
+def test_one_plain_instruction(checkpoint: Path, tmp_path: Path, instruction: str) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "new" / "folder" / "out.npy"
     source.write_text("\n".join(TEXTS), encoding="utf-8")
-    encode.main([str(run / "model"), str(source), str(output), "--instruction", instruction])
-    model = PromptEmbedder.from_pretrained(run / "model")
+    encode.main([str(checkpoint), str(source), str(output), "--instruction", instruction])
+    model = PromptEmbedder.from_pretrained(checkpoint)
     assert np.allclose(np.load(output), model.encode(TEXTS, instruction=instruction), atol=1e-6)
     assert [file.name for file in output.parent.iterdir()] == ["out.npy"]
 
@@ -163,11 +152,11 @@ def test_an_empty_instruction_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "--instruction: expected a sentence, or a JSON list of sentences, got" in capsys.readouterr().err
 
 
-def test_a_file_beside_the_output_stays(run: Path, tmp_path: Path) -> None:
+def test_a_file_beside_the_output_stays(checkpoint: Path, tmp_path: Path) -> None:
     source, neighbour = tmp_path / "in.txt", tmp_path / "out.npy.part"
     source.write_text("a", encoding="utf-8")
     neighbour.write_bytes(b"precious")
-    encode.main([str(run / "model"), str(source), str(tmp_path / "out.npy"), f"--instruction={TASK}"])
+    encode.main([str(checkpoint), str(source), str(tmp_path / "out.npy"), f"--instruction={TASK}"])
     assert neighbour.read_bytes() == b"precious"
 
 
@@ -202,14 +191,14 @@ def without(section: str, key: str | None = None) -> Callable[[Path], None]:
     ],
 )
 def test_a_damaged_model_is_one_message_that_names_the_file(
-    run: Path,
+    checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
     damage: Callable[[Path], None],
     message: str,
 ) -> None:
-    model, source = Path(shutil.copytree(run / "model", tmp_path / "model")), tmp_path / "in.txt"
+    model, source = Path(shutil.copytree(checkpoint, tmp_path / "model")), tmp_path / "in.txt"
     source.write_text("a", encoding="utf-8")
     damage(model / name)
     with pytest.raises(SystemExit) as stopped:
@@ -221,23 +210,23 @@ def test_a_damaged_model_is_one_message_that_names_the_file(
     assert message in error
 
 
-def moved_to(backbone: str, run: Path) -> PromptEmbedder:
-    source = PromptEmbedder.from_pretrained(run / "model")
+def moved_to(backbone: str, checkpoint: Path) -> PromptEmbedder:
+    source = PromptEmbedder.from_pretrained(checkpoint)
     return move(source, dataclasses.replace(source.config, backbone=BackboneConfig(model=backbone)))
 
 
-def test_transfer_trains_the_new_parts_alone(run: Path, tiny_models: Path, tmp_path: Path) -> None:
-    source = PromptEmbedder.from_pretrained(run / "model")
+def test_transfer_trains_the_new_parts_alone(checkpoint: Path, tiny_models: Path, tmp_path: Path) -> None:
+    source = PromptEmbedder.from_pretrained(checkpoint)
     before = {name: p.clone() for name, p in source.prompter.named_parameters()}
     out = tmp_path / "moved"
     new = str(tiny_models / "two")
-    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=4", f"--output={out}", "--evaluate.tasks=[]"])
+    transfer.main([str(checkpoint), f"--backbone={new}", "--steps=4", f"--output={out}", "--evaluate.tasks=[]"])
     moved = PromptEmbedder.from_pretrained(out / "model")
     assert moved.backbone.name == new
     assert moved.encode(TEXTS, instruction=TASK).shape == (3, 40)
     after = dict(moved.prompter.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
-    start = moved_to(new, run)
+    start = moved_to(new, checkpoint)
     assert not torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert set(start.trainable_parameters()) == {"alignment", "reader", "skip"}
 
@@ -248,11 +237,11 @@ def skip_weight(model: PromptEmbedder) -> torch.Tensor:
 
 
 def test_transfer_without_steps_is_the_least_squares_start(
-    run: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, new = tmp_path / "moved", str(tiny_models / "two")
-    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
-    moved, start = PromptEmbedder.from_pretrained(out / "model"), moved_to(new, run)
+    transfer.main([str(checkpoint), f"--backbone={new}", "--steps=0", f"--output={out}", "--evaluate.tasks=[]"])
+    moved, start = PromptEmbedder.from_pretrained(out / "model"), moved_to(new, checkpoint)
     assert torch.equal(start.alignment.weight, moved.alignment.weight)  # type: ignore[union-attr]
     assert not torch.equal(skip_weight(moved), skip_weight(start))
     texts = int(re.search(r"embeddings of (\d+) texts", capsys.readouterr().err)[1])  # type: ignore[index]
@@ -260,17 +249,17 @@ def test_transfer_without_steps_is_the_least_squares_start(
     assert json.loads((out / "transfer.json").read_text(encoding="utf-8"))["curve"] == []
 
 
-def test_transfer_without_steps_and_texts_needs_no_data(run: Path, tiny_models: Path, tmp_path: Path) -> None:
+def test_transfer_without_steps_and_texts_needs_no_data(checkpoint: Path, tiny_models: Path, tmp_path: Path) -> None:
     out, new = tmp_path / "moved", str(tiny_models / "two")
     bare = [f"--output={out}", "--evaluate.tasks=[]", "--data=[]", "--texts=0"]
-    transfer.main([str(run / "model"), f"--backbone={new}", "--steps=0", *bare])
+    transfer.main([str(checkpoint), f"--backbone={new}", "--steps=0", *bare])
     assert torch.equal(skip_weight(PromptEmbedder.from_pretrained(out / "model")), torch.eye(40))
 
 
 def test_transfer_fits_the_skip_before_training_if_asked(
-    run: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(run / "model"), f"--backbone={tiny_models / 'two'}", "--steps=1", "--evaluate.tasks=[]"]
+    command = [str(checkpoint), f"--backbone={tiny_models / 'two'}", "--steps=1", "--evaluate.tasks=[]"]
     transfer.main([*command, f"--output={tmp_path / 'fresh'}"])
     assert "fitted" not in capsys.readouterr().err
     transfer.main([*command, f"--output={tmp_path / 'fitted'}", "--texts=30"])
@@ -279,10 +268,10 @@ def test_transfer_fits_the_skip_before_training_if_asked(
     assert (skip_weight(fresh) - torch.eye(40)).abs().max() < 0.01 < (skip_weight(fitted) - torch.eye(40)).abs().max()
 
 
-def test_transfer_refuses_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transfer_refuses_bad_input(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(tmp_path), "--backbone=x"], "CHECKPOINT is the `model` folder of a run"),
-        ([str(run / "model"), "--backbone=nowhere/x", f"--output={tmp_path / 'o'}"], "nowhere/x: no model there"),
+        ([str(checkpoint), "--backbone=nowhere/x", f"--output={tmp_path / 'o'}"], "nowhere/x: no model there"),
     ):
         with pytest.raises(SystemExit) as stopped:
             transfer.main(arguments)

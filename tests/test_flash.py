@@ -30,7 +30,7 @@ from pe.method.flash import (
 )
 from pe.method.packing import Segments
 from pe.method.probes import UnsupportedBackbone
-from tests.test_backbone import backbone
+from tests.embedders import backbone
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 Q_LENGTHS, K_LENGTHS = (3, 1, 5), (4, 1, 9)

@@ -22,6 +22,7 @@ from pe.data.instruct import InstructRow, InstructTask, Side, letters, read_inst
 from pe.data.instruct_score import INSTRUCT_TASKS, available_sets, read_set, rights
 from pe.data.records import DataError, read_jsonl
 from pe.evaluate import EvaluationError, comparison, main, score
+from tests.tiny import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -62,12 +63,6 @@ def instructions(path: Path, **changes: Any) -> Path:
     return path
 
 
-def write(path: Path, *rows: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def with_side(**changes: Any) -> dict[str, Any]:
     """`ROW` with another side `nli-follows`."""
     sides = ROW["sides"]
@@ -94,7 +89,7 @@ def test_instructions_and_rows_are_read(tasks: dict[str, InstructTask], tmp_path
     )
     moves, sleeps = Side("a dog moves", ("a dog sleeps",)), Side("a dog sleeps", ("a dog moves",))
     row = InstructRow("a dog runs", {"nli-follows": moves, "nli-contradicts": sleeps})
-    assert read_rows(write(tmp_path / "rows.jsonl", ROW, ROW), tasks) == [row, row]
+    assert read_rows(write_rows(tmp_path / "rows.jsonl", ROW, ROW), tasks) == [row, row]
 
 
 def test_the_reader_needs_no_torch() -> None:
@@ -218,7 +213,7 @@ FOLLOWS, CONTRADICTS = ROW["sides"].values()
     ],
 )
 def test_bad_rows(row: object, message: str, tasks: dict[str, InstructTask], tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROW, row)
+    path = write_rows(tmp_path / "rows.jsonl", ROW, row)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}:2: ')}") as caught:
         read_rows(path, tasks)
     assert message in str(caught.value)
@@ -227,7 +222,7 @@ def test_bad_rows(row: object, message: str, tasks: dict[str, InstructTask], tmp
 
 def test_a_file_without_rows(tasks: dict[str, InstructTask], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected at least one row, got an empty file"):
-        read_rows(write(tmp_path / "rows.jsonl"), tasks)
+        read_rows(write_rows(tmp_path / "rows.jsonl"), tasks)
 
 
 # What ships.
@@ -477,7 +472,7 @@ def numbers(count: int = 5) -> list[dict[str, Any]]:
 def folder(tmp_path: Path) -> Path:
     """A data folder with PE-Instruct-NLI alone."""
     instructions(tmp_path / "instruct/instructions.yaml")
-    write(tmp_path / "instruct/eval/nli.jsonl", *numbers())
+    write_rows(tmp_path / "instruct/eval/nli.jsonl", *numbers())
     return tmp_path
 
 
@@ -526,7 +521,7 @@ def test_length_of_an_embedding_does_not_count(folder: Path) -> None:
 
 
 def test_texts_are_distinct_and_documents_stand_under_their_instruction(folder: Path) -> None:
-    write(folder / "instruct/eval/nli.jsonl", *numbers(), *numbers())
+    write_rows(folder / "instruct/eval/nli.jsonl", *numbers(), *numbers())
     encoder = Reader(UP)
     rights(encoder, read_set("PE-Instruct-NLI", folder))
     (documents,) = [call for call in encoder.calls if call[0] == "document"]
@@ -656,7 +651,7 @@ def test_the_command_refuses_bad_files_before_it_loads_a_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pe.evaluate, "load_encoder", lambda *_, **__: pytest.fail("a model was loaded"))
-    write(folder / "instruct/eval/nli.jsonl", {**ROW, "sides": {"nli-follows": FOLLOWS}})
+    write_rows(folder / "instruct/eval/nli.jsonl", {**ROW, "sides": {"nli-follows": FOLLOWS}})
     assert main(["model", "--data", str(folder), "--tasks", "PE-Instruct-NLI"]) == 2
     assert "nli.jsonl:1: sides: expected 'nli-contradicts' beside 'nli-follows'" in capsys.readouterr().err
     instructions(folder / "instruct/instructions.yaml", unseen=["entailed"])

@@ -16,11 +16,8 @@ from pe import encode
 from pe.config import BackboneConfig, DatasetConfig, ModelConfig, PrompterConfig
 from pe.data.instructions import trained_instructions
 from pe.model import PromptEmbedder
-from pe.runs.recipes import load_recipe
 from pe.saving import read_config
-from pe.train import train
 from pe.transfer import move
-from tests.test_train import write_recipe
 
 TEXTS = ["the river", "moon", "bread and honey"]
 
@@ -83,14 +80,6 @@ def test_the_default_has_the_largest_weight(rows: list[Any], query: str, documen
     assert (named["query"], named["document"]) == (query, document)
 
 
-@pytest.fixture(scope="module")
-def run(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved embedder of a few steps: two sets of equal weight, the second with a document instruction of its own."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(load_recipe(write_recipe(tiny_models, folder), ["--train.steps=2"]))
-    return folder / "run" / "model"
-
-
 NAMED = {
     "query": "Find the same thing",
     "document": "Find the same thing",
@@ -100,9 +89,11 @@ NAMED = {
 }
 
 
-def test_a_trained_embedder_needs_no_instruction(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = PromptEmbedder.from_pretrained(run)
-    assert model.instructions == NAMED == read_config(run)["instructions"]
+def test_a_trained_embedder_needs_no_instruction(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = PromptEmbedder.from_pretrained(checkpoint)
+    assert model.instructions == NAMED == read_config(checkpoint)["instructions"]
     model.name = str(tmp_path)  # what is said once is said once by name
     model.instructions |= {"document": "A thing"}
     with caplog.at_level(logging.WARNING):
@@ -116,14 +107,14 @@ def test_a_trained_embedder_needs_no_instruction(run: Path, tmp_path: Path, capl
     assert PromptEmbedder.from_pretrained(tmp_path / "again").instructions == model.instructions
 
 
-def test_a_move_keeps_them(run: Path, tiny_models: Path) -> None:
-    source = PromptEmbedder.from_pretrained(run)
+def test_a_move_keeps_them(checkpoint: Path, tiny_models: Path) -> None:
+    source = PromptEmbedder.from_pretrained(checkpoint)
     config = dataclasses.replace(source.config, backbone=BackboneConfig(model=str(tiny_models / "two")))
     assert move(source, config).instructions == NAMED
 
 
-def test_documents_without_an_instruction_take_the_queries(run: Path, tmp_path: Path) -> None:
-    model = PromptEmbedder.from_pretrained(run)
+def test_documents_without_an_instruction_take_the_queries(checkpoint: Path, tmp_path: Path) -> None:
+    model = PromptEmbedder.from_pretrained(checkpoint)
     model.instructions = {"query": "Mine"}
     expected = model.encode(TEXTS, instruction="Mine", side="document")
     assert np.array_equal(model.encode(TEXTS, side="document"), expected)
@@ -142,17 +133,17 @@ def test_without_training_there_is_no_default(tiny_models: Path, tmp_path: Path)
         model.encode(TEXTS)
 
 
-def as_before(run: Path, folder: Path) -> dict[str, Any]:
+def as_before(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Copy a saved embedder's config, as it was before it had instructions, into a copy of the folder."""
-    shutil.copytree(run, folder)
+    shutil.copytree(checkpoint, folder)
     saved: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del saved["instructions"]
     (folder / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     return saved
 
 
-def test_an_older_folder_has_those_of_its_recipe(run: Path, tmp_path: Path) -> None:
-    as_before(run, tmp_path / "old")
+def test_an_older_folder_has_those_of_its_recipe(checkpoint: Path, tmp_path: Path) -> None:
+    as_before(checkpoint, tmp_path / "old")
     assert PromptEmbedder.from_pretrained(tmp_path / "old").instructions == NAMED
     for recipe in ("nothing: known\n", None):
         file = tmp_path / "old" / "recipe.yaml"
@@ -163,26 +154,28 @@ def test_an_older_folder_has_those_of_its_recipe(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damaged", [["a"], {"query": 3}, "a"])
-def test_damaged_instructions_are_refused(run: Path, tmp_path: Path, damaged: object) -> None:
-    saved = as_before(run, tmp_path / "bad") | {"instructions": damaged}
+def test_damaged_instructions_are_refused(checkpoint: Path, tmp_path: Path, damaged: object) -> None:
+    saved = as_before(checkpoint, tmp_path / "bad") | {"instructions": damaged}
     (tmp_path / "bad" / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json: instructions: expected sentences by name, got"):
         PromptEmbedder.from_pretrained(tmp_path / "bad")
 
 
-def test_the_command_line_says_which_it_takes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_which_it_takes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "in.txt"
     source.write_text("\n".join(TEXTS), encoding="utf-8")
-    encode.main([str(run), str(source), str(tmp_path / "out.npy")])
+    encode.main([str(checkpoint), str(source), str(tmp_path / "out.npy")])
     assert "no --instruction, so query texts go under 'Find the same thing'" in capsys.readouterr().err
-    expected = PromptEmbedder.from_pretrained(run).encode(TEXTS, instruction="Find the same thing")
+    expected = PromptEmbedder.from_pretrained(checkpoint).encode(TEXTS, instruction="Find the same thing")
     assert np.allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
 
 
 def test_the_command_line_needs_one_where_there_is_no_default(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved = as_before(run, tmp_path / "bare") | {"instructions": {}}
+    saved = as_before(checkpoint, tmp_path / "bare") | {"instructions": {}}
     (tmp_path / "bare" / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     (tmp_path / "in.txt").write_text("a", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:

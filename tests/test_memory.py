@@ -41,7 +41,7 @@ from pe.measure.meters import (
     extra,
 )
 from pe.runs.recipes import load_recipe
-from tests.test_train import write_recipe
+from tests.training import write_recipe
 
 CPU = torch.device("cpu")
 CLOSE = 0.02

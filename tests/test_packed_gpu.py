@@ -20,8 +20,8 @@ from pe.method.backbone import READER
 from pe.method.rms_norm import fuse_norms
 from pe.model import PromptEmbedder, Requests
 from tests import oracle
+from tests.embedders import REQUESTS, build
 from tests.kernels.tolerance import assert_no_worse
-from tests.test_exactness import REQUESTS, build
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pe.config import LoraSettings, PrompterConfig
 from pe.method.probes import UnsupportedPrompter
 from pe.method.prompting import PromptingLLM, left_padded
+from tests import oracle
+from tests.embedders import relative_error
 from tests.tiny import byte_tokenizer, language_model
 
 REQUESTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9, 9, 11], [12], [40, 41, 42]]
@@ -22,23 +24,6 @@ FAMILIES = ["llama", "qwen3", "gemma3", "granite", "gpt_neox", "gpt2", "mistral_
 def prompter(architecture: str = "llama", **options: object) -> PromptingLLM:
     config = PrompterConfig(**({"soft_tokens": 3, "temperature": 0.7} | options))  # type: ignore[arg-type]
     return PromptingLLM(language_model(architecture), byte_tokenizer(), config).eval()
-
-
-def uncached(model: PromptingLLM, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Soft tokens and hidden states `[K, D]` of one request by whole stock forwards, from logits."""
-    lm, rows, tokens, hidden = model.model, model.model.get_input_embeddings()(torch.tensor(ids)), [], []
-    scale = rows.norm() / model.embedding[ids].norm()
-    for _ in range(model.config.soft_tokens):
-        output = lm(inputs_embeds=rows[None], use_cache=False, output_hidden_states=True)
-        token = torch.softmax(output.logits[0, -1] / model.config.temperature, -1) @ model.embedding * scale
-        rows = torch.cat([rows, token[None]])
-        tokens.append(token)
-        hidden.append(output.hidden_states[-1][0, -1])
-    return torch.stack(tokens), torch.stack(hidden)
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 def test_left_padding_aligns_the_last_tokens() -> None:
@@ -114,8 +99,8 @@ def test_padded_generation_equals_each_request_alone(architecture: str) -> None:
     assert together.tokens.shape == together.hidden.shape == (4, 3, 32)
     for place, request in enumerate(REQUESTS):
         alone = model([request])
-        assert relative(together.tokens[place], alone.tokens[0]) < 1e-5
-        assert relative(together.hidden[place], alone.hidden[0]) < 1e-5
+        assert relative_error(together.tokens[place], alone.tokens[0]) < 1e-5
+        assert relative_error(together.hidden[place], alone.hidden[0]) < 1e-5
 
 
 @pytest.mark.parametrize("at_once", [8, 1000])
@@ -127,20 +112,20 @@ def test_cached_generation_equals_whole_forwards_with_gradients(
     model = prompter(architecture)
     weights = torch.randn(4, 3, 32)
     cached = model(REQUESTS)
-    plain = [uncached(model, request) for request in REQUESTS]
+    plain = [oracle.soft_prompt(model, request) for request in REQUESTS]
     tokens, hidden = (torch.stack(parts) for parts in zip(*plain, strict=True))
-    assert relative(cached.tokens, tokens) < 1e-5
-    assert relative(cached.hidden, hidden) < 1e-5
+    assert relative_error(cached.tokens, tokens) < 1e-5
+    assert relative_error(cached.hidden, hidden) < 1e-5
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad((t * weights).sum(), parameters) for t in (cached.tokens, tokens))
     ours, theirs = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, theirs))
-    assert relative(ours, theirs) < 1e-5
+    assert relative_error(ours, theirs) < 1e-5
 
 
 def test_the_first_soft_token_is_the_expected_embedding() -> None:
     model = prompter("llama", temperature=0.3)
     probabilities = torch.softmax(model.model(torch.tensor([REQUESTS[0]])).logits[0, -1] / 0.3, -1)
-    assert relative(model([REQUESTS[0]]).tokens[0, 0], probabilities @ model.embedding) < 1e-5
+    assert relative_error(model([REQUESTS[0]]).tokens[0, 0], probabilities @ model.embedding) < 1e-5
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("llama", True), ("gemma3", True)])
@@ -168,29 +153,29 @@ def test_gradients_flow_through_the_cache() -> None:
     rows = torch.cat([model.model.get_input_embeddings()(torch.tensor(REQUESTS[0])), written[:2]])
     logits = model.model(inputs_embeds=rows[None], use_cache=False).logits[0, -1]
     last = torch.softmax(logits / 0.7, -1) @ model.embedding
-    assert relative(last, written[-1]) < 1e-5
+    assert relative_error(last, written[-1]) < 1e-5
     (cut,) = torch.autograd.grad(last.sum(), values)  # soft tokens held constant
-    assert relative(cut, whole) > 1e-2
+    assert relative_error(cut, whole) > 1e-2
 
 
 def test_more_soft_tokens_extend_the_prompt() -> None:
     short, long = prompter(soft_tokens=2)(REQUESTS).tokens, prompter(soft_tokens=5)(REQUESTS).tokens
     assert long.shape == (4, 5, 32)
-    assert relative(long[:, :2], short) < 1e-6
-    assert relative(long[:, 2:4], short) > 1e-2
+    assert relative_error(long[:, :2], short) < 1e-6
+    assert relative_error(long[:, 2:4], short) > 1e-2
 
 
 def test_temperature_changes_the_mixture() -> None:
     cold, warm = (prompter(temperature=t)(REQUESTS[:1]).tokens[0, 0] for t in (1e-3, 100.0))
     model = prompter()
     best = model.model(torch.tensor([REQUESTS[0]])).logits[0, -1].argmax()
-    assert relative(cold, model.embedding[best]) < 1e-4  # one word
-    assert relative(warm, model.embedding.mean(0)) < 0.2  # all of them
+    assert relative_error(cold, model.embedding[best]) < 1e-4  # one word
+    assert relative_error(warm, model.embedding.mean(0)) < 0.2  # all of them
 
 
 def test_lora_trains_adapters_only_and_starts_where_the_model_is() -> None:
     model = prompter(trainable="lora", lora=LoraSettings(rank=2))
-    assert relative(model(REQUESTS).tokens, prompter()(REQUESTS).tokens) < 1e-6
+    assert relative_error(model(REQUESTS).tokens, prompter()(REQUESTS).tokens) < 1e-6
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
@@ -213,7 +198,7 @@ def test_lora_adapter_round_trip(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
     again = prompter(**options)
-    assert relative(again(REQUESTS).tokens, model(REQUESTS).tokens) > 1e-3
+    assert relative_error(again(REQUESTS).tokens, model(REQUESTS).tokens) > 1e-3
     again.load_adapter(tmp_path)
     again.eval()
     assert torch.equal(again(REQUESTS).tokens, model(REQUESTS).tokens)

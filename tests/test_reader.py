@@ -19,24 +19,12 @@ from pe.method.backbone import Backbone
 from pe.method.packing import pack
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests import oracle
-from tests.test_exactness import build, gradients, relative_error
+from tests.embedders import build, gradients, relative_error, with_reader
 from tests.tiny import byte_tokenizer, decoder
 
 TEXTS = ["the cat sat", "an old man walks along the other bank of the river", "a"]
 REQUESTS = Requests(TEXTS, [Instruction("find the answer"), Instruction("same topic?")], [0, 1, 0])
 ARCHITECTURES = ["qwen3", "llama", "mistral_window", "gemma3", "phi3", "gpt_neox"]
-
-
-def embedder(architecture: str = "qwen3", **options: object) -> PromptEmbedder:
-    """An embedder whose reader acts: its B matrices, zero at the start, are perturbed once."""
-    lora = LoraSettings(rank=2, alpha=4, **options)  # type: ignore[arg-type]
-    model = build(architecture, reader="activated_lora", reader_lora=lora)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.backbone.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def stock_peft(model: PromptEmbedder, folder: Path) -> PeftModel:
@@ -59,7 +47,7 @@ def two_steps(peft: PeftModel, model: PromptEmbedder) -> Tensor:
     embeddings = []
     for place, text in enumerate(REQUESTS.texts):
         read = f"Instruct: {REQUESTS.instruction(place).text}\nQuery:"
-        soft = oracle.soft_prompt(model, read)[0] @ model.alignment.weight
+        soft = oracle.soft_prompt(model.prompter, byte_tokenizer()(read)["input_ids"])[0] @ model.alignment.weight
         cache = DynamicCache(config=peft.config)
         with torch.no_grad(), peft.disable_adapter():
             ids = torch.tensor([byte_tokenizer()(text)["input_ids"]])
@@ -71,7 +59,7 @@ def two_steps(peft: PeftModel, model: PromptEmbedder) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_two_step_cached_forward(architecture: str, tmp_path: Path) -> None:
-    model = embedder(architecture)
+    model = with_reader(architecture)
     peft = stock_peft(model, tmp_path)
     got, expected = model(REQUESTS), two_steps(peft, model)
     assert relative_error(got, expected) < 1e-5
@@ -95,7 +83,7 @@ def test_equals_the_two_step_cached_forward(architecture: str, tmp_path: Path) -
 
 
 def test_it_acts_on_soft_tokens_and_never_on_text() -> None:
-    model, plain = embedder(), build("qwen3")
+    model, plain = with_reader(), build("qwen3")
     assert relative_error(model(REQUESTS), plain(REQUESTS)) > 1e-2
     ids = model.tokenize(REQUESTS)
     for ours, theirs in zip(model.backbone.read(ids).layers, plain.backbone.read(ids).layers, strict=True):
@@ -109,7 +97,7 @@ def test_a_fresh_reader_changes_nothing() -> None:
 
 
 def test_it_stands_on_every_linear_layer_and_is_all_that_trains() -> None:
-    model = embedder()
+    model = with_reader()
     trainable = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
     layers = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -119,9 +107,9 @@ def test_it_stands_on_every_linear_layer_and_is_all_that_trains() -> None:
 
 
 def test_dropout_acts_in_train_mode_only() -> None:
-    model = embedder(dropout=0.5)
+    model = with_reader(dropout=0.5)
     assert torch.equal(model(REQUESTS), model(REQUESTS))
-    assert torch.equal(model(REQUESTS), embedder()(REQUESTS))
+    assert torch.equal(model(REQUESTS), with_reader()(REQUESTS))
     model.train()
     assert relative_error(model(REQUESTS), model(REQUESTS)) > 1e-3
     ids = model.tokenize(REQUESTS)
@@ -139,7 +127,7 @@ def test_dropout_acts_in_train_mode_only() -> None:
 
 
 def test_an_error_in_the_text_pass_switches_it_on_again() -> None:
-    model = embedder()
+    model = with_reader()
     before = model(REQUESTS)
     with pytest.raises(IndexError):
         model.backbone.read([[10_000]])
@@ -148,7 +136,7 @@ def test_an_error_in_the_text_pass_switches_it_on_again() -> None:
 
 def test_a_reader_that_was_off_stays_off() -> None:
     """As within `reader_off` of a caller, where a text pass has its own."""
-    backbone = embedder().backbone
+    backbone = with_reader().backbone
 
     def states() -> Tensor:
         ids, segments = pack([[1, 2, 3]], backbone.device)
@@ -162,7 +150,7 @@ def test_a_reader_that_was_off_stays_off() -> None:
 
 
 def test_saved_reader_is_a_stock_peft_adapter(tmp_path: Path) -> None:
-    model = embedder("llama")
+    model = with_reader("llama")
     peft = stock_peft(model, tmp_path)
     assert {file.name for file in (tmp_path / "saved" / "reader").glob("*.safetensors")} == {
         "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from pe.method import rms_norm
 from pe.method.backbone import Backbone
 from pe.method.probes import UnsupportedBackbone, UnsupportedPrompter
 from pe.method.rms_norm import fuse_norms, is_rms_norm, restore_norms, stock_norms
-from tests.test_exactness import REQUESTS, build, gradients, relative_error
+from tests.embedders import REQUESTS, build, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder
 
 FUSED = {"llama": 5, "qwen3": 9, "phi3": 5, "granite": 5}

@@ -15,7 +15,7 @@ from pe.method.skip import with_skip
 from pe.method.token_weights import standardize
 from pe.model import Instruction, PromptEmbedder, Requests
 from tests import oracle
-from tests.test_exactness import REQUESTS, TEXTS, assert_equal, build, relative_error
+from tests.embedders import REQUESTS, TEXTS, assert_equal, build, relative_error
 from tests.tiny import ARCHITECTURES, byte_tokenizer, decoder
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pe.method.skip_start import RIDGE, directions, fit_skip
 from pe.model import Instruction, PromptEmbedder, Requests
-from tests.test_exactness import build
+from tests.embedders import build
 from tests.tiny import WORDS
 
 INSTRUCTIONS = [Instruction("Find the same thing"), Instruction("Another task", "document")]

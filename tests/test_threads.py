@@ -23,11 +23,9 @@ from pe.config import Recipe
 from pe.method.turns import BeingTrained
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.train import fit
-from tests.test_baselines import backbone, lora, static
-from tests.test_exactness import build
-from tests.test_train import accelerator, new_model, plan_of, recipe
+from tests.embedders import backbone, build, lora, static
+from tests.training import accelerator, new_model, plan_of
 
-__all__ = ["recipe"]
 WORKERS = pytest.mark.parametrize("workers", [2, 4])
 CALLS = 24
 FIND, SAME = "find the answer", "same topic?"

@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,56 +36,7 @@ from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.recipes import load_recipe
 from pe.step import Step, Trainable, TrainingError, check, rate
 from pe.train import History, fit, main, train
-from tests.tiny import write_training_data
-
-
-def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
-    paths = write_training_data(folder / "data")
-    recipe = {
-        "output": str(folder / "run"),
-        "model": {
-            "prompter": {"model": str(models / "prompter"), "soft_tokens": 3},
-            "backbone": {"model": str(models / "one")},
-            "reader": "activated_lora",
-            "skip": "weighted",
-            "reader_lora": {"rank": 2, "alpha": 8},
-            "max_length": 32,
-        },
-        "data": [
-            {"path": str(paths["pairs"]), "instruction": "Find the same thing"},
-            {"path": str(paths["labelled"]), "instruction": "Find the kind", "document_instruction": "A thing"},
-        ],
-        "loss": {"temperature": 0.02},
-        "train": {"steps": 6, "batch_size": 6, "lr": 0.003, "save_every": 3, "log_every": 2},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        recipe[section] = {**recipe[section], name: value} if name else value  # type: ignore[dict-item]
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def recipe(tiny_models: Path, tmp_path: Path) -> Recipe:
-    return load_recipe(write_recipe(tiny_models, tmp_path))
-
-
-def new_model(recipe: Recipe) -> PromptEmbedder:
-    torch.manual_seed(recipe.train.seed)
-    model = PromptEmbedder.from_config(recipe.model)
-    with torch.no_grad():
-        for parameter in model.backbone.reader_parameters():  # the adapters start as the identity; let them act
-            parameter += 0.05 * torch.randn(parameter.shape)
-    return model
-
-
-def plan_of(recipe: Recipe) -> BatchPlan:
-    return training.build_plan(recipe, training.Console(quiet=True))
-
-
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+from tests.training import accelerator, new_model, plan_of, write_recipe
 
 
 def gradients(model: PromptEmbedder) -> dict[str, Tensor]:
@@ -633,7 +583,7 @@ from pe.runs.recipes import load_recipe
 from pe.losses import backward
 from pe import step as stepping
 from pe.step import average
-from tests.test_train import new_model, plan_of
+from tests.training import new_model, plan_of
 recipe = load_recipe({recipe!r})
 accelerator = Accelerator(cpu=True)
 model = new_model(recipe).eval()

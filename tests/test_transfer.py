@@ -11,15 +11,6 @@ from pe import transfer
 from pe.model import PromptEmbedder
 from pe.runs.recipes import load_recipe
 from pe.saving import read_config
-from pe.train import train
-from tests.test_train import write_recipe
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    train(load_recipe(write_recipe(tiny_models, folder), ["--train.steps=2"]))
-    return folder / "run" / "model"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

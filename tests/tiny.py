@@ -111,12 +111,19 @@ def save_models(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
+def write_rows(path: Path, *rows: object) -> Path:
+    """Write a line a row, strings as they are and anything else as JSON; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
 WORDS = ("river", "moon", "bread", "glass", "horse", "train", "cloud", "stone", "paper", "honey")
 
 
 def write_training_data(folder: Path, rows: int = 40) -> dict[str, Path]:
     """Small learnable sets: pairs that share a word, and texts labelled by their word."""
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = [
         {
             "query": f"{WORDS[n % 10]} {n}?",
@@ -126,7 +133,7 @@ def write_training_data(folder: Path, rows: int = 40) -> dict[str, Path]:
         for n in range(rows)
     ]
     labelled = [{"text": f"{WORDS[n % 10]} item {n}", "label": WORDS[n % 10]} for n in range(rows)]
-    paths = {"pairs": folder / "pairs.jsonl", "labelled": folder / "labelled.jsonl"}
-    for name, records in (("pairs", pairs), ("labelled", labelled)):
-        paths[name].write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
-    return paths
+    return {
+        "pairs": write_rows(folder / "pairs.jsonl", *pairs),
+        "labelled": write_rows(folder / "labelled.jsonl", *labelled),
+    }
