@@ -175,7 +175,8 @@ def encode_file(
         whole = Path(folder) / target.name
         WRITERS[suffix](whole, texts, embeddings, instructions)
         os.replace(whole, target)
-    print(f"{output}: {list(embeddings.shape)} float32; {embedder.truncation}", file=sys.stderr)
+    shape = list(embeddings.shape)[len(instructions) == 1 :]  # as it stands in an .npy file
+    print(f"{output}: {shape} float32; {embedder.truncation}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
