@@ -256,7 +256,7 @@ def read(
     lens = Lens(frozen.hidden_size, prompting.hidden_size, config.lens_rank, device) if config.lens_rank else None
     if lens is not None:
         sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
-        lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes))
+        lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="center"))
     return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
 
 
@@ -282,8 +282,8 @@ def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _read_tensors(file: Path, sizes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The tensors of a file that `write` wrote.
+def _read_tensors(file: Path, sizes: Mapping[str, torch.Size], former: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a file that `write` wrote; a tensor called `former` is of an earlier form of the part.
 
     Raises:
         FileNotFoundError, ValueError: no such file, a damaged one, or other names or shapes.
@@ -293,6 +293,8 @@ def _read_tensors(file: Path, sizes: Mapping[str, torch.Size]) -> dict[str, torc
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected the tensors {list(sizes)} ({error}); copy the file again") from error
+    if former in tensors:
+        raise ValueError(f"{file}: expected today's {file.stem}, got an earlier form of it; train the embedder anew")
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: list(size) for name, size in sizes.items()}
     if found != expected:

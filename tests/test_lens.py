@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pe.baselines.static import StaticPromptEmbedder
@@ -58,7 +59,7 @@ def test_the_formula() -> None:
     def rms(x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    gates = rms(rms(hidden) - lens.center) @ lens.gate.T
+    gates = rms(rms(hidden) - lens.origin) @ lens.gate.T
     expected = torch.stack([e[b] + lens.up @ (gates[b] * (lens.down @ e[b])) for b in range(2)])
     torch.testing.assert_close(lens(e, lens.gates(hidden)), F.normalize(expected, dim=-1))
 
@@ -68,7 +69,7 @@ def test_the_center_is_the_mean_over_instructions(model: PromptEmbedder) -> None
     heads = [model.prompter_text(Instruction(text)) for text in (FIND, AVOID)]
     hidden = model.prompter(model.prompter_ids([(head, head) for head in heads])).hidden
     expected = F.rms_norm(hidden[:, 0], hidden.shape[-1:], eps=1e-6).mean(0)
-    torch.testing.assert_close(model.lens.center.detach(), expected)
+    torch.testing.assert_close(model.lens.origin.detach(), expected)
 
 
 def test_an_instruction_turns_an_embedding(model: PromptEmbedder) -> None:
@@ -118,12 +119,21 @@ def test_it_is_saved(model: PromptEmbedder, tmp_path: Path) -> None:
     assert again.revision == model.revision
 
 
+def test_a_lens_of_the_earlier_form_is_refused(model: PromptEmbedder, tmp_path: Path) -> None:
+    """Its gates read the mean of all states, so today's would turn embeddings in another way."""
+    model.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "lens.safetensors"
+    save_file({"center" if name == "origin" else name: rows for name, rows in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="got an earlier form of it; train the embedder anew"):
+        PromptEmbedder.from_pretrained(tmp_path / "m")
+
+
 def test_a_move_keeps_how_an_instruction_is_read(model: PromptEmbedder) -> None:
     moved = move(turned(model), model.config)
     assert moved.lens is not None
     assert model.lens is not None
     assert torch.equal(moved.lens.gate, model.lens.gate)
-    assert torch.equal(moved.lens.center, model.lens.center)
+    assert torch.equal(moved.lens.origin, model.lens.origin)
     assert not moved.lens.up.any()
 
 

@@ -29,18 +29,18 @@ class Lens(nn.Module):
         self.down = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, width, device=device)))
         self.gate = nn.Parameter(torch.zeros(rank, hidden, device=device))
         self.up = nn.Parameter(self.down.detach().T.clone())
-        self.center = nn.Parameter(torch.zeros(hidden, device=device))
+        self.origin = nn.Parameter(torch.zeros(hidden, device=device))
 
     @torch.no_grad()
     def start_at(self, hidden: Tensor) -> None:
         """Set c to the mean over the hidden states `[N, H]` of some instructions."""
-        self.center.copy_(self._standardized(hidden).mean(0))
+        self.origin.copy_(self._standardized(hidden).mean(0))
 
     @torch.no_grad()
     def keep_gates(self, other: Lens) -> None:
         """Take over what does not depend on the backbone, how an instruction is read; U is zero until it is trained."""
         self.gate.copy_(other.gate)
-        self.center.copy_(other.center)
+        self.origin.copy_(other.origin)
         self.up.zero_()
 
     def _standardized(self, hidden: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Lens(nn.Module):
 
     def gates(self, hidden: Tensor) -> Tensor:
         """g `[N, R]` float32 of the hidden state `[N, H]` that began each prompt."""
-        return F.linear(standardize(self._standardized(hidden) - self.center), self.gate)
+        return F.linear(standardize(self._standardized(hidden) - self.origin), self.gate)
 
     def forward(self, embeddings: Tensor, gates: Tensor) -> Tensor:
         """Unit vectors `[..., B, D]` float32 of embeddings `[..., B, D]` and the gates `[B, R]` of their prompts."""
