@@ -5,6 +5,7 @@ Legend: I instructions, N texts, B texts of a batch, D embedding size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -29,7 +30,7 @@ Embed = Callable[[list[str], list[Any]], Tensor]
 logger = logging.get_logger(__name__)
 
 
-class Encoder:
+class Encoder(ABC):
     """What embeds texts by a backbone. A subclass says what it reads of a text, and how it embeds a batch.
 
     Attributes:
@@ -54,13 +55,13 @@ class Encoder:
         """D, the size of an embedding."""
         return self.backbone.hidden_size
 
+    @abstractmethod
     def readings(self, requests: Requests) -> list[Any]:
         """What is read of each text, cut and counted: token ids, or what has them and their number as its length."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
         """What embeds a batch, sorted by length, under each of the instructions."""
-        raise NotImplementedError
 
     def _at_rest(self) -> AbstractContextManager[object]:
         """Inside it nothing is drawn at random."""

@@ -10,6 +10,7 @@ rank, I instructions.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,9 +98,9 @@ class PromptedEmbedder(TrainableModule):
 
     # What a subclass says.
 
+    @abstractmethod
     def _write(self, readings: Sequence[tuple[Filled, Filled]]) -> tuple[AlignedPrompts, Tensor]:
         """Prompts for N pairs of an instruction alone and of it with a text; of each what a lens reads, `[N, H]`."""
-        raise NotImplementedError
 
     @property
     def has_dropout(self) -> bool:
