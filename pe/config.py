@@ -152,7 +152,7 @@ class ModelConfig:
     """weighted: the mean of the frozen text states, in which each token has a learned weight, goes around the soft
     prompt, through a trained D x D matrix, into the embedding (suffix)."""
     lens_rank: int = 0
-    """R, the directions of an embedding that its instruction may turn round, by the hidden state that began its prompt
+    """R, the rank of the matrix by which the hidden state that began a prompt scales the dimensions of its embeddings
     (suffix, see `pe/method/lens.py`); 0: none."""
     max_length: int = 256
     """Tokens of a text, for the backbone and for a prompting LLM that reads it; longer texts are truncated, counted and

@@ -256,7 +256,7 @@ def read(
     lens = Lens(frozen.hidden_size, prompting.hidden_size, config.lens_rank, device) if config.lens_rank else None
     if lens is not None:
         sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
-        lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="center"))
+        lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="gate"))
     return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
 
 

@@ -112,8 +112,8 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
     moved = PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
-    if moved.lens is not None and source.lens is not None and moved.lens.gate.shape == source.lens.gate.shape:
-        moved.lens.keep_gates(source.lens)
+    if moved.lens is not None and source.lens is not None and moved.lens.reading.shape == source.lens.reading.shape:
+        moved.lens.keep_reading(source.lens)
     return moved
 
 
