@@ -24,7 +24,7 @@ BOXES = (
     (180, 30, 165, 56, "trained", ("prompting LLM", "small language model")),
     (385, 30, 125, 56, "data", ("K soft tokens", "the soft prompt")),
     (550, 30, 130, 56, "trained", ("alignment", "one matrix")),
-    (720, 30, 165, 56, "trained", ("lens (optional)", "turns directions")),
+    (720, 30, 165, 56, "trained", ("lens (optional)", "scales dimensions")),
     (15, 165, 125, 56, "data", ("text",)),
     (180, 150, 165, 86, "frozen", ("backbone", "reads the text once,", "without gradient")),
     (515, 150, 165, 86, "frozen", ("the same backbone", "reads the soft tokens", "behind the text")),

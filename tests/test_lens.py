@@ -1,4 +1,4 @@
-"""The lens: the identity at first, then what an instruction turns round; the same in every path, saved and moved."""
+"""The lens: the identity at first, then what an instruction scales; the same in every path, saved and moved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(tiny_models: Path) -> PromptEmbedder:
 
 def turned(model: PromptEmbedder) -> PromptEmbedder:
     assert model.lens is not None
-    torch.nn.init.normal_(model.lens.gate, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.lens.factors, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -51,16 +51,15 @@ def test_nothing_changes_at_the_start(model: PromptEmbedder) -> None:
 def test_the_formula() -> None:
     torch.manual_seed(0)
     lens = Lens(6, 4, 3, torch.device("cpu"))
-    for weight in (lens.gate, lens.up):
-        torch.nn.init.normal_(weight)
+    torch.nn.init.normal_(lens.factors)
     hidden, e = torch.randn(2, 4), F.normalize(torch.randn(2, 6), dim=-1)
     lens.start_at(torch.randn(7, 4))
 
     def rms(x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    gates = rms(rms(hidden) - lens.origin) @ lens.gate.T
-    expected = torch.stack([e[b] + lens.up @ (gates[b] * (lens.down @ e[b])) for b in range(2)])
+    gates = rms(rms(hidden) - lens.origin) @ lens.reading.T @ lens.factors.T
+    expected = torch.stack([e[b] + gates[b] * e[b] for b in range(2)])
     torch.testing.assert_close(lens(e, lens.gates(hidden)), F.normalize(expected, dim=-1))
 
 
@@ -100,7 +99,7 @@ def test_the_prefix_layout_has_none(tiny_models: Path) -> None:
 def test_a_changed_lens_makes_the_bank_stale(model: PromptEmbedder) -> None:
     before = turned(model).encode(TEXTS, instruction=FIND)
     assert model.lens is not None
-    model.lens.gate.data.mul_(-1)
+    model.lens.factors.data.mul_(-1)
     assert abs(before - model.encode(TEXTS, instruction=FIND)).max() > 1e-3
 
 
@@ -108,7 +107,7 @@ def test_all_of_it_trains(model: PromptEmbedder) -> None:
     requests = Requests(TEXTS, [Instruction(FIND), Instruction(AVOID)], [0, 1, 0])
     turned(model)(requests)[:, 0].sum().backward()
     gradients = [p.grad for p in model.trainable_parameters()["lens"]]
-    assert len(gradients) == 4
+    assert len(gradients) == 3
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
@@ -120,10 +119,10 @@ def test_it_is_saved(model: PromptEmbedder, tmp_path: Path) -> None:
 
 
 def test_a_lens_of_the_earlier_form_is_refused(model: PromptEmbedder, tmp_path: Path) -> None:
-    """Its gates read the mean of all states, so today's would turn embeddings in another way."""
+    """It turned directions of its own, where today's scales the dimensions."""
     model.save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "lens.safetensors"
-    save_file({"center" if name == "origin" else name: rows for name, rows in load_file(file).items()}, file)
+    save_file({"gate" if name == "reading" else name: rows for name, rows in load_file(file).items()}, file)
     with pytest.raises(ValueError, match="got an earlier form of it; train the embedder anew"):
         PromptEmbedder.from_pretrained(tmp_path / "m")
 
@@ -132,9 +131,9 @@ def test_a_move_keeps_how_an_instruction_is_read(model: PromptEmbedder) -> None:
     moved = move(turned(model), model.config)
     assert moved.lens is not None
     assert model.lens is not None
-    assert torch.equal(moved.lens.gate, model.lens.gate)
+    assert torch.equal(moved.lens.reading, model.lens.reading)
     assert torch.equal(moved.lens.origin, model.lens.origin)
-    assert not moved.lens.up.any()
+    assert not moved.lens.factors.any()
 
 
 def test_the_control_has_one_too(tiny_models: Path) -> None:

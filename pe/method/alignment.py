@@ -31,7 +31,7 @@ class AlignedPrompts:
     """Prompts `[N, K, P]` with the matrix `[P, D]` that carries them over, or `[N, K, D]` with none.
 
     Attributes:
-        gates: `[N, R]` what a lens makes of each (see `pe/method/lens.py`); None without one.
+        gates: `[N, D]` what a lens makes of each (see `pe/method/lens.py`); None without one.
     """
 
     prompts: Tensor
@@ -47,7 +47,7 @@ class AlignedPrompts:
         return (-1 - (to_device(index, device)[:, None] * k + torch.arange(k, device=device))).flatten()
 
     def gates_of(self, index: Sequence[int]) -> Tensor | None:
-        """`[B, R]` of prompt `index[b]` for each of B texts."""
+        """`[B, D]` of prompt `index[b]` for each of B texts."""
         return None if self.gates is None else self.gates[to_device(index, self.prompts.device)]
 
     def part(self, places: slice) -> AlignedPrompts:

@@ -4,8 +4,8 @@ In the suffix layout the backbone reads the text once, without gradient, and kee
 follows and is pooled. In the prefix layout (see `pe/method/prefix.py`) the soft prompt stands between instruction and
 text.
 
-Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, H the width of what a lens reads, R its
-rank, I instructions.
+Legend: B texts, N distinct prompts, K soft tokens, D the backbone's width, H the width of what a lens reads, I
+instructions.
 """
 
 from __future__ import annotations
