@@ -98,7 +98,7 @@ A PromptEmbedder: `{shown(config.prompter.model)}` writes {config.prompter.soft_
 | prompting LLM | {config.prompter.trainable} |
 
 ## Training
-{recipe.train.steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
+{recipe.train.total_steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
 resolved recipe is `recipe.yaml` in this folder.
 
 | data | weight |
