@@ -215,7 +215,7 @@ def test_no_value_raises_anything_but_a_sentence(tmp_path: Path, kind: str) -> N
     readers: list[Callable[[], object]] = [
         lambda: load_dataset(chosen),
         lambda: read_jsonl(path, asked, checked=True),
-        lambda: encode.read_texts(path, asked[0]),
+        lambda: encode.read_rows(str(path), asked[0]),
     ]
     lines = [*NASTY, *(line_of(good | {key: value}) for key in [*good, *FURTHER] for value in NASTY)]
     refused: Counter[int] = Counter()

@@ -11,6 +11,7 @@ import lzma
 import math
 import re
 import reprlib
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,9 @@ def short(value: object) -> str:
 
 
 def open_binary(path: Path) -> BinaryIO:
+    """The bytes of a plain, xz or gzip file, or of standard input for `-`."""
+    if str(path) == "-":
+        return cast(BinaryIO, sys.stdin.buffer)
     suffix = path.suffix.lower()
     if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path))
