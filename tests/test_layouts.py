@@ -247,3 +247,59 @@ def test_an_instruction_a_row(tmp_path: Path) -> None:
 def test_names_of_sets() -> None:
     paths = ("a/nli.jsonl.xz", "nli.CSV", "nli.parquet", "saved/nli", "nli.json.gz")
     assert {set_name(path) for path in paths} == {"nli"}
+
+
+# Hard negatives of sentence-transformers' miner
+
+MINER = re.search(r"## Hard negatives.*?```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+QUERIES = ("river", "moon", "bread", "glass", "horse", "train")
+
+
+def mined(checkpoint: Path, folder: Path, **changes: str) -> str:
+    """Run the page's code on a small file; where it saves what it found."""
+    assert MINER
+    pairs = ({"query": f"{word}?", "positive": f"the {word} number {n}"} for n, word in enumerate(QUERIES))
+    write_rows(folder / "pairs.jsonl", *pairs)
+    code = MINER[1].replace("my/", f"{folder}/").replace("runs/tiny/model", str(checkpoint))
+    code = re.sub(r"relative_margin=[\d.]+", "range_max=5", code)  # a model that learned nothing has no such negatives
+    for old, new in changes.items():
+        code = code.replace(f'output_format="{old.replace("_", "-")}"', new)
+    exec(compile(code, "docs/data.md", "exec"), {})
+    return f"{folder}/mined"
+
+
+@pytest.mark.usefixtures("_cache")
+def test_mined_negatives_train_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    dataset = load_dataset(config(mined(checkpoint, tmp_path)))
+    positives = {positive for (positive,) in dataset.positives}
+    assert (len(dataset), len(positives)) == (6, 6)
+    for example in examples(dataset, draws=1):
+        assert len(example.negatives) == 4
+        assert set(example.negatives) < positives - {example.positive}
+
+
+@pytest.mark.usefixtures("_cache")
+def test_other_formats_of_the_miner(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    triplets = load_dataset(config(mined(checkpoint, tmp_path / "a", n_tuple='output_format="triplet"')))
+    assert (len(triplets), {len(found) for found in triplets.negatives}) == (24, {1})
+    with_scores = mined(checkpoint, tmp_path / "b", n_tuple='output_format="n-tuple", output_scores=True')
+    with pytest.raises(DataError, match="got the key 'scores'; "):
+        load_dataset(config(with_scores))
+    scored = load_dataset(config(with_scores, columns={"scores": None}))
+    assert [len(found) for found in scored.negatives] == [4] * 6
+    pairs = mined(checkpoint, tmp_path / "c", n_tuple='output_format="labeled-pair"')
+    columns = {"query": "sentence1", "positive": "sentence2"}
+    labelled = load_dataset(config(pairs, columns=columns, positive_from=1))
+    assert [len(found) for found in labelled.negatives] == [4] * 6
+    assert labelled.report.hard_negative_rows == 24
