@@ -293,7 +293,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
     parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
-    parser.add_argument("--id-column", type=str, default=None, help="column that stands before the text in the output")
+    parser.add_argument(
+        "--id-column", "--id_column", type=str, default=None, help="column that stands before the text in the output"
+    )
     parser.add_argument("--keep", action="store_true", help="write all columns of the input before the embeddings")
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")

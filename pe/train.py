@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
-from pe.card import model_card
+from pe.card import model_card, shown
 from pe.config import EvaluateConfig, Recipe, RecipeError, to_dict
 from pe.data.batches import BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
@@ -323,6 +323,14 @@ def chosen(scores: Scores, name: str | None) -> float:
     return scores.mean if name in (None, "mean") else scores.by_task[name]
 
 
+def best_of(history: History, name: str | None) -> str:
+    """A sentence on which weights a run ends with; nothing where these are the last."""
+    if name is None:
+        return ""
+    step, _, found = history.scores[history.best]
+    return f"The weights are those after {step} steps, the best by {shown(name)}: {found:.2f}."
+
+
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
     values = {name: found.to_dict() for name, found in scores.items()}
     write_text(path, json.dumps(values, indent=2))
@@ -429,18 +437,17 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         raise
     accelerator.end_training()
     console.print(history.summary, highlight=False)
-    if recipe.evaluate.best_by:
-        steps, _, best = history.scores[history.best]
-        console.print(
-            f"best by {recipe.evaluate.best_by}: {best:.2f} after {steps} steps, whose weights are saved",
-            highlight=False,
-        )
+    weights = best_of(history, recipe.evaluate.best_by)
+    if weights:
+        console.print(weights, highlight=False)
     tell(history.spread, console)
     if is_main:
         if has_tasks:
             scores["trained"] = measure(model)
         write_scores(run.path / "scores.json", scores)
-        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores, history.spread))
+        taken = len(history.losses)
+        card = model_card(recipe, model, history.seconds, scores, history.spread, steps=taken, weights=weights)
+        model.save_pretrained(run.model, card=card)
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
     return scores

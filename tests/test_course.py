@@ -191,7 +191,8 @@ def test_a_run_by_epochs_on_its_own_dev_set(
     main([path])
     said = capsys.readouterr().err
     assert "train.epochs = 1: " in said
-    assert f"best by {dev}: " in " ".join(said.split())
+    assert "steps, the best by dev.jsonl: " in " ".join(said.split())
+    assert "steps, the best by dev.jsonl: " in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     steps = load_recipe(tmp_path / "run" / "recipe.yaml").train.steps
     assert steps is not None
     assert steps >= 4

@@ -317,7 +317,7 @@ def test_skip_counts_every_reason_and_its_first_line(tmp_path: Path) -> None:
     assert dataset.report.skipped == expected | {"not JSON": Count(3, 1)}
     assert (dataset.report.rows, dataset.report.used, len(dataset)) == (2 * len(lines) + 3, 2, 2)
     shown = str(dataset.report)
-    assert f"{path}: {dataset.report.rows} rows of {PAIRS}, 2 examples" in shown
+    assert f"{path}: {dataset.report.rows} rows of {{query, positive}}, 2 examples" in shown
     assert "skipped 3: not JSON (first: 1)" in shown
     assert f"skipped 2: mixed kinds (first: {2 + len(lines)})" in shown
 

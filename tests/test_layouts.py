@@ -122,7 +122,7 @@ def test_every_door_gives_the_same_rows_and_refuses_the_same_column(door: str, t
     number = 2 if door[:3] in ("csv", "tsv") else 1
     with pytest.raises(DataError, match=re.escape(f"{path}:{number}: expected {{query, positive, ")) as caught:
         load_dataset(config(path, columns={"negative_1": "id"}))
-    assert "got the key 'id'; a training set's `columns` names it, as {'id': query}, or leaves it out" in str(
+    assert "got the key 'id'; a training set's `columns` names it, or leaves it out, as {'id': null}" in str(
         caught.value
     )
     renamed = load_dataset(config(path, columns={"negative_1": None, "negative_2": "negative"}))

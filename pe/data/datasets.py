@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -33,7 +33,7 @@ class Report:
 
     path: str
     columns: str
-    """Those of its layout."""
+    """Those that are used, by the names of the layout."""
     rows: int
     examples: int
     hard_negative_rows: int = 0
@@ -300,7 +300,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     parts = _build(layout.kind, found, config, unused) if layout else _Parts([], [], [], [], [])
     report = Report(
         path=path,
-        columns=str(layout or "no layout"),
+        columns=braced(_used(columns, config, layout)),
         rows=count,
         examples=len(parts.queries),
         hard_negative_rows=parts.hard_negative_rows,
@@ -331,6 +331,12 @@ def _instructed(record: Record, config: DatasetConfig) -> Record:
     if not record.setdefault("instruction", config.instruction):
         raise RecordError("no instruction", "expected an instruction in the row, or one in the recipe, got none")
     return record
+
+
+def _used(columns: Iterable[str], config: DatasetConfig, layout: Layout | None) -> list[str]:
+    """Columns of a file that the layout reads, by its names."""
+    names = [config.columns.get(name, name) for name in columns]
+    return [name for name in names if name and layout and layout.reading(name) not in (None, unused_column)]
 
 
 def _is_left_out(name: str | None, layout: Layout | None) -> bool:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from pe.config import nearest
@@ -137,7 +138,7 @@ class Layout:
     def __str__(self) -> str:
         return braced([*self.needed, *(f"{name}?" for name in self.optional)])
 
-    @property
+    @cached_property
     def columns(self) -> Mapping[str, Read]:
         return {**self.needed, **self.optional}
 
@@ -160,8 +161,7 @@ class Layout:
         if unknown := self.unknown(row):
             column = short(unknown[0])
             hint = nearest(unknown[0], list(self.columns)) or ";"
-            names = f"{{{column}: {next(iter(self.needed))}}}"
-            cure = f"a training set's `columns` names it, as {names}, or leaves it out, as {{{column}: null}}"
+            cure = f"a training set's `columns` names it, or leaves it out, as {{{column}: null}}"
             raise RecordError("unknown key", f"expected {self}, got the key {column}{hint} {cure}")
         if missing:
             raise RecordError("missing key", f"expected the key {missing[0]!r}, got {braced(row)}")

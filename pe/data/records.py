@@ -282,9 +282,9 @@ VALUES: Kind = {
 
 
 def braced(names: Any) -> str:
-    """Keys as a message shows them; an optional one has a question mark."""
+    """Keys as a message shows them."""
     shown = (name if name.isprintable() else repr(name) for name in names)
-    return "{" + _cut(", ".join(f"{name}?" if name in OPTIONAL else name for name in shown), 200) + "}"
+    return "{" + _cut(", ".join(shown), 200) + "}"
 
 
 def check(record: Record, kind: Kind) -> None:
@@ -292,7 +292,8 @@ def check(record: Record, kind: Kind) -> None:
     for key in record:
         if key not in kind:
             hint = nearest(key, list(kind)) or "; leave it out"
-            raise RecordError("unknown key", f"expected {braced(kind)}, got the key {short(key)}{hint}")
+            expected = braced(f"{name}?" if name in OPTIONAL else name for name in kind)
+            raise RecordError("unknown key", f"expected {expected}, got the key {short(key)}{hint}")
     for key, check_value in kind.items():
         if key in record:
             check_value(key, record[key])
