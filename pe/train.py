@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
 from pe.card import model_card, shown
-from pe.config import EvaluateConfig, Recipe, RecipeError, to_dict
+from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data.batches import BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
 from pe.data.instructions import trained_instructions
@@ -323,6 +323,16 @@ def chosen(scores: Scores, name: str | None) -> float:
     return scores.mean if name in (None, "mean") else scores.by_task[name]
 
 
+def early_end(history: History, options: TrainConfig) -> str:
+    """A sentence on a run that patience ended; nothing for one that took all its steps."""
+    taken, wanted = len(history.losses), options.total_steps
+    if taken == wanted:
+        return ""
+    return (
+        f"stopped after {taken} of {wanted} steps: the last {options.patience} scores were no better (train.patience)"
+    )
+
+
 def best_of(history: History, name: str | None) -> str:
     """A sentence on which weights a run ends with; nothing where these are the last."""
     if name is None:
@@ -437,6 +447,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         raise
     accelerator.end_training()
     console.print(history.summary, highlight=False)
+    if early := early_end(history, recipe.train):
+        console.print(early, highlight=False)
     weights = best_of(history, recipe.evaluate.best_by)
     if weights:
         console.print(weights, highlight=False)

@@ -15,7 +15,7 @@ from pe.config import Recipe, RecipeError, TrainConfig
 from pe.data.batches import BatchPlan, steps_of
 from pe.runs.folder import RunError, RunFolder
 from pe.runs.recipes import load_recipe
-from pe.train import History, fit, main
+from pe.train import History, early_end, fit, main
 from tests.tiny import write_rows
 from tests.training import accelerator, new_model, plan_of, write_recipe
 
@@ -107,6 +107,10 @@ def test_patience_ends_a_run_and_a_resumed_one(recipe: Recipe, tmp_path: Path) -
     run, scores = run_in(tmp_path / "r", chosen), Scripted(model, 1.0, 3.0, float("nan"), 2.0)
     history = fit(model, plan_of(chosen), chosen, accelerator(), run, evaluate=scores)
     assert len(history.losses) == 4
+    assert early_end(history, chosen.train) == (
+        "stopped after 4 of 6 steps: the last 2 scores were no better (train.patience)"
+    )
+    assert early_end(History(losses=[1.0] * 6), chosen.train) == ""
     assert same(model.trainable_state(), scores.weights[1])
     assert [path.name for path in run.checkpoints] == ["step-000004.pt"]
     again = new_model(recipe)
