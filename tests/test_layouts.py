@@ -24,6 +24,7 @@ from pe.data.instruct_set import first_wordings
 from pe.data.instructions import set_name, trained_instructions
 from pe.data.layouts import LAYOUTS, detect
 from pe.data.records import DataError
+from pe.data.tables import named
 from pe.runs.folder import conditions_of
 from tests.tiny import write_rows
 
@@ -247,6 +248,8 @@ def test_an_instruction_a_row(tmp_path: Path) -> None:
 def test_names_of_sets() -> None:
     paths = ("a/nli.jsonl.xz", "nli.CSV", "nli.parquet", "saved/nli", "nli.json.gz")
     assert {set_name(path) for path in paths} == {"nli"}
+    others = {"a.csv.jsonl": ("a.csv", ".jsonl"), ".csv": ("", ".csv"), "a.parquet.xz": ("a.parquet.xz", "")}
+    assert {path: named(path) for path in others} == others
 
 
 # Hard negatives of sentence-transformers' miner

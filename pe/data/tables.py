@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pe.data.records import DAMAGED, DataError, Record, RecordError, filled_lines, open_binary, parse, short
 
 HUB = "hf://"
-PACKED = re.compile(r"(.*?)(\.(?:jsonl|json|csv|tsv))(?:\.xz|\.gz)?|(.*)(\.parquet)", re.IGNORECASE | re.DOTALL)
+NAME = re.compile(r"(.*?)(?:(\.jsonl|\.json|\.csv|\.tsv)(?:\.xz|\.gz)?|(\.parquet))", re.IGNORECASE | re.DOTALL)
 """A file's name: its stem, and the suffix that says what it holds."""
 EXPECTED = (
     "a .jsonl, .json, .csv, .tsv (each also .xz, .gz) or .parquet file, a folder of save_to_disk, or"
@@ -34,9 +34,9 @@ Row = Record | RecordError
 
 def named(path: str) -> tuple[str, str]:
     """Stem and suffix of a file's name, the suffix in small letters and without that of compression; '' for others."""
-    found = PACKED.fullmatch(Path(path).name)
-    stem, suffix = filter(None, found.groups()) if found else (Path(path).name, "")
-    return stem, suffix.lower()
+    name = Path(path).name
+    found = NAME.fullmatch(name)
+    return (found[1], (found[2] or found[3]).lower()) if found else (name, "")
 
 
 def rows(path: str) -> Iterator[tuple[int, Row]]:
