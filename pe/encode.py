@@ -248,6 +248,8 @@ def encode_file(
     instructions = None if instruction is None else sentences(instruction)
     if keep and id_column is not None:
         raise ValueError(f"--id-column: expected none beside --keep, which keeps every column, got {id_column!r}")
+    if id_column in ("text", field):
+        raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
     if suffix == ".npy" and (keep or id_column is not None):
         raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
     if precision != "float32":

@@ -124,6 +124,7 @@ def test_what_cannot_be_kept_is_known_before_encoding(
             "in.jsonl:1: expected an id under 'no', got none in {id",
         ),
         (source, ["--field=body", "--id-column=id", "--keep"], "o.jsonl", "--id-column: expected none beside --keep"),
+        (source, ["--field=body", "--id-column=text"], "o.jsonl", "--id-column: expected another column than that of"),
         (lines, ["--id-column=id"], "o.jsonl", "in.txt: --id-column: expected none, lines have no ids"),
         (taken, ["--keep"], "o.jsonl", "--keep: expected an input without the column 'embedding'"),
         (mixed, ["--keep"], "o.parquet", "--keep: a column cannot be written as .parquet"),
