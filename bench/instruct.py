@@ -49,7 +49,7 @@ def as_record(name: str, title: str, scores: Scores, recipe: Recipe, recipe_name
         "variant": title,
         "seed": recipe.train.seed,
         "backbone": recipe.model.backbone.model,
-        "steps": recipe.train.steps,
+        "steps": recipe.train.total_steps,
         "rate": recipe.train.lr,
         "counterpart": recipe.loss.counterpart,
         "plain": sum(plain) / len(plain) if plain else None,

@@ -107,7 +107,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "dtype": recipe.model.backbone.dtype,
         "native_bfloat16": has_instructions(torch.bfloat16, device),
         "backbone": recipe.model.backbone.model,
-        "steps": recipe.train.steps,
+        "steps": recipe.train.total_steps,
         "rate": recipe.train.lr,
         "temperature": recipe.loss.temperature,
         "seconds": None if row.seconds is None else round(row.seconds, 3),
@@ -190,7 +190,7 @@ def measure(
         keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
     for seed in seeds:
         for system in systems:
-            rate, steps = rates.get(system) or best_rate(system, recipe, name), recipe.train.steps
+            rate, steps = rates.get(system) or best_rate(system, recipe, name), recipe.train.total_steps
             own = with_train(recipe, seed=seed, lr=rate, steps=steps * SYSTEMS[system].times)
             keep(train_one, system, SYSTEMS[system].title, own)
 

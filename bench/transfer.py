@@ -55,7 +55,7 @@ def moved(result: Transfer, recipe: Recipe, source: str, texts: int | None) -> R
     trained += ["reader"] if recipe.model.reader != "none" else []
     trained += ["weighted skip"] if recipe.model.skip != "none" else []
     variant = f"PE: {', '.join(trained[:-1])} and {trained[-1]}" if len(trained) > 1 else "PE: alignment alone"
-    if not recipe.train.steps:
+    if not recipe.train.total_steps:
         variant = "PE: least squares alone"
     elif texts:
         variant += ", skip fitted first"

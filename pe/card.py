@@ -60,9 +60,26 @@ def alike(spread: Spread | None) -> str:
 
 
 def model_card(
-    recipe: Recipe, model: PromptEmbedder, seconds: float, scores: Mapping[str, Scores], spread: Spread | None = None
+    recipe: Recipe,
+    model: PromptEmbedder,
+    seconds: float,
+    scores: Mapping[str, Scores],
+    spread: Spread | None = None,
+    *,
+    steps: int | None = None,
+    weights: str = "",
 ) -> str:
-    """What was trained on what, how to use it, what it scores and how far instructions are apart, as Markdown."""
+    """What was trained on what, how to use it, what it scores and how far instructions are apart, as Markdown.
+
+    Args:
+        recipe: what it was made of.
+        model: the embedder.
+        seconds: training time.
+        scores: by what was scored.
+        spread: how far apart instructions are; None of fewer than two.
+        steps: those that were taken; None: the recipe's.
+        weights: a sentence on which weights these are, where they are not the last.
+    """
     config = model.config
     data = "\n".join(f"| `{shown(item.path)}` | {item.weight:g} |" for item in recipe.data)
     tables = "\n".join(
@@ -71,6 +88,7 @@ def model_card(
     )
     types = next(iter(scores.values())).by_type if scores else {}
     head = "| | " + " | ".join(types) + " | mean |\n| --- |" + " ---: |" * (len(types) + 1)
+    taken = recipe.train.total_steps if steps is None else steps
     quality = f"## Scores (x100)\n{head}\n{tables}\n" if scores else ""
     return f"""---
 library_name: promptembedder
@@ -98,8 +116,8 @@ A PromptEmbedder: `{shown(config.prompter.model)}` writes {config.prompter.soft_
 | prompting LLM | {config.prompter.trainable} |
 
 ## Training
-{recipe.train.steps} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
-resolved recipe is `recipe.yaml` in this folder.
+{taken} steps of {recipe.train.batch_size} queries in {seconds:.0f} s, seed {recipe.train.seed}; the
+resolved recipe is `recipe.yaml` in this folder.{f" {weights}" if weights else ""}
 
 | data | weight |
 | --- | ---: |

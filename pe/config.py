@@ -25,6 +25,7 @@ def _require_positive(name: str, value: float) -> None:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Skip = Literal["none", "weighted"]
+DEFAULT_STEPS = 200
 PREFIX_CURE = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
 
 
@@ -178,11 +179,15 @@ class DatasetConfig:
     """One training set: where it is, and how its rows are read."""
 
     path: str
-    """`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, or `hf://owner/name[:config][@split]`."""
+    """JSON Lines, JSON, csv or tsv (each also `.xz`, `.gz`), parquet, a folder of `save_to_disk`, or
+    `hf://owner/name[:config][@split]`."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """What columns are whose names no layout knows (see `pe/data/layouts.py`): name -> one of a layout, or null, which
+    leaves the column out."""
     instruction: str = ""
-    """Instruction of the queries."""
+    """Instruction of the queries whose row has none of its own."""
     document_instruction: str | None = None
-    """Instruction of the documents; null: the same as the queries'."""
+    """Instruction of the documents; null: the same as the queries' `instruction`."""
     instruct: str | None = None
     """File of tasks that contradict each other, in place of `instruction`: rows then have both sides of a contradiction
     (see `pe/data/instruct.py`), and wordings are drawn from the file."""
@@ -201,12 +206,15 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.instruct is None:
-            _require(bool(self.instruction.strip()), f"{self.path}: instruction", "a sentence", self.instruction)
             documents = self.document_instruction
+            if documents is None or self.instruction:
+                cure = "; where every row has its own, give document_instruction alone"
+                is_said = bool(self.instruction.strip())
+                _require(is_said, f"{self.path}: instruction", "a sentence", self.instruction, cure)
             is_said = documents is None or bool(documents.strip())
             _require(is_said, f"{self.path}: document_instruction", "a sentence, or null for the queries'", documents)
         else:
-            for name in ("instruction", "document_instruction", "positive_from"):
+            for name in ("instruction", "document_instruction", "positive_from", "columns"):
                 given = getattr(self, name)
                 _require(not given, f"{self.path}: {name}", "none beside `instruct`, whose file has its own", given)
             is_strict = self.on_bad_record == "error"
@@ -256,8 +264,11 @@ class LossConfig:
 class TrainConfig:
     """Optimiser, schedule, precision, logging."""
 
-    steps: int = 200
-    """Steps of the optimiser; 0, in `pe.transfer` alone: none."""
+    steps: int | None = None
+    """Steps of the optimiser; null: 200, or what `epochs` come to. 0, in `pe.transfer` alone: none."""
+    epochs: int | None = None
+    """In place of `steps`: the steps after which each row of every set has been in at least so many batches; a set with
+    more weight than rows is seen more often."""
     batch_size: int = 64
     """Queries of a step (on each process); their positives and hard negatives come on top."""
     micro_batch_size: int | None = None
@@ -301,9 +312,15 @@ class TrainConfig:
     """Steps between records in the log, each the mean loss since the one before."""
     keep_checkpoints: int = 2
     """The newest checkpoints that stay, older ones are removed."""
+    patience: int | None = None
+    """Evaluations without a better score, by `evaluate.best_by`, after which training stops; null: never."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "train.steps", "0 or more", self.steps)
+        _require(self.steps is None or self.steps >= 0, "train.steps", "0 or more", self.steps)
+        _require(self.epochs is None or self.epochs >= 1, "train.epochs", "at least 1, or null", self.epochs)
+        both = self.steps is not None and self.epochs is not None
+        _require(not both, "train.steps", "null beside `epochs`, which say how many", self.steps)
+        _require(self.patience is None or self.patience >= 1, "train.patience", "at least 1, or null", self.patience)
         for name in ("batch_size", "save_every", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         _require(0 <= self.warmup <= 1, "train.warmup", "a share in [0, 1]", self.warmup)
@@ -320,17 +337,31 @@ class TrainConfig:
         micro = self.micro_batch_size
         _require(micro is None or micro >= 1, "train.micro_batch_size", "at least 1, or null", micro)
 
+    @property
+    def total_steps(self) -> int:
+        """The steps, which `epochs` alone do not say: `pe.train` turns those into steps once it knows the data."""
+        if self.epochs is not None:
+            raise RecipeError(
+                f"train.steps: expected a number of steps, got {self.epochs} epochs; only pe.train has these"
+            )
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What a run is scored on."""
 
     tasks: tuple[str, ...] = ()
-    """Names of `pe.data.tasks` or of MTEB; none: no scores."""
+    """Names of `pe.data.tasks` or of MTEB, or paths of your own: a file of pairs or scored pairs, or a folder with
+    corpus, queries and qrels (see `pe/data/own_tasks.py`); none: no scores."""
+    best_by: str | None = None
+    """A task, or `mean`: the weights with the best score are saved, of those every `train.eval_every` steps and the
+    last ones; null: the last ones."""
     data: str = "data"
     """Folder of the offline tasks' files."""
     instructions: dict[str, str] = field(default_factory=dict)
-    """Query-side instruction of a task, where it differs from the task's own."""
+    """Query-side instruction of a task, where it differs from the task's own; your own tasks need one. `NAME-document`:
+    that of its documents."""
     batch_tokens: int = 16_384
     """Tokens that the backbone reads at once, at most; a longer text is read alone."""
     before: bool = True
@@ -338,6 +369,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, "evaluate.batch_tokens", "at least 1", self.batch_tokens)
+        known = [*self.tasks, "mean"] if self.tasks else []
+        among = f"one of {', '.join(known)}" if known else "null without evaluate.tasks"
+        _require(self.best_by is None or self.best_by in known, "evaluate.best_by", among, self.best_by)
         for name, sentence in self.instructions.items():
             _require(bool(sentence.strip()), f"evaluate.instructions: {name}", "a sentence", sentence)
 
@@ -354,6 +388,12 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        best, train = self.evaluate.best_by, self.train
+        _require(best is None or train.eval_every > 0, "train.eval_every", "1 or more with evaluate.best_by", 0)
+        is_used = train.patience is None or best is not None
+        _require(is_used, "train.patience", "null without evaluate.best_by", train.patience)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -1,19 +1,22 @@
 """`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT]`, or `--instruction '["TEXT", ...]'` for several.
 
-INPUT: `.txt` (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the
-field named by --field; lines that hold nothing are passed over). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]`
-for I instructions; `.jsonl` and `.parquet` hold a row a text with its embedding (one for each instruction).
+INPUT: `.txt`, or `-` for standard input (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line), or rows with the
+column named by --field: JSON Lines, JSON, csv, tsv (each also .xz, .gz), parquet, a folder of `save_to_disk`,
+`hf://owner/name[:config][@split]`. OUTPUT: `.npy` holds `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and
+`.parquet` hold a row a text with its embedding (one for each instruction) behind the text, or, with --keep, behind all
+columns of the input.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,31 +33,66 @@ from pe.data.records import (
     braced,
     check_string,
     check_unicode,
-    jsonl_records,
     read_lines,
 )
-from pe.method.loading import quiet
+from pe.data.tables import records
+from pe.method.loading import quiet, usable_device
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
 
-Embeddings = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[Any]
+"""float32, or integers of `--precision`."""
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+STANDARD_INPUT = "-"
 
 
-def read_texts(path: Path, field: str) -> list[str]:
-    """The texts of a file, in order.
+def read_rows(path: str, field: str, id_column: str | None = None) -> list[Record]:
+    """The rows of an input, in order, each with a text under `field`; lines are rows of that field alone.
 
     Raises:
-        DataError: unreadable or empty file, or a row without the field, with file and line.
+        DataError: unreadable or empty file, or a row without the field or the ids, with file and line.
     """
-    if path.suffix.lower() == ".txt":
-        return read_lines(path)
-    texts = []
-    for number, row in jsonl_records(path):
+    if path == STANDARD_INPUT or Path(path).suffix.lower() == ".txt":
+        if id_column is not None:
+            raise DataError(f"{path}: --id-column: expected none, lines have no ids, got {id_column!r}")
+        return [{field: line} for line in read_lines(path)]
+    found = []
+    for number, row in records(path):
         try:
-            texts.append(text_under(field, row))
+            text_under(field, row)
+            if id_column is not None and row.get(id_column) is None:
+                raise RecordError("missing id", f"expected an id under {id_column!r}, got none in {braced(row)}")
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
-    return texts
+        found.append(row)
+    return found
+
+
+def written_beside(rows: Sequence[Record], field: str, id_column: str | None, keep: bool) -> list[Record]:
+    """What stands before an embedding in a row of the output: all columns, or the text behind its id."""
+    if keep:
+        return list(rows)
+    ids = [{id_column: row[id_column]} if id_column is not None else {} for row in rows]
+    return [{**own, "text": row[field]} for own, row in zip(ids, rows, strict=True)]
+
+
+def check_written(rows: Sequence[Record], suffix: str, names: Sequence[str]) -> None:
+    """Refuse, before anything is encoded, rows that the output cannot hold.
+
+    Raises:
+        ValueError: a column has the name of an embedding's, or a value that JSON or parquet does not know.
+    """
+    if taken := next((name for name in names if any(name in row for row in rows)), None):
+        raise ValueError(f"--keep: expected an input without the column {taken!r}, which the output has, got one")
+    try:
+        if suffix == ".jsonl":
+            json.dumps(rows)
+        elif suffix == ".parquet":
+            pa.Table.from_pylist(rows)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"--keep: a column cannot be written as {suffix} ({error}); write the other, or leave it out"
+        ) from error
 
 
 def text_under(field: str, row: Record) -> str:
@@ -87,35 +125,71 @@ def sentences(given: str) -> list[str]:
     return several
 
 
+def needs_quantisation() -> None:
+    """Raise ValueError where sentence-transformers, which quantises, is not installed."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ValueError("--precision: sentence-transformers quantises: pip install 'promptembedder[export]'")
+
+
+def check_compression(width: int, texts: int, dimensions: int | None, precision: Precision) -> None:
+    """Raise ValueError for what embeddings of `width` numbers cannot be cut to, or too few texts for a range."""
+    if dimensions is not None and not 1 <= dimensions <= width:
+        raise ValueError(f"--dimensions: expected 1 to {width}, the model's, got {dimensions}")
+    kept = width if dimensions is None else dimensions
+    if precision in ("binary", "ubinary") and kept % 8:
+        raise ValueError(
+            f"--precision: {precision} packs 8 dimensions into a byte, expected a multiple of 8, got {kept}"
+        )
+    if precision in ("int8", "uint8") and texts < 2:
+        raise ValueError(f"--precision: {precision} takes its ranges from the texts, expected at least 2, got {texts}")
+
+
+def compressed(embeddings: Embeddings, dimensions: int | None, precision: Precision) -> Embeddings:
+    """`[I, N, D]` float32 cut to their first numbers, of length one again, and quantised by sentence-transformers.
+
+    int8 and uint8 take each dimension's range from these embeddings; binary packs 8 dimensions into a byte.
+    """
+    if dimensions is not None:
+        cut = embeddings[..., :dimensions]
+        embeddings = cut / np.maximum(np.linalg.norm(cut, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    if precision == "float32":
+        return embeddings
+    from sentence_transformers.util import quantize_embeddings
+
+    return np.stack([np.asarray(quantize_embeddings(rows, precision=precision)) for rows in embeddings])
+
+
+def column_names(instructions: Sequence[str]) -> list[str]:
+    """`embedding`, or `embedding_0`, `embedding_1`, ... for several instructions."""
+    return ["embedding"] if len(instructions) == 1 else [f"embedding_{place}" for place in range(len(instructions))]
+
+
 def columns(embeddings: Embeddings, instructions: Sequence[str]) -> dict[str, Embeddings]:
-    """Column name -> `[N, D]`: `embedding`, or `embedding_0`, `embedding_1`, ... for several instructions."""
-    if len(instructions) == 1:
-        return {"embedding": embeddings[0]}
-    return {f"embedding_{place}": rows for place, rows in enumerate(embeddings)}
+    """Column name -> `[N, D]`."""
+    return dict(zip(column_names(instructions), embeddings, strict=True))
 
 
-def write_npy(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+def write_npy(path: Path, beside: Sequence[Record], embeddings: Embeddings, instructions: Sequence[str]) -> None:
     with path.open("wb") as file:
         np.save(file, embeddings[0] if len(instructions) == 1 else embeddings)
 
 
-def write_jsonl(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+def write_jsonl(path: Path, beside: Sequence[Record], embeddings: Embeddings, instructions: Sequence[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for place, text in enumerate(texts):
-            row = {name: rows[place].tolist() for name, rows in columns(embeddings, instructions).items()}
-            file.write(json.dumps({"text": text, **row}, ensure_ascii=False) + "\n")
+        for place, row in enumerate(beside):
+            found = {name: rows[place].tolist() for name, rows in columns(embeddings, instructions).items()}
+            file.write(json.dumps({**row, **found}, ensure_ascii=False) + "\n")
 
 
-def write_parquet(path: Path, texts: Sequence[str], embeddings: Embeddings, instructions: Sequence[str]) -> None:
-    size = embeddings.shape[-1]
-    arrays = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), size)
-        for name, rows in columns(embeddings, instructions).items()
-    }
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), **arrays}), path)
+def write_parquet(path: Path, beside: Sequence[Record], embeddings: Embeddings, instructions: Sequence[str]) -> None:
+    table, size = pa.Table.from_pylist(list(beside)), embeddings.shape[-1]
+    for name, rows in columns(embeddings, instructions).items():
+        array = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), size)
+        table = table.append_column(name, array)
+    pq.write_table(table, path)
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[str], Embeddings, Sequence[str]], None]] = {
+WRITERS: dict[str, Callable[[Path, Sequence[Record], Embeddings, Sequence[str]], None]] = {
     ".npy": write_npy,
     ".jsonl": write_jsonl,
     ".parquet": write_parquet,
@@ -130,26 +204,37 @@ def encode_file(
     instruction: str | None = None,
     side: Literal["query", "document"] = "query",
     field: str = "text",
+    id_column: str | None = None,
+    keep: bool = False,
+    dimensions: int | None = None,
+    precision: Precision = "float32",
     batch_tokens: int = 16_384,
     backbone: str | None = None,
     prompter: str | None = None,
     dtype: Dtype | None = None,
+    device: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Embed the texts of a file.
 
     Args:
         model: folder of a saved PromptEmbedder, or its name on the hub.
-        input: `.txt` or `.jsonl[.xz|.gz]`.
+        input: `.txt` or `-`, a text a line; or rows, see the top of this module.
         output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
         instruction: a sentence as it is typed, or a JSON list of sentences, which share the text pass; where none is
             given, the side's default, the one that training weighted most.
         side: whose templates are used.
-        field: the text's key in a `.jsonl` input.
+        field: the text's column in an input of rows.
+        id_column: a column of the input that stands before the text in the output's rows.
+        keep: write all columns of the input before the embeddings, in place of the text alone.
+        dimensions: the first numbers of an embedding that stay, of length one again; for a model trained with
+            `loss.matryoshka`.
+        precision: int8, uint8, or a bit a dimension (binary, ubinary), as sentence-transformers quantises.
         batch_tokens: tokens of a packed batch.
         backbone: where the backbone is now, if not where it was.
         prompter: where the base of a prompting LLM with adapters is now, if not where it was.
         dtype: type of the backbone's weights; as in training where it is not given.
+        device: cpu, cuda, cuda:1; a GPU where there is one.
         overwrite: replace an existing output.
     """
     target = Path(output)
@@ -161,10 +246,22 @@ def encode_file(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists already; give --overwrite=true, or another name")
     instructions = None if instruction is None else sentences(instruction)
-    texts = read_texts(Path(input), field)
+    if keep and id_column is not None:
+        raise ValueError(f"--id-column: expected none beside --keep, which keeps every column, got {id_column!r}")
+    if id_column in ("text", field):
+        raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
+    if suffix == ".npy" and (keep or id_column is not None):
+        raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
+    if precision != "float32":
+        needs_quantisation()
+    rows = read_rows(input, field, id_column)
+    beside = written_beside(rows, field, id_column, keep)
+    check_written(beside, suffix, column_names(instructions or [""]))
+    texts = [row[field] for row in rows]
     target.parent.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=device)
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=place)
+    check_compression(embedder.dimensions, len(texts), dimensions, precision)
     if instructions is None:
         instructions = [embedder.default_instruction(side)]
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
@@ -172,17 +269,25 @@ def encode_file(
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
         )
+        found = compressed(embeddings, dimensions, precision)
         whole = Path(folder) / target.name
-        WRITERS[suffix](whole, texts, embeddings, instructions)
+        WRITERS[suffix](whole, beside, found, instructions)
         os.replace(whole, target)
-    shape = list(embeddings.shape)[len(instructions) == 1 :]  # as it stands in an .npy file
-    print(f"{output}: {shape} float32; {embedder.truncation}", file=sys.stderr)
+    print(f"{output}: {shape_of(found, suffix, instructions)} {found.dtype}; {embedder.truncation}", file=sys.stderr)
+
+
+def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -> str:
+    """The shape as it stands in the file: that of the array, or rows and the columns of embeddings."""
+    if suffix == ".npy":
+        return str(list(embeddings.shape)[len(instructions) == 1 :])
+    names = ", ".join(f"{name} [{embeddings.shape[-1]}]" for name in column_names(instructions))
+    return f"{embeddings.shape[1]} rows with {names}"
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype"}
+    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep"}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
     parser.add_argument(
@@ -190,6 +295,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
     parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
+    parser.add_argument(
+        "--id-column", "--id_column", type=str, default=None, help="column that stands before the text in the output"
+    )
+    parser.add_argument("--keep", action="store_true", help="write all columns of the input before the embeddings")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
     return parser.parse_args(argv)
 

@@ -37,6 +37,7 @@ from pe.data.instruct_score import (
     read_set,
     rights,
 )
+from pe.data.own_tasks import is_own, own_task
 from pe.data.records import DataError
 from pe.data.tasks import TASKS, EvaluationError, available, offline_task
 
@@ -151,7 +152,8 @@ def score(
 
     Args:
         encoder: see `pe.integrations.mteb.TextEncoder`.
-        tasks: names; none: every task of `pe.data.tasks` and `pe.data.instruct_score` whose files are in `data`.
+        tasks: names, or paths of the user's own (see `pe/data/own_tasks.py`); none: every task of `pe.data.tasks` and
+            `pe.data.instruct_score` whose files are in `data`.
         data: folder of the offline tasks.
         instructions: sentences that replace a task's own: by task name for queries and for tasks without sides, by
             `NAME-document` for documents.
@@ -199,7 +201,7 @@ def _run(encoder: TextEncoder, task: AbsTask, instructions: Mapping[str, str] | 
 
     model = MtebEncoder(encoder, instructions=instructions, batch_tokens=batch_tokens)
     metadata = task.metadata
-    if metadata.name not in TASKS:
+    if metadata.name not in TASKS and not is_own(metadata.name):
         _load_from_hub(task)
     start = time.perf_counter()
     result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
@@ -243,6 +245,9 @@ def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
         raise EvaluationError("evaluation needs mteb, which is not installed: pip install mteb") from error
     if name in TASKS:
         return offline_task(name, data)
+    if is_own(name):
+        own: AbsTask = own_task(name)
+        return own
     try:
         task: AbsTask = mteb.get_task(name)
     except KeyError as error:
@@ -254,7 +259,14 @@ def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
 
 
 def check_instructions(instructions: Mapping[str, str], tasks: Sequence[str]) -> None:
-    """Raise EvaluationError for an instruction of a task that is not among `tasks` or has its own, or an empty one."""
+    """Refuse an instruction of a task that is not among `tasks` or has its own, an empty one, or none of a user's task.
+
+    Raises:
+        EvaluationError: which, and what was expected.
+    """
+    for name in filter(is_own, tasks):
+        if name not in instructions:
+            raise EvaluationError(f"instructions: {name}: expected a sentence for the user's own task, got none")
     for key, sentence in instructions.items():
         if key.removesuffix("-document") in INSTRUCT_TASKS:
             raise EvaluationError(f"instructions: {key}: expected none, it is measured on those of {INSTRUCTIONS}")

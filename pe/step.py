@@ -207,10 +207,13 @@ class Step(Generic[Model]):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave; the rates are those of this run's schedule, which may be longer than before."""
         self.model.load_trainable_state(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        share = rate(self.done, self.options)
+        for group, peak in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = peak * share
 
 
 def adamw(parts: Parts, options: TrainConfig) -> torch.optim.AdamW:
@@ -234,10 +237,10 @@ def adamw(parts: Parts, options: TrainConfig) -> torch.optim.AdamW:
 
 def rate(step: int, options: TrainConfig) -> float:
     """Share of the peak rate at a step: linear warm-up, then the schedule down to zero."""
-    warm = max(1, round(options.warmup * options.steps))
+    warm = max(1, round(options.warmup * options.total_steps))
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, options.steps - warm)
+    done = (step - warm) / max(1, options.total_steps - warm)
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[options.schedule]
 
 

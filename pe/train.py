@@ -7,8 +7,10 @@ stays frozen. Without a recipe it runs `recipes/tiny.yaml`. `--resume` continues
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +28,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pe.baselines.frozen import FrozenEncoder
-from pe.card import model_card
-from pe.config import EvaluateConfig, Recipe, RecipeError, to_dict
-from pe.data.batches import BatchPlan
+from pe.card import model_card, shown
+from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
+from pe.data.batches import BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
 from pe.data.instructions import trained_instructions
 from pe.data.tasks import TASKS
@@ -59,7 +61,8 @@ class History:
 
     Attributes:
         losses: by step.
-        scores: (steps done, training seconds, mean score) of every evaluation while training.
+        scores: (steps done, training seconds, score) of every evaluation while training; the score is that of
+            `evaluate.best_by`, else the mean.
         spreads: (steps done, fields of `Spread`) at every checkpoint of a run.
         seconds: training time, evaluations left out.
         texts, truncated: texts read on this process, and how many of them were cut to the token limit.
@@ -79,6 +82,16 @@ class History:
     def spread(self) -> Spread | None:
         """How alike instructions are to the model at the last checkpoint; None without one, or of fewer than two."""
         return Spread(**self.spreads[-1][1]) if self.spreads else None
+
+    @property
+    def best(self) -> int:
+        """Place of the best score, the first on ties; not a number is the worst."""
+        values = [-math.inf if math.isnan(score) else score for _, _, score in self.scores]
+        return values.index(max(values))
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether the last `patience` scores are no better than one before them."""
+        return patience is not None and bool(self.scores) and len(self.scores) - 1 - self.best >= patience
 
     @property
     def padding_share(self) -> float:
@@ -114,7 +127,7 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[], float] | None = None,
 ) -> History:
-    """Train for `recipe.train.steps` steps.
+    """Train for `recipe.train.total_steps` steps.
 
     Until it returns no other thread may use the model, nor anything else on its backbone (see `pe/method/turns.py`).
 
@@ -125,14 +138,16 @@ def fit(
         accelerator: device, precision, processes, trackers.
         run: where checkpoints go; None: nowhere.
         resume: start from the run's newest checkpoint.
-        evaluate: the mean score now; called every `eval_every` steps, on the main process alone.
+        evaluate: the score now; called every `eval_every` steps, on the main process alone. With `evaluate.best_by` and
+            a run also after the last step, and the model ends with the weights of its best score.
 
     Raises:
         TrainingError: a part without gradient, outputs that stay the same, a loss or embeddings that are not finite.
         RunError: a checkpoint cannot be written.
         BeingTrained: another thread trains it.
     """
-    options, history, last = recipe.train, History(), recipe.train.steps
+    options, history, last = recipe.train, History(), recipe.train.total_steps
+    by_best = run is not None and evaluate is not None and recipe.evaluate.best_by is not None
     with model.backbone.turns.training(), closing(Step(model, recipe.loss, options, accelerator)) as step:
         if resume and run:
             restore(run, step, history)
@@ -141,6 +156,7 @@ def fit(
         )
         probe = batch_requests(plan.batch(0)).part(range(2))
         before, first, following = detached(model, probe), step.done, None
+        last = first if history.is_over(options.patience) else last
         with tqdm(total=last, initial=first, desc="train", disable=not accelerator.is_main_process) as bar:
             for done in range(first + 1, last + 1):
                 started = time.perf_counter()
@@ -155,13 +171,21 @@ def fit(
                     )
                 if done % options.log_every == 0:
                     log(step, history, taken, bar)
-                if evaluate and options.eval_every and done % options.eval_every == 0:
+                is_due = options.eval_every and done % options.eval_every == 0
+                if evaluate and (is_due or (by_best and done == last)):
                     note_score(step, history, evaluate)
-                if done % options.save_every == 0 or done == last:
+                    if run and by_best:
+                        keep_best(run, step, history)
+                is_over = history.is_over(options.patience)
+                if done % options.save_every == 0 or done == last or is_over:
                     if not detached(model, probe).isfinite().all():
                         raise TrainingError(f"step {done}: the embeddings are not finite; lower the rates (lr)")
                     if run:
                         checkpoint(run, step, history, plan)
+                if is_over:
+                    break
+        if run and by_best:
+            model.load_trainable_state(run.load_best(accelerator.device)["model"])
     return history
 
 
@@ -179,10 +203,16 @@ def log(step: Step[Any], history: History, taken: Taken, bar: tqdm[Any]) -> None
 
 
 def note_score(step: Step[Any], history: History, evaluate: Callable[[], float]) -> None:
-    """Score on the main process, while the others wait, and write the score down."""
-    if step.accelerator.is_main_process:
-        history.scores.append((step.done, history.seconds, evaluate()))
-        step.accelerator.log({"score": history.scores[-1][2]}, step=step.done)
+    """Score on the main process, while the others wait, and write the score down on all of them."""
+    (found, *_) = gather_object([evaluate() if step.accelerator.is_main_process else 0.0])
+    history.scores.append((step.done, history.seconds, found))
+    step.accelerator.log({"score": found}, step=step.done)
+
+
+def keep_best(run: RunFolder, step: Step[Any], history: History) -> None:
+    """Write the weights down where the last score is the best one; all processes wait for it."""
+    if history.best == len(history.scores) - 1 and step.accelerator.is_main_process:
+        run.save_best({"step": step.done, "score": history.scores[-1][2], "model": step.model.trainable_state()})
     step.accelerator.wait_for_everyone()
 
 
@@ -288,13 +318,36 @@ def measurer(recipe: Recipe) -> Callable[[TextEncoder], Scores]:
     )
 
 
+def chosen(scores: Scores, name: str | None) -> float:
+    """The score of a task, or the mean."""
+    return scores.mean if name in (None, "mean") else scores.by_task[name]
+
+
+def early_end(history: History, options: TrainConfig) -> str:
+    """A sentence on a run that patience ended; nothing for one that took all its steps."""
+    taken, wanted = len(history.losses), options.total_steps
+    if taken == wanted:
+        return ""
+    return (
+        f"stopped after {taken} of {wanted} steps: the last {options.patience} scores were no better (train.patience)"
+    )
+
+
+def best_of(history: History, name: str | None) -> str:
+    """A sentence on which weights a run ends with; nothing where these are the last."""
+    if name is None:
+        return ""
+    step, _, found = history.scores[history.best]
+    return f"The weights are those after {step} steps, the best by {shown(name)}: {found:.2f}."
+
+
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
     values = {name: found.to_dict() for name, found in scores.items()}
     write_text(path, json.dumps(values, indent=2))
 
 
-def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
-    """Read the data sets, report what became of every row, and plan the batches.
+def build_plan(recipe: Recipe, console: Console, processes: int = 1) -> BatchPlan:
+    """Read the data sets, report what became of every row, and plan the batches, whose number `epochs` may say.
 
     Raises:
         RecipeError: no data set, or no step.
@@ -302,14 +355,19 @@ def build_plan(recipe: Recipe, console: Console) -> BatchPlan:
     """
     if not recipe.data:
         raise RecipeError("data: expected at least one data set, got none")
-    if not recipe.train.steps:
+    if recipe.train.steps == 0:
         raise RecipeError("train.steps: expected at least 1, got 0; only pe.transfer does without training")
     datasets = [load_training_set(item) for item in recipe.data]
     for dataset in datasets:
         console.print(str(dataset.report), highlight=False)
     train = recipe.train
     weights = [item.weight for item in recipe.data]
-    return BatchPlan(datasets, weights, train.steps, train.batch_size, train.seed, recipe.loss.hard_negatives)
+    if train.epochs is None:
+        steps = train.total_steps
+    else:
+        steps = steps_of(train.epochs, datasets, weights, train.batch_size * processes, train.seed)
+        console.print(f"train.epochs = {train.epochs}: {steps:,} steps", highlight=False)
+    return BatchPlan(datasets, weights, steps, train.batch_size, train.seed, recipe.loss.hard_negatives)
 
 
 def describe(model: PromptEmbedder) -> str:
@@ -364,7 +422,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     is_main, run = accelerator.is_main_process, RunFolder(recipe.output)
     console = Console(stderr=True, quiet=not is_main)
     check_evaluation(recipe.evaluate)
-    plan = build_plan(recipe, console)
+    plan = build_plan(recipe, console, accelerator.num_processes)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=plan.steps, epochs=None))
     model = build_model(recipe, plan, accelerator.device)
     model.name = run.path.name
     if is_main:
@@ -379,7 +438,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
     accelerator.wait_for_everyone()
-    evaluate = (lambda: measure(model).mean) if has_tasks else None
+    evaluate = (lambda: chosen(measure(model), recipe.evaluate.best_by)) if has_tasks else None
     try:
         history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
     except KeyboardInterrupt:
@@ -388,12 +447,19 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
         raise
     accelerator.end_training()
     console.print(history.summary, highlight=False)
+    if early := early_end(history, recipe.train):
+        console.print(early, highlight=False)
+    weights = best_of(history, recipe.evaluate.best_by)
+    if weights:
+        console.print(weights, highlight=False)
     tell(history.spread, console)
     if is_main:
         if has_tasks:
             scores["trained"] = measure(model)
         write_scores(run.path / "scores.json", scores)
-        model.save_pretrained(run.model, card=model_card(recipe, model, history.seconds, scores, history.spread))
+        taken = len(history.losses)
+        card = model_card(recipe, model, history.seconds, scores, history.spread, steps=taken, weights=weights)
+        model.save_pretrained(run.model, card=card)
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
     return scores

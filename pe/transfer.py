@@ -159,14 +159,16 @@ def transfer(
         EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
         TrainingError: see `fit`.
     """
+    if recipe.evaluate.best_by is not None:
+        raise RecipeError("evaluate.best_by: expected null, a move ends with its last weights, got a task")
     check_evaluation(recipe.evaluate)
     console = Console(stderr=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if texts is not None and texts < 0:
         raise RecipeError(f"--texts: expected at least 0, got {texts}")
-    fits_skip = recipe.model.skip != "none" and (not recipe.train.steps if texts is None else texts > 0)
-    at_least_one = dataclasses.replace(recipe.train, steps=max(1, recipe.train.steps))
-    needs_data = recipe.train.steps or fits_skip
+    fits_skip = recipe.model.skip != "none" and (not recipe.train.total_steps if texts is None else texts > 0)
+    at_least_one = dataclasses.replace(recipe.train, steps=max(1, recipe.train.total_steps))
+    needs_data = recipe.train.total_steps or fits_skip
     plan = build_plan(dataclasses.replace(recipe, train=at_least_one), console) if needs_data else None
     source = PromptEmbedder.from_pretrained(checkpoint, backbone=backbone, prompter=prompter, device=device)
     run = RunFolder(recipe.output)
@@ -174,9 +176,9 @@ def transfer(
     target = move(source, recipe.model)
     target.name = run.path.name
     console.print(describe(target), highlight=False)
-    if recipe.train.steps and not target.trainable_parameters():
+    if (steps := recipe.train.total_steps) and not target.trainable_parameters():
         raise RecipeError(
-            f"train.steps: expected 0, got {recipe.train.steps}: a {target.config.alignment.kind} alignment without"
+            f"train.steps: expected 0, got {steps}: a {target.config.alignment.kind} alignment without"
             " reader and skip has nothing to train; --steps 0, or give the model a reader or a skip"
         )
     check_widths(recipe, target)
@@ -195,13 +197,13 @@ def transfer(
         scores["moved, untrained"] = measure(target)
         curve = [(0, spent, scores["moved, untrained"].mean)]
     history = History()
-    if plan and recipe.train.steps:
+    if plan and recipe.train.total_steps:
         accelerator = build_accelerator(recipe)
         evaluate = (lambda: measure(target).mean) if scores else None
         history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
         if scores:
             scores["moved, trained"] = measure(target)
-            end = (recipe.train.steps, history.seconds, scores["moved, trained"].mean)
+            end = (recipe.train.total_steps, history.seconds, scores["moved, trained"].mean)
             points = [point for point in history.scores if point[0] != end[0]] + [end]
             curve += [(step, spent + seconds, score) for step, seconds, score in points]
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
@@ -231,6 +233,7 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     every = max(1, arguments.steps // 5)
     fixed = [f"--model.backbone.model={arguments.backbone}", f"--output={output}", f"--train.eval_every={every}"]
     fixed += [f"--train.steps={arguments.steps}", "--model.backbone.revision=null"]
+    fixed += ["--evaluate.best_by=null", "--train.patience=null"]
     return load_recipe(file, [*fixed, *overrides])
 
 

@@ -109,18 +109,15 @@ LONG = "9" * 400
 ROWS = {
     "a null": ('{"query": null, "positive": "p"}', "query: expected a string, got null"),
     "a number": ('{"query": 5, "positive": "p"}', "query: expected a string, got 5"),
-    "no key": ('{"positive": "p"}', "expected {query, positive, negatives?} or {text, label} or"),
+    "no key": ('{"positive": "p"}', "expected the columns {query, positive} or {text, label} or"),
     "a key twice": ('{"query": "q", "query": "r", "positive": "p"}', "expected each key once, got 'query' again"),
     "no object": ("[1]", "expected a JSON object, got [1]"),
     "not a number": ('{"text": "t", "label": NaN}', "label: expected a string or an integer, got nan"),
     "a long label": (f'{{"text": "t", "label": {LONG}}}', "label: expected an integer of up to 64 bits, got 9999"),
-    "negatives twice": (
-        '{"query": "q", "positive": "p", "negative": "n", "negatives": []}',
-        "expected the negatives under one key, got 'negatives' and 'negative'",
-    ),
+    "no positive": ('{"query": "q", "positive": []}', "expected at least one positive, got none"),
     "another name": (
         '{"query": "q", "positive": "p", "neg": ["n"]}',
-        "expected {query, positive, negatives?}, got the key 'neg'; did",
+        "expected {query, positive, negatives?, negative?, instruction?}, got the key 'neg'; a training set's",
     ),
     "deep": ("[" * 5000, "expected a JSON object, got '[[[["),
 }

@@ -107,7 +107,7 @@ def test_defaults_are_those_of_the_default_recipe() -> None:
     recipe = load_recipe(RECIPES / "tiny.yaml")
     assert recipe.model == ModelConfig(max_length=128)
     assert recipe.loss == LossConfig()
-    assert recipe.train == TrainConfig()
+    assert recipe.train == TrainConfig(steps=TrainConfig().total_steps)
 
 
 def test_recipes_say_what_they_rely_on() -> None:
@@ -135,7 +135,7 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
-        ("train:\n  stps: 5\n", 2, "unknown key 'stps' in train; did you mean 'steps'? Known keys: steps, batch_size"),
+        ("train:\n  stps: 5\n", 2, "unknown key 'stps' in train; did you mean 'steps'? Known keys: steps, epochs"),
         ("modl: {}\n", 1, "unknown key 'modl' in the recipe; did you mean 'model'? Known keys: output, model"),
         ("output: x\nzzzz: 1\n", 2, "unknown key 'zzzz' in the recipe. Known keys: output"),
         ("data:\n  - path: a\n    instruction: b\n  - path: a\n    wieght: 1\n", 5, "unknown key 'wieght' in data[1];"),
@@ -150,8 +150,8 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
         ("- 1\n- 2\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got a list"),
         ("hello\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got 'hello'"),
         ("# nothing\n", 1, "expected a mapping of output, model, data, loss, train, evaluate, got nothing"),
-        ("output: x\ntrain: 5\n", 2, "train: expected a mapping of steps, batch_size"),
-        ("train:\n  steps: many\n", 2, "Expected a <class 'int'>. Got value: many"),
+        ("output: x\ntrain: 5\n", 2, "train: expected a mapping of steps, epochs"),
+        ("train:\n  steps: many\n", 2, "Expected a <class 'int'>"),
         ("train:\n  lr: yes\n", 2, "Expected a <class 'float'>. Got value: True"),
         ("output: x\nmodel:\n  layout: sufix\n", 3, "'suffix', 'prefix'"),
         ("data: {path: a, instruction: b}\n", 1, "Expected a <class 'list'>"),

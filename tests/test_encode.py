@@ -24,6 +24,10 @@ TEXTS = ["the river", "moon", "a much longer text about bread and honey"]
 TASK = "Find the same thing"
 
 
+def texts_of(path: Path) -> list[str]:
+    return [row["text"] for row in encode.read_rows(str(path), "text")]
+
+
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> np.ndarray:
     return PromptEmbedder.from_pretrained(checkpoint).encode(TEXTS, instruction=TASK)
@@ -95,9 +99,9 @@ def test_only_a_line_feed_ends_a_text(tmp_path: Path) -> None:
     texts = ["one\u2028still one", "two\x85\x0c\x1c\x0b", "", "three\r four", "last"]
     source = tmp_path / "in.txt"
     source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
-    assert encode.read_texts(source, "text") == texts
+    assert texts_of(source) == texts
     source.write_bytes(("\n".join(texts) + "\n").encode())
-    assert encode.read_texts(source, "text") == texts
+    assert texts_of(source) == texts
 
 
 @pytest.mark.parametrize(
@@ -116,13 +120,13 @@ def test_only_a_line_feed_ends_a_text(tmp_path: Path) -> None:
 def test_a_file_without_usable_texts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        encode.read_texts(tmp_path / name, "text")
+        texts_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "IN.JSONL"])
 def test_blank_lines_are_no_texts(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('\n{"text": "a"}\n \n{"text": ""}\n\n\t\n', encoding="utf-8")
-    assert encode.read_texts(tmp_path / name, "text") == ["a", ""]
+    assert texts_of(tmp_path / name) == ["a", ""]
 
 
 def test_suffixes_in_capitals(checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_suffixes_in_capitals(checkpoint: Path, expected: np.ndarray, tmp_path: 
         encode.main([str(checkpoint), str(tmp_path / "IN.TXT"), str(tmp_path / name), f"--instruction={TASK}"])
     assert np.allclose(np.load(tmp_path / "O.NPY"), expected, atol=1e-6)
     assert pq.read_table(tmp_path / "O.Parquet")["text"].to_pylist() == TEXTS
-    assert encode.read_texts(tmp_path / "O.JSONL", "text") == TEXTS
+    assert texts_of(tmp_path / "O.JSONL") == TEXTS
 
 
 @pytest.mark.parametrize("instruction", [TASK, f"Given a query: {TASK}", "- item", "[a, b]"])

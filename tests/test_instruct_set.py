@@ -170,7 +170,7 @@ def test_without_contradictions_there_is_none(dataset: InstructSet) -> None:
 
 
 def test_names_of_what_was_trained(dataset: InstructSet) -> None:
-    assert first_wordings([dataset, object()]) == {"yea": "yea this.", "nay": "nay this."}
+    assert first_wordings([dataset]) == {"yea": "yea this.", "nay": "nay this."}
 
 
 def test_an_odd_batch_is_refused(dataset: InstructSet) -> None:

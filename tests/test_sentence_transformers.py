@@ -78,8 +78,12 @@ def test_what_is_no_text_or_has_no_instruction_is_refused(saved: Path) -> None:
     model = load(saved)
     with pytest.raises(ValueError, match="prompt: expected the instruction"):
         model.encode(TEXTS)
-    with pytest.raises(ValueError, match="inputs: expected texts, got tuple"):
-        model.encode([("one", "two")], prompt=TASK)
+    with pytest.raises(ValueError, match=r"inputs: expected texts, or pairs \(prompt, text\), got tuple"):
+        model.encode([("one", "two", "three")], prompt=TASK)
+    with pytest.raises(ValueError, match="prompt: expected the instruction to embed under, got none"):
+        model.encode([("", "two")])
+    with pytest.raises(ValueError, match=r"prompt: expected one sentence for all inputs, got \[.*encode pairs"):
+        model.encode(TEXTS, prompt=[TASK] * len(TEXTS))
     with pytest.raises(ValueError, match="inputs: expected a sequence of strings, got a single string"):
         model[0].preprocess("the river", prompt=TASK)
     with pytest.raises(ValueError, match="inputs: expected a sequence of strings, got dict"):
@@ -87,6 +91,14 @@ def test_what_is_no_text_or_has_no_instruction_is_refused(saved: Path) -> None:
     assert model[0].preprocess(map(str, TEXTS), prompt=TASK)["texts"] == TEXTS
     with pytest.raises(ValueError, match=r"only encodes; train with `python -m pe.train`"):
         model.train()(model.preprocess(TEXTS, prompt=TASK))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_a_prompt_for_each_text(saved: Path, embedder: PromptEmbedder, batch_size: int) -> None:
+    prompts = [TASK, "Another task", TASK, "A third"]
+    found = load(saved).encode(list(zip(prompts, TEXTS, strict=True)), batch_size=batch_size)
+    expected = [embedder.encode([text], instruction=prompt)[0] for prompt, text in zip(prompts, TEXTS, strict=True)]
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_texts_are_cut_where_the_user_says(saved: Path, embedder: PromptEmbedder) -> None:

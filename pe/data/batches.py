@@ -103,6 +103,32 @@ def _later(order: Ints, avoid: Ints, head: int) -> Ints:
     return order
 
 
+def draws(weights: Sequence[float], steps: int, seed: int) -> Ints:
+    """Place of each step's data set, [steps]; more steps change none before."""
+    shares = np.asarray(weights, dtype=np.float64)
+    return np.random.default_rng((seed, 0)).choice(len(shares), size=steps, p=shares / shares.sum())
+
+
+def steps_of(epochs: int, datasets: Sequence[TrainingSet], weights: Sequence[float], batch: int, seed: int) -> int:
+    """The first step after which each row of every set has been in so many batches of a plan.
+
+    Args:
+        epochs: how often each row is seen, at least.
+        datasets: in the order of the plan.
+        weights: of the data sets.
+        batch: queries of a step on all processes together.
+        seed: of the plan.
+    """
+    needed = [-(-epochs * len(dataset) * dataset.queries_of_a_row // batch) for dataset in datasets]
+    steps = sum(needed)
+    while True:
+        sets = draws(weights, steps, seed)
+        turns = [np.flatnonzero(sets == which) for which in range(len(datasets))]
+        if all(len(own) >= count for own, count in zip(turns, needed, strict=True)):
+            return 1 + max(int(own[count - 1]) for own, count in zip(turns, needed, strict=True))
+        steps *= 2
+
+
 class BatchPlan:
     """Which rows every step trains on.
 
@@ -135,8 +161,7 @@ class BatchPlan:
         self.steps, self.batch_size, self.seed, self.hard_negatives = steps, batch_size, seed, hard_negatives
         for which in range(len(self.datasets)):
             self._rows(which, batch_size)
-        shares = np.asarray(weights, dtype=np.float64)
-        self.sets: Ints = np.random.default_rng((seed, 0)).choice(len(shares), size=steps, p=shares / shares.sum())
+        self.sets: Ints = draws(weights, steps, seed)
         """Place of each step's data set, [steps]."""
         self._turns = np.zeros(steps, dtype=np.int64)  # how many earlier steps drew the same set
         for which in range(len(self.datasets)):

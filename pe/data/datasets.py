@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pe.config import DatasetConfig
-from pe.data.records import (
-    HUB,
-    LABELLED,
-    SCORED,
-    DataError,
-    Kind,
-    Record,
-    RecordError,
-    braced,
-    check,
-    detect,
-    hub_rows,
-    jsonl_lines,
-    parse,
-)
+from pe.data.layouts import Kind, Layout, detect, renamed
+from pe.data.layouts import unused as unused_column
+from pe.data.records import DataError, Record, RecordError, braced
+from pe.data.tables import rows
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many rows, and the line (the row, for `hf://`) of the first one."""
+    """How many rows, and the number of the first one."""
 
     rows: int
     first: int
@@ -43,8 +32,8 @@ class Report:
     """What became of every row read: `rows == used + skipped + unused`."""
 
     path: str
-    keys: tuple[str, ...]
-    """The keys of the record kind."""
+    columns: str
+    """Those that are used, by the names of the layout."""
     rows: int
     examples: int
     hard_negative_rows: int = 0
@@ -53,8 +42,8 @@ class Report:
     """Bad records by reason."""
     unused: Mapping[str, Count] = field(default_factory=dict)
     """Good records that no example can be made of, by reason."""
-    ignored_keys: tuple[str, ...] = ()
-    """Further columns of a hub data set."""
+    left_out: tuple[str, ...] = ()
+    """Columns that the recipe leaves out, and ids."""
     max_rows: int | None = None
     """Set where reading stopped before the end."""
 
@@ -63,13 +52,13 @@ class Report:
         return self.examples + self.hard_negative_rows
 
     def __str__(self) -> str:
-        parts = [f"{self.path}: {self.rows:,} rows of {braced(self.keys)}, {self.examples:,} examples"]
+        parts = [f"{self.path}: {self.rows:,} rows of {self.columns}, {self.examples:,} examples"]
         if self.hard_negative_rows:
             parts[0] += f", {self.hard_negative_rows:,} more rows as hard negatives"
         for title, counts in (("skipped", self.skipped), ("unused", self.unused)):
             parts += [f"{title} {count.rows:,}: {why} (first: {count.first})" for why, count in counts.items()]
-        if self.ignored_keys:
-            parts.append(f"ignored columns: {', '.join(self.ignored_keys)}")
+        if self.left_out:
+            parts.append(f"columns left out: {', '.join(self.left_out)}")
         if self.max_rows is not None:
             parts.append(f"stopped at max_rows = {self.max_rows:,}; the set has more")
         return "\n  ".join(parts)
@@ -145,8 +134,10 @@ class Dataset:
     config: DatasetConfig
     report: Report
     queries: list[str]
-    positives: list[str]
-    """Empty for labelled texts, whose positive is drawn."""
+    instructions: list[str]
+    """A row's own, or the recipe's."""
+    positives: list[tuple[str, ...]]
+    """Of which one is drawn; empty for labelled texts, whose positive is another text."""
     negatives: list[tuple[str, ...]]
     """Empty for labelled texts."""
     labels: Ints
@@ -160,7 +151,7 @@ class Dataset:
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        return (self.config.instruction,)
+        return tuple(sentence for sentence, _ in Counter(self.instructions).most_common())
 
     @property
     def document_instruction(self) -> str:
@@ -172,9 +163,11 @@ class Dataset:
 
     def draw(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` as it stands in the file; a labelled text's positive is another text of its label."""
-        label, instruction = int(self.labels[index]), self.config.instruction
+        label, instruction = int(self.labels[index]), self.instructions[index]
         if label < 0:
-            return Example(self.queries[index], self.positives[index], self.negatives[index], label, instruction)
+            positives = self.positives[index]
+            drawn = positives[0 if len(positives) == 1 else rng.integers(len(positives))]
+            return Example(self.queries[index], drawn, self.negatives[index], label, instruction)
         first, end = np.searchsorted(self.labels, (label, label + 1))
         other = first + (index - first + rng.integers(1, end - first)) % (end - first)
         return Example(self.queries[index], self.queries[other], (), label, instruction)
@@ -191,11 +184,12 @@ class Dataset:
 
 
 class _Parts(NamedTuple):
-    """What a data set is made of, for one record kind."""
+    """What a data set is made of."""
 
     queries: list[str]
+    instructions: list[str]
     labels: list[int]
-    positives: list[str]
+    positives: list[tuple[str, ...]]
     negatives: list[tuple[str, ...]]
     hard_negative_rows: int = 0
 
@@ -206,26 +200,29 @@ Rows = list[tuple[int, Record]]
 def _build_pairs(rows: Rows) -> _Parts:
     return _Parts(
         queries=[record["query"] for _, record in rows],
+        instructions=[record["instruction"] for _, record in rows],
         labels=[-1] * len(rows),
-        positives=[record["positive"] for _, record in rows],
-        negatives=[tuple(record.get("negatives") or ()) for _, record in rows],
+        positives=[tuple(record["positives"]) for _, record in rows],
+        negatives=[tuple(record.get("negatives", ())) for _, record in rows],
     )
 
 
 def _build_labelled(rows: Rows, unused: _Tally) -> _Parts:
-    groups: dict[str | int, dict[str, int]] = {}
+    groups: dict[str | int, dict[str, tuple[int, str]]] = {}
     for number, record in rows:
         group = groups.setdefault(record["label"], {})
         if record["text"] in group:
             unused.add("the text and label of an earlier row", number)
-        group.setdefault(record["text"], number)
-    parts = _Parts([], [], [], [])
+        group.setdefault(record["text"], (number, record["instruction"]))
+    parts = _Parts([], [], [], [], [])
     for group in groups.values():
         if len(group) == 1:
-            unused.add("the only text of its label", *group.values())
+            ((number, _),) = group.values()
+            unused.add("the only text of its label", number)
             continue
         parts.labels.extend([parts.labels[-1] + 1 if parts.labels else 0] * len(group))
         parts.queries.extend(group)
+        parts.instructions.extend(instruction for _, instruction in group.values())
     return parts
 
 
@@ -239,25 +236,26 @@ def _build_scored(rows: Rows, positive_from: float, unused: _Tally) -> _Parts:
             unused.add("a score below positive_from, and no positive pair with its sentence1", number)
     return _Parts(
         queries=[record["sentence1"] for record in positives],
+        instructions=[record["instruction"] for record in positives],
         labels=[-1] * len(positives),
-        positives=[record["sentence2"] for record in positives],
+        positives=[(record["sentence2"],) for record in positives],
         negatives=[tuple(negatives[record["sentence1"]]) for record in positives],
         hard_negative_rows=sum(map(len, negatives.values())),
     )
 
 
 def _build(kind: Kind, rows: Rows, config: DatasetConfig, unused: _Tally) -> _Parts:
-    if kind is SCORED:
+    if kind == "scored":
         assert config.positive_from is not None
         return _build_scored(rows, config.positive_from, unused)
-    return _build_labelled(rows, unused) if kind is LABELLED else _build_pairs(rows)
+    return _build_labelled(rows, unused) if kind == "labelled" else _build_pairs(rows)
 
 
-def _check_positive_from(config: DatasetConfig, kind: Kind, where: str) -> None:
-    if kind is SCORED and config.positive_from is None:
+def _check_positive_from(config: DatasetConfig, layout: Layout, where: str) -> None:
+    if layout.kind == "scored" and config.positive_from is None:
         raise DataError(f"{where}: positive_from: expected the score from which a pair is a positive, got none")
-    if kind is not SCORED and config.positive_from is not None:
-        raise DataError(f"{where}: positive_from: expected null for {braced(kind)}, got {config.positive_from}")
+    if layout.kind != "scored" and config.positive_from is not None:
+        raise DataError(f"{where}: positive_from: expected null for {layout}, got {config.positive_from}")
 
 
 def check_limit(config: DatasetConfig) -> None:
@@ -275,40 +273,40 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     """
     path, limit = config.path, config.max_rows
     check_limit(config)
-    on_hub = path.startswith(HUB)
-    source: Iterator[tuple[int, Any]] = hub_rows(path) if on_hub else jsonl_lines(Path(path))
-    kind: Kind | None = None
-    rows: Rows = []
+    layout: Layout | None = None
+    found: Rows = []
     skipped, unused = _Tally(), _Tally()
-    extra: dict[str, None] = {}
+    columns: dict[str, None] = {}
     count, cut = 0, False
-    for number, item in source:
+    for number, row in rows(path):
         if cut := count == limit:
             break
         count += 1
         try:
-            record = item if on_hub else parse(item)
-            if kind is None:
-                kind = detect(record)
-                _check_positive_from(config, kind, f"{path}:{number}")
-            record = check(record, kind, strict=not on_hub)
+            if isinstance(row, RecordError):
+                raise row
+            columns.update(dict.fromkeys(row))
+            row = renamed(row, config.columns)
+            if layout is None:
+                layout = detect(row)
+                _check_positive_from(config, layout, f"{path}:{number}")
+            found.append((number, _instructed(layout.record(row), config)))
         except RecordError as bad:
             if config.on_bad_record == "error":
                 raise DataError(f"{path}:{number}: {bad}") from bad
             skipped.add(bad.reason, number)
-        else:
-            extra.update(dict.fromkeys(key for key in record if key not in kind))
-            rows.append((number, record))
-    parts = _build(kind, rows, config, unused) if kind else _Parts([], [], [], [])
+    if absent := [name for name in config.columns if name not in columns]:
+        raise DataError(f"{path}: columns: expected names of its columns, {braced(columns)}, got {absent[0]!r}")
+    parts = _build(layout.kind, found, config, unused) if layout else _Parts([], [], [], [], [])
     report = Report(
         path=path,
-        keys=tuple(kind or ()),
+        columns=braced(_used(columns, config, layout)),
         rows=count,
         examples=len(parts.queries),
         hard_negative_rows=parts.hard_negative_rows,
         skipped=skipped.counts,
         unused=unused.counts,
-        ignored_keys=tuple(extra),
+        left_out=tuple(name for name in columns if _is_left_out(config.columns.get(name, name), layout)),
         max_rows=limit if cut else None,
     )
     if not parts.queries:
@@ -317,7 +315,29 @@ def load_dataset(config: DatasetConfig) -> Dataset:
         config=config,
         report=report,
         queries=parts.queries,
+        instructions=parts.instructions,
         positives=parts.positives,
         negatives=parts.negatives,
         labels=np.array(parts.labels, dtype=np.int64),
     )
+
+
+def _instructed(record: Record, config: DatasetConfig) -> Record:
+    """The record with its own instruction, or the recipe's.
+
+    Raises:
+        RecordError: there is neither.
+    """
+    if not record.setdefault("instruction", config.instruction):
+        raise RecordError("no instruction", "expected an instruction in the row, or one in the recipe, got none")
+    return record
+
+
+def _used(columns: Iterable[str], config: DatasetConfig, layout: Layout | None) -> list[str]:
+    """Columns of a file that the layout reads, by its names."""
+    names = [config.columns.get(name, name) for name in columns]
+    return [name for name in names if name and layout and layout.reading(name) not in (None, unused_column)]
+
+
+def _is_left_out(name: str | None, layout: Layout | None) -> bool:
+    return name is None or (layout is not None and layout.reading(name) is unused_column)

@@ -28,9 +28,7 @@ from typing import Any
 import yaml
 
 from pe.config import nearest
-from pe.data.records import PAIRS, DataError, Kind, Record, RecordError, check, jsonl_lines, parse
-
-_text, _texts = PAIRS["positive"], PAIRS["negatives"]
+from pe.data.records import DataError, Kind, Record, RecordError, check, check_text, check_texts, jsonl_lines, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +119,16 @@ def read_instructions(path: str | Path) -> dict[str, InstructTask]:
 def _wordings(key: str, value: Any) -> None:
     if not isinstance(value, list):
         raise RecordError("wrong type", f"{key}: expected a list of wordings, got {value!r:.80}")
-    _texts(key, value)
+    check_texts(key, value)
 
 
-TASK: Kind = {"contradicts": _text, "document": _text, "train": _wordings, "unseen": _wordings, "dataset": _text}
+TASK: Kind = {
+    "contradicts": check_text,
+    "document": check_text,
+    "train": _wordings,
+    "unseen": _wordings,
+    "dataset": check_text,
+}
 
 
 def _task(name: Any, values: Any) -> InstructTask:
@@ -142,7 +146,7 @@ def _task(name: Any, values: Any) -> InstructTask:
 def _check_under(where: str, record: Record, kind: Kind) -> None:
     """Check a nested record; the message starts with where it stands."""
     try:
-        check(record, kind, strict=True)
+        check(record, kind)
     except RecordError as bad:
         raise RecordError(bad.reason, f"{where}: {bad}") from bad
 
@@ -202,12 +206,12 @@ def _mapping(key: str, value: Any) -> None:
         raise RecordError("wrong type", f"{key}: expected a mapping of tasks, got {value!r:.80}")
 
 
-ROW: Kind = {"query": _text, "sides": _mapping}
-SIDE: Kind = {"positive": _text, "negatives": _texts, "shared_label": _text, "other_label": _text}
+ROW: Kind = {"query": check_text, "sides": _mapping}
+SIDE: Kind = {"positive": check_text, "negatives": check_texts, "shared_label": check_text, "other_label": check_text}
 
 
 def _row(record: Record, tasks: Mapping[str, InstructTask]) -> InstructRow:
-    check(record, ROW, strict=True)
+    check(record, ROW)
     sides: dict[str, Any] = record["sides"]
     for name in sides:
         if name not in tasks:

@@ -11,7 +11,8 @@ import numpy as np
 from pe.config import DatasetConfig
 from pe.data.datasets import Example, Report, TrainingSet, check_limit, load_dataset
 from pe.data.instruct import InstructRow, InstructTask, read_instructions, read_rows
-from pe.data.records import DataError
+from pe.data.instructions import set_name
+from pe.data.records import DataError, braced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def load_instruct_set(config: DatasetConfig) -> InstructSet:
     labels = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     report = Report(
         path=config.path,
-        keys=("query", *names),
+        columns=braced(["query", *names]),
         rows=len(rows),
         examples=len(rows),
         max_rows=config.max_rows if len(rows) < len(whole) else None,
@@ -93,7 +94,12 @@ def load_training_set(config: DatasetConfig) -> TrainingSet:
     return load_instruct_set(config) if config.instruct else load_dataset(config)
 
 
-def first_wordings(datasets: Sequence[object]) -> dict[str, str]:
-    """The first wording of every task that is trained on, by name."""
-    tasks = [task for dataset in datasets if isinstance(dataset, InstructSet) for task in dataset.tasks]
-    return {task.name: task.train[0] for task in tasks}
+def first_wordings(datasets: Sequence[TrainingSet]) -> dict[str, str]:
+    """The first wording of every task that is trained on, and the most frequent one of rows that bring theirs."""
+    found: dict[str, str] = {}
+    for dataset in datasets:
+        if isinstance(dataset, InstructSet):
+            found |= {task.name: task.train[0] for task in dataset.tasks}
+        elif not dataset.config.instruction:
+            found[set_name(dataset.config.path)] = dataset.wordings[0]
+    return found

@@ -8,31 +8,29 @@ training, and the one of its documents. A training set's own goes by the name of
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from pe.config import DatasetConfig
-from pe.data.records import HUB
+from pe.data.tables import HUB, named
 
 
 def trained_instructions(data: Sequence[DatasetConfig]) -> dict[str, str]:
     """Name -> instruction of a recipe's training sets, `query` and `document` first; none without sets.
 
-    Sets under tasks that contradict each other have no one instruction and are left out.
+    Sets without an instruction, whose tasks contradict each other or whose rows bring their own, are left out.
     """
-    data = [item for item in data if item.instruct is None]
+    data = [item for item in data if item.instruction]
     if not data:
         return {}
     query = heaviest((item.instruction, item.weight) for item in data)
     beside = [item for item in data if item.instruction == query]
-    named = {"query": query, "document": heaviest((item.of_documents, item.weight) for item in beside)}
+    known = {"query": query, "document": heaviest((item.of_documents, item.weight) for item in beside)}
     for item in data:
         name, documents = set_name(item.path), item.of_documents
-        named[free_name(name, item.instruction, named)] = item.instruction
+        known[free_name(name, item.instruction, known)] = item.instruction
         if documents != item.instruction:
-            named[free_name(f"{name}-document", documents, named)] = documents
-    return named
+            known[free_name(f"{name}-document", documents, known)] = documents
+    return known
 
 
 def default_instruction(instructions: Mapping[str, str], side: str) -> str | None:
@@ -58,7 +56,7 @@ def set_name(path: str) -> str:
     """What a training set is called: `nli` for `data/nli.jsonl.xz`, `pairs-hard` for `hf://owner/pairs:hard@train`."""
     if path.startswith(HUB):
         path = path.removeprefix(HUB).partition("@")[0].replace(":", "-")
-    return re.sub(r"\.jsonl(\.xz|\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
+    return named(path)[0]
 
 
 def free_name(name: str, sentence: str, named: Mapping[str, str]) -> str:

@@ -1,25 +1,20 @@
-"""Files to records: JSON Lines, relevance judgements and hub data sets, each record checked.
-
-A training record is one of three kinds: `{"query", "positive", "negatives"?}`, `{"text", "label"}` or
-`{"sentence1", "sentence2", "score"}`. The negatives may also stand one by one, under `negative` or under `negative_1`,
-`negative_2`, ... A further key is refused, but for the columns of a hub data set that do not look like training data.
+"""Lines to records: JSON Lines, texts and relevance judgements, and what may stand under a key of a record.
 
 Lines of JSON Lines and of relevance judgements that hold nothing but white space are passed over; errors count them.
 """
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import lzma
 import math
 import re
 import reprlib
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,9 +22,10 @@ from pe.config import nearest
 
 Record = dict[str, Any]
 
-HUB = "hf://"
 JSONL = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 OPTIONAL = ("negatives", "shared_label", "other_label")
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, OSError)
+"""What reading a damaged file raises."""
 INT64 = range(-(2**63), 2**63)
 
 
@@ -53,11 +49,14 @@ def _cut(shown: str, length: int) -> str:
     return shown if len(shown) <= length else f"{shown[: length - 3]}..."
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     return "null" if value is None else _cut(_repr.repr(value), 80)
 
 
-def _open(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> BinaryIO:
+    """The bytes of a plain, xz or gzip file, or of standard input for `-`."""
+    if str(path) == "-":
+        return cast(BinaryIO, sys.stdin.buffer)
     suffix = path.suffix.lower()
     if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path))
@@ -68,12 +67,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines, from 1, of a plain, xz or gzip file."""
     number = 0
     try:
-        with _open(path) as file:
+        with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a file, found none") from error
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+    except DAMAGED as error:
         raise DataError(f"{path}:{number + 1}: the file cannot be read: {error}") from error
 
 
@@ -84,7 +83,7 @@ def _decode(line: bytes) -> str:
         raise RecordError("not UTF-8", f"expected UTF-8, got byte {line[error.start]:#04x}") from error
 
 
-def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that hold anything but white space, with their numbers in the file."""
     return ((number, line) for number, line in _lines(path) if line.decode("utf-8", "replace").strip())
 
@@ -93,7 +92,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
         (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise RecordError("repeated key", f"expected each key once, got {_short(repeated)} again")
+        raise RecordError("repeated key", f"expected each key once, got {short(repeated)} again")
     return record
 
 
@@ -110,21 +109,20 @@ def parse(line: bytes) -> Record:
     try:
         record = _decoder.decode(text)
     except json.JSONDecodeError as error:
-        detail = f"expected a JSON object, got {_short(text)} ({error.msg} at column {error.colno})"
+        detail = f"expected a JSON object, got {short(text)} ({error.msg} at column {error.colno})"
         raise RecordError("not JSON", detail) from error
     except (ValueError, RecursionError) as error:
-        raise RecordError("not JSON", f"expected a JSON object, got {_short(text)} ({error})") from error
+        raise RecordError("not JSON", f"expected a JSON object, got {short(text)} ({error})") from error
     if not isinstance(record, dict):
-        raise RecordError("not an object", f"expected a JSON object, got {_short(record)}")
+        raise RecordError("not an object", f"expected a JSON object, got {short(record)}")
     return record
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a `.jsonl`, `.jsonl.xz` or `.jsonl.gz` file, without those that hold nothing."""
     if not path.name.lower().endswith(JSONL):
-        expected = f"a .jsonl, .jsonl.xz or .jsonl.gz file, or {HUB}owner/name[:config][@split]"
-        raise DataError(f"{path}: expected {expected}, got {path.name!r}")
-    yield from _filled_lines(path)
+        raise DataError(f"{path}: expected a .jsonl, .jsonl.xz or .jsonl.gz file, got {path.name!r}")
+    yield from filled_lines(path)
 
 
 def jsonl_records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -193,20 +191,20 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     header = ["query-id", "corpus-id", "score"]
     qrels: dict[str, dict[str, int]] = {}
     number = 0
-    for place, (number, line) in enumerate(_filled_lines(Path(path))):
+    for place, (number, line) in enumerate(filled_lines(Path(path))):
         try:
             fields = _decode(line).rstrip("\r\n").split("\t")
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
         if place == 0:
             if fields != header:
-                raise DataError(f"{path}:{number}: expected the header {header}, got {_short(fields)}")
+                raise DataError(f"{path}:{number}: expected the header {header}, got {short(fields)}")
             continue
         if len(fields) != 3 or not all(fields):
-            raise DataError(f"{path}:{number}: expected three tab-separated fields {header}, got {_short(fields)}")
+            raise DataError(f"{path}:{number}: expected three tab-separated fields {header}, got {short(fields)}")
         query, document, score = fields
         if not re.fullmatch(r"-?\d{1,18}", score):
-            raise DataError(f"{path}:{number}: score: expected an integer of up to 18 digits, got {_short(score)}")
+            raise DataError(f"{path}:{number}: score: expected an integer of up to 18 digits, got {short(score)}")
         if document in qrels.setdefault(query, {}):
             raise DataError(f"{path}:{number}: expected each pair once, got {query!r}, {document!r} again")
         qrels[query][document] = int(score)
@@ -215,35 +213,17 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def hub_rows(path: str) -> Iterator[tuple[int, Record]]:
-    """Numbered rows, from 1, of `hf://owner/name[:config][@split]`; the split is `train` unless named."""
-    name, _, split = path.removeprefix(HUB).partition("@")
-    name, _, configuration = name.partition(":")
-    if not name:
-        raise DataError(f"{path}: expected {HUB}owner/name[:config][@split], got no name")
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{path}: expected the package `datasets` (pip install datasets), got none") from error
-    try:
-        table = datasets.load_dataset(name, configuration or None, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
-        raise DataError(f"{path}: the data set cannot be loaded: {why}") from error
-    yield from enumerate(table, start=1)
-
-
 def check_string(key: str, value: Any) -> None:
     """Raise RecordError for what is no string, or one that no tokenizer reads."""
     if not isinstance(value, str):
-        raise RecordError("wrong type", f"{key}: expected a string, got {_short(value)}")
+        raise RecordError("wrong type", f"{key}: expected a string, got {short(value)}")
     check_unicode(key, value)
 
 
-def _text(key: str, value: Any) -> None:
+def check_text(key: str, value: Any) -> None:
     check_string(key, value)
     if not value.strip():
-        raise RecordError("empty text", f"{key}: expected a text, got {_short(value)}")
+        raise RecordError("empty text", f"{key}: expected a text, got {short(value)}")
 
 
 def check_unicode(key: str, value: str) -> None:
@@ -254,142 +234,68 @@ def check_unicode(key: str, value: str) -> None:
         raise RecordError("not Unicode", f"{key}: expected Unicode text, got half a surrogate pair") from error
 
 
-def _texts(key: str, value: Any) -> None:
+def check_texts(key: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, list):
-        raise RecordError("wrong type", f"{key}: expected a list of strings, got {_short(value)}")
+        raise RecordError("wrong type", f"{key}: expected a list of strings, got {short(value)}")
     for number, item in enumerate(value):
-        _text(f"{key}[{number}]", item)
+        check_text(f"{key}[{number}]", item)
 
 
 def _strings(key: str, value: Any) -> None:
     if not isinstance(value, list):
-        raise RecordError("wrong type", f"{key}: expected a list of strings, got {_short(value)}")
+        raise RecordError("wrong type", f"{key}: expected a list of strings, got {short(value)}")
     for number, item in enumerate(value):
         check_string(f"{key}[{number}]", item)
 
 
 def _integer(key: str, value: int) -> None:
     if value not in INT64:
-        raise RecordError("out of range", f"{key}: expected an integer of up to 64 bits, got {_short(value)}")
+        raise RecordError("out of range", f"{key}: expected an integer of up to 64 bits, got {short(value)}")
 
 
-def _label(key: str, value: Any) -> None:
+def check_label(key: str, value: Any) -> None:
     if isinstance(value, str):
-        _text(key, value)
+        check_text(key, value)
     elif not isinstance(value, int) or isinstance(value, bool):
-        raise RecordError("wrong type", f"{key}: expected a string or an integer, got {_short(value)}")
+        raise RecordError("wrong type", f"{key}: expected a string or an integer, got {short(value)}")
     else:
         _integer(key, value)
 
 
-def _score(key: str, value: Any) -> None:
+def check_score(key: str, value: Any) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         _integer(key, value)
     elif not isinstance(value, float) or not math.isfinite(value):
-        raise RecordError("wrong type", f"{key}: expected a finite number, got {_short(value)}")
+        raise RecordError("wrong type", f"{key}: expected a finite number, got {short(value)}")
 
 
 Kind = dict[str, Callable[[str, Any], None]]
-PAIRS: Kind = {"query": _text, "positive": _text, "negatives": _texts}
-LABELLED: Kind = {"text": _text, "label": _label}
-SCORED: Kind = {"sentence1": _text, "sentence2": _text, "score": _score}
-KINDS = (PAIRS, LABELLED, SCORED)
 VALUES: Kind = {
     **dict.fromkeys(("_id", "title", "text", "sentence1", "sentence2", "query"), check_string),
     **dict.fromkeys(("positive", "negative"), _strings),
-    "label": _label,
-    "score": _score,
+    "label": check_label,
+    "score": check_score,
 }
 """What stands under a key of an evaluation file."""
 
 
-ONE_NEGATIVE = re.compile(r"negative(_?\d+)?")
-"""A key of a pair whose value is a single negative."""
-TEXTS_OF_SIDES = re.compile(
-    r"(?:.*_)?(?:hard)?(?:(?P<positive>pos|positive)|(?P<negatives>neg|negative)|(?P<query>anchor))s?"
-    r"(?:_(?:text|sentence|passage|doc|document|context|ctx|example|candidate)s?)?(?:_?\d+)?"
-)
-"""Names under which others keep queries, positives and negatives; ids, titles and the like are other columns."""
-JUDGEMENTS = re.compile(r"(.*_)?(score|label)s?")
-
-
 def braced(names: Any) -> str:
-    """Keys as a message shows them; an optional one has a question mark."""
+    """Keys as a message shows them."""
     shown = (name if name.isprintable() else repr(name) for name in names)
-    return "{" + _cut(", ".join(f"{name}?" if name in OPTIONAL else name for name in shown), 200) + "}"
+    return "{" + _cut(", ".join(shown), 200) + "}"
 
 
-def _plain(key: str) -> str:
-    return re.sub(r"\W", "_", key.lower())
-
-
-def _hint(key: str, known: Sequence[str]) -> str:
-    """Which known key another one may stand for."""
-    found = TEXTS_OF_SIDES.fullmatch(_plain(key))
-    if found and found.lastgroup in known:
-        return f"; did you mean {found.lastgroup!r}?"
-    is_judgement = JUDGEMENTS.fullmatch(_plain(key))
-    return nearest(key, [name for name in known if not is_judgement or name in ("score", "label")])
-
-
-@cache
-def _looks_like_training_data(key: str, beside_a_pair: bool) -> bool:
-    plain = _plain(key)
-    if TEXTS_OF_SIDES.fullmatch(plain):
-        return True
-    misspelt = difflib.get_close_matches(plain, ("negative", "negatives"), n=1, cutoff=0.88)
-    return beside_a_pair and bool(misspelt or JUDGEMENTS.fullmatch(plain))
-
-
-def _missing(record: Record, kind: Kind) -> list[str]:
-    return [key for key in kind if key not in record and key not in OPTIONAL]
-
-
-def detect(record: Record) -> Kind:
-    """The kind whose keys a record has."""
-    for kind in KINDS:
-        if not _missing(record, kind):
-            return kind
-    known = [key for kind in KINDS for key in kind]
-    unknown = next((key for key in record if key not in known), "")
-    expected = " or ".join(map(braced, KINDS))
-    raise RecordError("unknown kind", f"expected {expected}, got {braced(record)}{_hint(unknown, known)}")
-
-
-def _gather_negatives(record: Record) -> Record:
-    """A pair with `negatives` alone, whichever keys its negatives stand under; those that are null are none."""
-    single = {key: record[key] for key in record if ONE_NEGATIVE.fullmatch(key)}
-    if not single:
-        return record
-    given = {key: value for key, value in single.items() if value is not None}
-    if given and record.get("negatives") is not None:
-        first = next(iter(given))
-        raise RecordError("negatives twice", f"expected the negatives under one key, got 'negatives' and {first!r}")
-    for key, value in given.items():
-        _text(key, value)
-    others = {key: value for key, value in record.items() if key not in single}
-    return others | {"negatives": list(given.values())} if given else others
-
-
-def check(record: Record, kind: Kind, strict: bool) -> Record:
-    """A record as one of this kind: the negatives of a pair are gathered under `negatives`.
-
-    Raises:
-        RecordError: it is no good one, or has a further key: any with `strict`, else one like those of training data.
-    """
-    missing = _missing(record, kind)
-    if missing and kind in KINDS and any(not _missing(record, other) for other in KINDS):
-        raise RecordError("mixed kinds", f"expected {braced(kind)} as in the first record, got {braced(record)}")
-    record = _gather_negatives(record) if kind is PAIRS else record
+def check(record: Record, kind: Kind) -> None:
+    """Raise RecordError for a record that is not of this kind: a key is missing, unknown, or holds another value."""
     for key in record:
-        if key not in kind and (strict or _looks_like_training_data(key, kind is PAIRS)):
-            hint = _hint(key, list(kind)) or "; leave it out"
-            raise RecordError("unknown key", f"expected {braced(kind)}, got the key {_short(key)}{hint}")
-    if missing:
-        raise RecordError("missing key", f"expected the key {missing[0]!r}, got {braced(record)}")
+        if key not in kind:
+            hint = nearest(key, list(kind)) or "; leave it out"
+            expected = braced(f"{name}?" if name in OPTIONAL else name for name in kind)
+            raise RecordError("unknown key", f"expected {expected}, got the key {short(key)}{hint}")
     for key, check_value in kind.items():
         if key in record:
             check_value(key, record[key])
-    return record
+        elif key not in OPTIONAL:
+            raise RecordError("missing key", f"expected the key {key!r}, got {braced(record)}")

@@ -179,11 +179,19 @@ def offline_task(name: str, data: Path) -> AbsTask:
         if path is None:
             known = ", ".join(available(data)) or "none"
             raise EvaluationError(f"{name}: expected {data / file} or {file}.xz, found none; tasks in {data}: {known}")
-    return _build(name, entry, [path for path in paths if path])
+    found = [path for path in paths if path]
+    return build_task(name, entry, found, lambda: READERS[entry.kind](found, entry.split))
 
 
-def _build(name: str, entry: TaskEntry, paths: list[Path]) -> AbsTask:
-    """An instance of a class of its own: mteb looks for a task's metadata on its class."""
+def build_task(name: str, entry: TaskEntry, paths: Sequence[Path], read: Callable[[], dict[str, Any]]) -> AbsTask:
+    """A task of mteb, of a class of its own: mteb looks for a task's metadata on its class.
+
+    Args:
+        name: what it goes by.
+        entry: its kind and instructions; an empty instruction is none.
+        paths: its files, whose content is its revision.
+        read: gives its data in mteb's form, when it is run.
+    """
     from mteb.abstasks.classification import AbsTaskClassification
     from mteb.abstasks.clustering import AbsTaskClustering
     from mteb.abstasks.pair_classification import AbsTaskPairClassification
@@ -203,7 +211,7 @@ def _build(name: str, entry: TaskEntry, paths: list[Path]) -> AbsTask:
         "PairClassification": AbsTaskPairClassification,
         "Clustering": AbsTaskClustering,
     }
-    prompt: Any = entry.instruction
+    prompt: Any = entry.instruction or None
     if entry.document_instruction:
         prompt = {"query": entry.instruction, "document": entry.document_instruction}
     metadata = TaskMetadata(
@@ -222,7 +230,7 @@ def _build(name: str, entry: TaskEntry, paths: list[Path]) -> AbsTask:
 
     def load_data(self: Any, *_: Any, **__: Any) -> None:
         if not self.data_loaded:
-            self.dataset = READERS[entry.kind](paths, entry.split)
+            self.dataset = read()
             self.data_loaded = True
 
     attributes = {"metadata": metadata, "load_data": load_data, **SETTINGS[entry.kind], **entry.settings}
@@ -276,16 +284,27 @@ def _read_classification(paths: Sequence[Path], split: str) -> dict[str, Any]:
 
 def _read_retrieval(paths: Sequence[Path], split: str) -> dict[str, dict[str, RetrievalSplitData]]:
     corpus, queries, qrels = paths
-    return {
-        "default": {
-            split: {
-                "corpus": _columns(corpus, "_id", "title", "text").rename_column("_id", "id"),
-                "queries": _columns(queries, "_id", "text").rename_column("_id", "id"),
-                "relevant_docs": read_qrels(qrels),
-                "top_ranked": None,
-            }
-        }
+    documents = _columns(corpus, "_id", "title", "text").rename_column("_id", "id")
+    return retrieval_part(
+        split, documents, _columns(queries, "_id", "text").rename_column("_id", "id"), read_qrels(qrels)
+    )
+
+
+def retrieval_part(
+    split: str,
+    corpus: Any,
+    queries: Any,
+    relevant: dict[str, dict[str, int]],
+    candidates: dict[str, list[str]] | None = None,
+) -> dict[str, dict[str, RetrievalSplitData]]:
+    """The data of a retrieval task: tables of `id` and `text`, judgements, and what is ranked where that is not all."""
+    part: RetrievalSplitData = {
+        "corpus": corpus,
+        "queries": queries,
+        "relevant_docs": relevant,
+        "top_ranked": candidates,
     }
+    return {"default": {split: part}}
 
 
 def _read_reranking(paths: Sequence[Path], split: str) -> dict[str, dict[str, RetrievalSplitData]]:
@@ -306,13 +325,7 @@ def _read_reranking(paths: Sequence[Path], split: str) -> dict[str, dict[str, Re
     def table(texts: Mapping[str, str]) -> Dataset:
         return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
 
-    part: RetrievalSplitData = {
-        "corpus": table(documents),
-        "queries": table(queries),
-        "relevant_docs": relevant,
-        "top_ranked": candidates,
-    }
-    return {"default": {split: part}}
+    return retrieval_part(split, table(documents), table(queries), relevant, candidates)
 
 
 READERS: dict[Kind, Callable[[Sequence[Path], str], dict[str, Any]]] = {

@@ -4,8 +4,9 @@
     queries = model.encode_query(texts, prompt="Retrieve semantically similar text")
 
 What sentence-transformers calls a prompt is the instruction here: the soft prompt is written for it, and it is never
-put before a text. A folder's prompts are the instructions of its training, one of them the default. `encode_document`
-takes the document's templates, `encode` and `encode_query` the query's. An option that would change nothing is refused.
+put before a text. An input may bring its own, as the pair `(prompt, text)`. A folder's prompts are the instructions of
+its training, one of them the default. `encode_document` takes the document's templates, `encode` and `encode_query` the
+query's. An option that would change nothing is refused.
 
 Legend: B texts, D embedding size.
 """
@@ -45,6 +46,23 @@ def refuse_options(options: Mapping[str, object], instead: str) -> None:
     for name, given in options.items():
         if given:
             raise ValueError(f"{name}: expected none, got {given!r:.80}: {instead}")
+
+
+def asked(item: object, prompt: str | None) -> tuple[str, str]:
+    """Instruction and text of an input: its own of a pair, else `prompt`.
+
+    Raises:
+        ValueError: neither a text nor a pair, or a text without an instruction.
+    """
+    own, text = item if isinstance(item, list | tuple) and len(item) == 2 else (prompt, item)
+    if not isinstance(text, str) or not isinstance(own, str | None):
+        raise ValueError(f"inputs: expected texts, or pairs (prompt, text), got {type(item).__name__}: {item!r:.80}")
+    if not own:
+        raise ValueError(
+            "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
+            " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query')"
+        )
+    return own, text
 
 
 def pop_dtype(options: dict[str, Any]) -> Dtype | None:
@@ -110,24 +128,21 @@ class PromptModule(InputModule):
     def preprocess(
         self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **others: object
     ) -> dict[str, Any]:
-        """The texts as they are, with the instruction and the side they are encoded under.
+        """The texts as they are, each with its instruction, and the side they are encoded under.
 
         Raises:
-            ValueError: no instruction, an input that is no text, an unknown task, or another option.
+            ValueError: no instruction, an input that is no text and no pair, an unknown task, or another option.
         """
         refuse_options(others, "texts are read as in training; max_seq_length says where they are cut")
         if task not in TASKS:
             raise ValueError(f"task: expected 'query' or 'document', got {task!r}")
-        if not prompt:
+        if prompt is not None and not isinstance(prompt, str):
             raise ValueError(
-                "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
-                " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query')"
+                f"prompt: expected one sentence for all inputs, got {prompt!r:.80}; for one a text encode pairs:"
+                " encode(list(zip(prompts, texts)))"
             )
-        texts = listed("inputs", inputs)
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"inputs: expected texts, got {type(text).__name__}: {text!r:.80}")
-        return {"texts": texts, "instruction": prompt, "side": TASKS[task]}
+        pairs = [asked(item, prompt) for item in listed("inputs", inputs)]
+        return {"texts": [text for _, text in pairs], "instructions": [own for own, _ in pairs], "side": TASKS[task]}
 
     def forward(self, features: dict[str, Any], **_: object) -> dict[str, Any]:
         """Add the embeddings `[B, D]` float32 as `sentence_embedding`.
@@ -137,10 +152,13 @@ class PromptModule(InputModule):
         """
         if self.training and torch.is_grad_enabled():
             raise ValueError("PromptModule only encodes; train with `python -m pe.train`")
-        rows = self.embedder.encode_tensor(
-            features["texts"], instructions=[features["instruction"]], side=features["side"]
-        )
-        return Features(features, sentence_embedding=rows[0])
+        texts, instructions = features["texts"], features["instructions"]
+        found = torch.empty(len(texts), self.embedder.dimensions, device=self.embedder.device)
+        for instruction in dict.fromkeys(instructions):
+            places = [place for place, own in enumerate(instructions) if own == instruction]
+            under = [texts[place] for place in places]
+            found[places] = self.embedder.encode_tensor(under, instructions=[instruction], side=features["side"])[0]
+        return Features(features, sentence_embedding=found)
 
     def save(self, output_path: str, *_: object, **__: object) -> None:
         self.embedder.save_pretrained(output_path)

@@ -152,7 +152,7 @@ def heaviest_batch(recipe: Recipe) -> Batch:
     def tokens(step: int) -> int:
         return sum(min(len(row), limit) for row in tokenizer(batch_requests(plan.batch(step)).texts))
 
-    return plan.batch(max(range(min(LOOK_AHEAD, recipe.train.steps)), key=tokens))
+    return plan.batch(max(range(min(LOOK_AHEAD, recipe.train.total_steps)), key=tokens))
 
 
 def longest_batch(recipe: Recipe) -> Batch:

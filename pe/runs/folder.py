@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from pe.config import Recipe, to_dict
-from pe.data.records import HUB
+from pe.data.tables import files
 from pe.runs.recipes import load_recipe, write_yaml
 
+EXTENDED = ("train.steps", "train.patience")
+"""What may be larger when a run goes on."""
 LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
 """What a run that ended before its first checkpoint leaves."""
 
@@ -74,7 +76,7 @@ class RunFolder:
             resumable: whether the run may go on from a checkpoint one day.
 
         Returns:
-            a sentence for each damaged checkpoint that was set aside for an older one.
+            a sentence for a run that is extended, and for each damaged checkpoint that was set aside for an older one.
 
         Raises:
             RunError: a file instead of a folder; a run is there and neither `resume` nor `fresh` was asked for, or both
@@ -91,8 +93,7 @@ class RunFolder:
             self._move_aside(recipe)
         notes = []
         if resume:
-            self._check_same(recipe, recipe_file)
-            notes = self._set_damaged_aside()
+            notes = self._check_same(recipe, recipe_file) + self._set_damaged_aside()
         elif not self._may_start():
             going_on = "--resume continues that run, " if resumable else ""
             raise RunError(
@@ -129,12 +130,22 @@ class RunFolder:
             number += 1
         path.rename(target)
 
-    def _check_same(self, recipe: Recipe, file: Path) -> None:
+    def _check_same(self, recipe: Recipe, file: Path) -> list[str]:
+        """A sentence where the run is extended.
+
+        Raises:
+            RunError: there is nothing to resume, or the recipe is another.
+        """
         if not file.exists() or not self.checkpoints:
             raise RunError(f"{self.path}: nothing to resume (no recipe.yaml with a checkpoint); run without --resume")
         before, now = (flatten(to_dict(found)) for found in (load_recipe(file), recipe))
-        if changed := differences(before, now | {"output": before["output"]}):  # the folder may have been moved
-            raise RunError(f"{self.path}: --resume needs the same recipe; changed: {', '.join(changed)}")
+        kept = {name: before[name] for name in EXTENDED if name in before and _is_more(now.get(name), before[name])}
+        if changed := differences(before, now | kept | {"output": before["output"]}):  # the folder may have been moved
+            longer = f"only {' and '.join(EXTENDED)} may grow"
+            raise RunError(f"{self.path}: --resume needs the same recipe ({longer}); changed: {', '.join(changed)}")
+        old, new = before["train.steps"], now["train.steps"]
+        schedule = f"from the next step on the rates are those of a run of {new} steps"
+        return [f"extended from {old} to {new} steps: {schedule}"] if old != new else []
 
     def _set_damaged_aside(self) -> list[str]:
         """Rename checkpoints that cannot be read and are newer than the newest that can; a sentence for each.
@@ -169,10 +180,34 @@ class RunFolder:
         Raises:
             RunError: the disk is full, or the file cannot be written for another reason.
         """
-        path = self.path / "checkpoints" / f"step-{step:06d}.pt"
+        self._write(self.path / "checkpoints" / f"step-{step:06d}.pt", {**state, "conditions": self.conditions})
+        for old in self.checkpoints[:-keep]:
+            old.unlink()
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write the weights with the best score, whole or not at all.
+
+        Raises:
+            RunError: see `save_checkpoint`.
+        """
+        self._write(self._best, state)
+
+    def load_best(self, device: torch.device) -> dict[str, Any]:
+        """What `save_best` wrote last.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        return read_checkpoint(self._best, device)
+
+    @property
+    def _best(self) -> Path:
+        return self.path / "checkpoints" / "best.pt"
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         temporary = path.with_suffix(".part")
         try:
-            torch.save({**state, "conditions": self.conditions}, temporary)
+            torch.save(state, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
@@ -180,8 +215,6 @@ class RunFolder:
                 raise
             reason = str(error).partition("\n")[0]
             raise RunError(f"{path}: the checkpoint cannot be written; is the disk full? ({reason})") from error
-        for old in self.checkpoints[:-keep]:
-            old.unlink()
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
         """The newest checkpoint.
@@ -218,11 +251,15 @@ def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dic
     """
     found: dict[str, Any] = {"processes": processes}
     found |= {f"content of the {name}": revision for name, revision in contents.items()}
-    files = [file for item in recipe.data for file in (item.path, item.instruct) if file and not file.startswith(HUB)]
-    for path in dict.fromkeys(files):
+    places = [place for item in recipe.data for place in (item.path, item.instruct) if place]
+    for path in dict.fromkeys(file for place in places for file in files(place)):
         with Path(path).open("rb") as file:
             found[f"content of {path}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     return found
+
+
+def _is_more(now: int | None, before: int | None) -> bool:
+    return before is not None and (now is None or now >= before)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
