@@ -352,10 +352,12 @@ class LiveTensors(TorchDispatchMode):
         return time.perf_counter() - self.start
 
     def _note(self, tensor: Tensor) -> _Piece:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        is_opaque = tensor.is_mkldnn  # packed weights, which show no storage
+        storage = tensor if is_opaque else tensor.untyped_storage()
+        key = id(tensor) if is_opaque else storage._cdata
         if key not in self.alive:
-            self.alive[key] = _Piece(storage.nbytes(), self._seconds())
+            size = tensor.numel() * tensor.element_size() if is_opaque else storage.nbytes()
+            self.alive[key] = _Piece(size, self._seconds())
             self.pieces.append(self.alive[key])
             weakref.finalize(storage, self._gone, key).atexit = False
         return self.alive[key]

@@ -129,6 +129,11 @@ class Backbone(nn.Module):
         return self.model.dtype
 
     @property
+    def quantize(self) -> Quantize:
+        """What texts are read in, which is not what was asked for where the device has no instructions for it."""
+        return "none" if self.eight_bits is None else self.eight_bits.kind
+
+    @property
     def hidden_size(self) -> int:
         return int(self.embedding.shape[1])
 
@@ -320,7 +325,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def as_texts_are_read(self) -> Iterator[None]:
-        """The decoder as the frozen text pass has it: without the reader, in 8 bits if it has them; not for gradients."""
+        """Inside it the decoder is what the frozen text pass runs: no reader, 8 bits if it has them, no gradient."""
         with self.reader_off(), self.eight_bits.acting(self.model) if self.eight_bits else contextlib.nullcontext():
             yield
 

@@ -71,28 +71,27 @@ class Rows(NamedTuple):
 
 def quantized_rows(x: Tensor, kind: Kind) -> Rows:
     """Rows `[T, K]` in 8 bits: on a CPU int8 is uint8, `CENTRE` added."""
-    if x.device.type != "cpu":
-        return _quantized_part(x, kind)
-    step = max(1, CHUNK // x.shape[1])
-    values = torch.empty(x.shape, dtype=FLOAT8 if kind == "float8" else torch.uint8)
-    scale = torch.empty(len(x), 1)
+    on_cpu = x.device.type == "cpu"
+    narrow = FLOAT8 if kind == "float8" else torch.uint8 if on_cpu else torch.int8
+    values = x.new_empty(x.shape, dtype=narrow)
+    scale = x.new_empty(len(x), 1, dtype=torch.float32)
+    step = max(1, CHUNK // x.shape[1]) if on_cpu else max(1, len(x))
     for first in range(0, len(x), step):
         part = slice(first, first + step)
-        values[part], scale[part] = _quantized_part(x[part], kind)
+        _quantize_into(values[part], scale[part], x[part].float(), LARGEST[kind])
     return Rows(values, scale)
 
 
-def _quantized_part(x: Tensor, kind: Kind) -> Rows:
-    x = x.float()
-    sizes = x.abs()
-    most = sizes.amax(1, keepdim=True).clamp_min_(SMALLEST)
-    scaled = torch.mul(x, LARGEST[kind] / most, out=sizes)
-    scale = most.div_(LARGEST[kind])
-    if kind == "float8":
-        return Rows(scaled.to(FLOAT8), scale)
-    if x.device.type != "cpu":
-        return Rows(scaled.round_().to(torch.int8), scale)
-    return Rows(scaled.add_(CENTRE + 0.5).to(torch.uint8), scale)  # the cast cuts off: it rounds, halves upwards
+def _quantize_into(values: Tensor, scale: Tensor, x: Tensor, largest: float) -> None:
+    """Fill values `[T, K]` and scales `[T, 1]` with those of rows `[T, K]` float32."""
+    room = x.abs()
+    scale.copy_(room.amax(1, keepdim=True).clamp_min_(SMALLEST).div_(largest))
+    scaled = torch.mul(x, scale.reciprocal(), out=room)
+    if values.dtype == torch.uint8:
+        scaled.add_(CENTRE + 0.5)  # the cast cuts off: this rounds, halves upwards
+    elif values.dtype == torch.int8:
+        scaled.round_()
+    values.copy_(scaled)
 
 
 def product(rows: Rows, values: Tensor, scale: Tensor) -> Tensor:
