@@ -16,7 +16,7 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.baselines.lora import LoraBaselineConfig
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, RecipeError
 from pe.losses import batch_requests
-from pe.measure.footprint import estimate, heaviest_batch, load, lora_of
+from pe.measure.footprint import MeteredStep, estimate, heaviest_batch, load, lora_of
 from pe.method import probes, quantized
 from pe.method.backbone import Backbone
 from pe.method.probes import UnsupportedBackbone
@@ -298,6 +298,11 @@ def test_memory_counts_the_second_weights(tiny_models: Path, tmp_path: Path) -> 
     found = estimate(recipe, "pe", batch, CPU)
     plain_recipe = load_recipe(recipe_file(tiny_models, tmp_path / "plain", "none"))
     more = found.loaded - estimate(plain_recipe, "pe", batch, CPU).loaded
-    eight_bits = load(recipe, "pe", CPU).backbone.eight_bits
+    step = MeteredStep(load(recipe, "pe", CPU), recipe)
+    step(batch)
+    measured = step.footprint(batch)
+    assert measured.loaded == found.loaded
+    assert abs(found.peak / measured.peak - 1) < 0.02
+    eight_bits = step.model.backbone.eight_bits
     assert isinstance(eight_bits, EightBitLinears)
     assert more == sum(layer.values.numel() + 4 * layer.scale.numel() for layer in eight_bits.layers)
