@@ -104,7 +104,21 @@ def product(rows: Rows, values: Tensor, scale: Tensor) -> Tensor:
         zeros = torch.zeros_like(scale, dtype=torch.int32)
         # Scale and centre of the activations, weights with theirs, bias, scale and centre of the output, its type, and
         # no operation behind it
-        operands = (rows.values, 1.0, CENTRE, values, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        operands: tuple[Any, ...] = (
+            rows.values,
+            1.0,
+            CENTRE,
+            values,
+            scale,
+            zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
         return torch.ops.onednn.qlinear_pointwise(*operands).mul_(rows.scale)
     count = len(rows.values)
     padded = torch.nn.functional.pad(rows.values, (0, 0, 0, max(0, FEWEST_ROWS - count)))
@@ -187,7 +201,7 @@ class EightBitLinears(nn.Module):
         linears = [_plain_linear(model.get_submodule(name)) for name in self.names]
         for linear, layer in zip(linears, self.layers, strict=True):
             run = functools.partial(_forward, linear, layer, shared)
-            linear.forward = run if first is None else functools.partial(_forward_first, linear, run, first)
+            linear.forward = run if first is None else functools.partial(_forward_first, linear, run, first)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -223,9 +237,11 @@ def _forward_first(linear: nn.Linear, run: Callable[[Tensor], Tensor], first: in
     return torch.cat([run(x[:, :first]), nn.Linear.forward(linear, x[:, first:])], 1)
 
 
-def _plain_linear(module: nn.Module) -> nn.Module:
+def _plain_linear(module: nn.Module) -> nn.Linear:
     """The layer itself, without the adapters that may have been put around it."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    assert isinstance(plain, nn.Linear)
+    return plain
 
 
 def _fits(linear: nn.Linear) -> bool:
