@@ -24,6 +24,7 @@ def _require_positive(name: str, value: float) -> None:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8", "float8"]
 Skip = Literal["none", "weighted"]
 DEFAULT_STEPS = 200
 PREFIX_CURE = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
@@ -79,9 +80,14 @@ class BackboneConfig:
     """Branch, tag or commit on the hub; null: the main branch."""
     dtype: Dtype = "auto"
     """Type of the frozen weights; auto: the checkpoint's on a GPU, float32 on a CPU."""
+    quantize: Quantize = "none"
+    """Type of the products in the text pass, which takes no gradient (suffix layout, see `pe/method/quantized.py`); the
+    soft tokens behind it run in `dtype`. A device without instructions for it reads unquantised, with a warning."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in get_args(Dtype), "backbone.dtype", f"one of {', '.join(get_args(Dtype))}", self.dtype)
+        kinds = get_args(Quantize)
+        _require(self.quantize in kinds, "backbone.quantize", f"one of {', '.join(kinds)}", self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +175,8 @@ class ModelConfig:
             _require(self.reader == "none", "reader", "'none' in the prefix layout", self.reader, cure)
             _require(self.skip == "none", "skip", "'none' in the prefix layout", self.skip, cure)
             _require(self.lens_rank == 0, "lens_rank", "0 in the prefix layout", self.lens_rank)
+            quantize, why = self.backbone.quantize, "; there texts stand behind the prompt, and are read with gradient"
+            _require(quantize == "none", "backbone.quantize", "'none' in the prefix layout", quantize, why)
         _require(self.skip in get_args(Skip), "skip", f"one of {', '.join(get_args(Skip))}", self.skip)
         _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)

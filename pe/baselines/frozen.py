@@ -59,7 +59,8 @@ class FrozenEncoder(Encoder):
 
     @property
     def revision(self) -> str:
-        return content_hash({}, self.backbone.revision, self.pooling, self.templates, self.max_length)
+        read = (self.backbone.revision, self.backbone.quantize)
+        return content_hash({}, *read, self.pooling, self.templates, self.max_length)
 
     @in_turn
     @torch.no_grad()
@@ -78,6 +79,6 @@ class FrozenEncoder(Encoder):
     def _embed(self, readings: Sequence[Reading]) -> Tensor:
         """`[N, D]` of readings that stand sorted by length."""
         ids, segments = pack([reading.ids for reading in readings], self.device)
-        with self.backbone.reader_off():
+        with self.backbone.as_texts_are_read():
             hidden, _ = self.backbone(self.backbone.token_rows(ids), segments)
         return pool(self.backbone, hidden, readings, self.pooling)

@@ -44,7 +44,8 @@ class LinearEmbedder(TrainableModule):
 
     @property
     def revision(self) -> str:
-        return content_hash(self.trainable_state(), self.backbone.revision, self.max_length)
+        read = (self.backbone.revision, self.backbone.quantize)
+        return content_hash(self.trainable_state(), *read, self.max_length)
 
     @in_turn
     def forward(self, requests: Requests) -> Tensor:

@@ -61,6 +61,11 @@ class LoraBaselineConfig:
     def __post_init__(self) -> None:
         if self.pooling == "weighted" and self.form != "packed":
             raise ValueError(f"pooling: 'weighted' needs form 'packed', got {self.form!r}")
+        if self.backbone.quantize != "none":
+            raise ValueError(
+                f"backbone.quantize: expected 'none' for LoRA, which reads texts with gradient, got"
+                f" {self.backbone.quantize!r}; give the baseline --model.backbone.quantize=none"
+            )
 
 
 class LoraEmbedder(TrainableModule):

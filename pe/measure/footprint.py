@@ -31,6 +31,7 @@ from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, Voc
 from pe.method.backbone import DTYPES, Backbone
 from pe.method.loading import TextTokenizer, load_config, load_tokenizer
 from pe.method.prompting import PromptingLLM
+from pe.method.quantized import usable
 from pe.model import PromptEmbedder
 from pe.step import Step, StepTexts, Taken
 from pe.train import build_accelerator, build_plan
@@ -120,9 +121,13 @@ def noting_key_values(model: nn.Module, live: LiveTensors) -> Iterator[None]:
 
 
 def lora_of(recipe: Recipe, system: System) -> LoraBaselineConfig:
-    """The peer on the recipe's backbone, texts and limit: as published, or packed the best we can build, dropless."""
+    """The peer on the recipe's backbone, texts and limit: as published, or packed the best we can build, dropless.
+
+    It reads texts with gradient, so not in 8 bits.
+    """
     form = cast(Form, system.removeprefix("lora-"))
-    published = LoraBaselineConfig(backbone=recipe.model.backbone, form=form, max_length=recipe.model.max_length)
+    backbone = dataclasses.replace(recipe.model.backbone, quantize="none")
+    published = LoraBaselineConfig(backbone=backbone, form=form, max_length=recipe.model.max_length)
     if form != "packed":
         return published
     return dataclasses.replace(published, lora=dataclasses.replace(published.lora, dropout=0.0))
@@ -221,7 +226,8 @@ def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedd
     with torch.device("meta"):
         decoder = AutoModel.from_config(config, dtype=dtype)
     give_norms_values(decoder)
-    backbone = _UnprobedBackbone(decoder, tokenizer, options.backbone.model)
+    quantize = usable(options.backbone.quantize, device) if system == "pe" else "none"
+    backbone = _UnprobedBackbone(decoder, tokenizer, options.backbone.model, quantize=quantize)
     with torch.device("meta"), _UnknownNumbers():
         if system != "pe":
             model = LoraEmbedder(lora_of(recipe, system), backbone)

@@ -352,12 +352,16 @@ class LiveTensors(TorchDispatchMode):
         return time.perf_counter() - self.start
 
     def _note(self, tensor: Tensor) -> _Piece:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        held: Tensor | torch.UntypedStorage
+        if tensor.is_mkldnn:  # packed weights, which show no storage
+            held, key, size = tensor, id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            held = tensor.untyped_storage()
+            key, size = held._cdata, held.nbytes()
         if key not in self.alive:
-            self.alive[key] = _Piece(storage.nbytes(), self._seconds())
+            self.alive[key] = _Piece(size, self._seconds())
             self.pieces.append(self.alive[key])
-            weakref.finalize(storage, self._gone, key).atexit = False
+            weakref.finalize(held, self._gone, key).atexit = False
         return self.alive[key]
 
     def _gone(self, key: int) -> None:

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe.config import BackboneConfig, LoraSettings
+from pe.config import BackboneConfig, LoraSettings, Quantize
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.method import attention, probes
@@ -30,6 +30,7 @@ from pe.method.loading import (
     warn_of_slow_products,
 )
 from pe.method.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
+from pe.method.quantized import EightBitLinears, usable
 from pe.method.rms_norm import fuse_norms, stock_norms
 from pe.method.turns import Turns
 
@@ -69,17 +70,23 @@ class Backbone(nn.Module):
         model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
+        eight_bits: the linear layers that read texts in 8 bits, or None.
         turns: what threads that share it wait for; whoever runs it holds it (see `pe/method/turns.py`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+        quantize: Quantize = "none",
     ) -> None:
         """Take over `model`: freeze it, fuse its norms, switch it to packed attention, check that this changes nothing.
 
         Raises:
             UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.
-            ValueError: see `TextTokenizer`.
+            ValueError: see `TextTokenizer` and `EightBitLinears`.
         """
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -93,6 +100,7 @@ class Backbone(nn.Module):
         self.position_limit = position_limit(options)
         fuse_norms(self.model)
         self.final_norm = find_final_norm(self.model)
+        self.eight_bits = None if quantize == "none" else EightBitLinears(self.model, quantize)
         self.check_parity()
 
     @classmethod
@@ -109,7 +117,8 @@ class Backbone(nn.Module):
             warn_of_slow_products("backbone.dtype", dtype, device)
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
         revision = content_of(model, config.model, config.revision)
-        return cls(model.to(device), tokenizer, config.model, revision)  # type: ignore[arg-type]
+        quantize = usable(config.quantize, device)
+        return cls(model.to(device), tokenizer, config.model, revision, quantize)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +127,11 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def quantize(self) -> Quantize:
+        """What texts are read in, which is not what was asked for where the device has no instructions for it."""
+        return "none" if self.eight_bits is None else self.eight_bits.kind
 
     @property
     def hidden_size(self) -> int:
@@ -201,7 +215,7 @@ class Backbone(nn.Module):
     def _read(self, texts: Sequence[Sequence[int]], pool: Pool | None) -> KeyValues:
         ids, segments = pack(texts, self.device)
         plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
-        with torch.no_grad(), self.reader_off(), self._entering_last_layer(pool is not None) as states:
+        with torch.no_grad(), self.as_texts_are_read(), self._entering_last_layer(pool is not None) as states:
             with contextlib.suppress(LastLayerReached):
                 self._run(self.token_rows(ids), plan, (0,) * len(segments))
             kept = self._kept(plan)
@@ -309,6 +323,12 @@ class Backbone(nn.Module):
             for layer, was_off in zip(layers, before, strict=True):
                 layer._disable_adapters = was_off
 
+    @contextlib.contextmanager
+    def as_texts_are_read(self) -> Iterator[None]:
+        """Inside it the decoder is what the frozen text pass runs: no reader, 8 bits if it has them, no gradient."""
+        with self.reader_off(), self.eight_bits.acting(self.model) if self.eight_bits else contextlib.nullcontext():
+            yield
+
     # Against the stock model.
 
     def check_parity(self) -> None:
@@ -320,8 +340,9 @@ class Backbone(nn.Module):
         probes.check_states(self)
 
     @torch.no_grad()
-    def stock_forward(self, ids: Sequence[int]) -> Tensor:
-        """The unchanged model on one sequence: final hidden states `[L, D]`."""
+    def stock_forward(self, ids: Sequence[int], read: int = 0) -> Tensor:
+        """The unchanged model on one sequence, its first `read` tokens in 8 bits if texts are read so: `[L, D]`."""
         self.model.set_attn_implementation(self.stock_attention)
-        with stock_norms(self.model):
+        eight_bits = self.eight_bits.acting(self.model, read) if self.eight_bits and read else contextlib.nullcontext()
+        with stock_norms(self.model), eight_bits:
             return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]

@@ -92,8 +92,8 @@ def check_parity(backbone: Backbone) -> None:
     tolerance = PROBE_TOLERANCE[backbone.dtype]
     interface = "on rows of embeddings through transformers' attention interface"
     with refused(UnsupportedBackbone, f"{architecture}: it does not run{by} {interface}", "; choose another backbone"):
-        whole = [text + tail for text, tail in zip(texts, soft, strict=True)]
-        stock = torch.cat([backbone.stock_forward(ids)[-3:] for ids in whole])
+        whole = [(text + tail, len(text)) for text, tail in zip(texts, soft, strict=True)]
+        stock = torch.cat([backbone.stock_forward(ids, read)[-3:] for ids, read in whole])
         ids, segments = pack(soft, device)
         rows, context = backbone.token_rows(ids), backbone.read(texts)
         packed, _ = backbone(rows, segments, context=context)
@@ -138,7 +138,8 @@ def check_states(backbone: Backbone) -> None:
             stock = sharing_weights(backbone.model)  # transformers leaves hooks in what it has asked for states
             stock.set_attn_implementation(backbone.stock_attention)
             tokens = torch.tensor([ids], device=backbone.device)
-            states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
+            with backbone.eight_bits.acting(stock) if backbone.eight_bits else contextlib.nullcontext():
+                states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
         expected = F.normalize(standardize(states).mean(0, keepdim=True), dim=-1)
         agree = (
             means is not None
