@@ -1,4 +1,6 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT]`, or `--instruction '["TEXT", ...]'` for several.
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT] [--store DIR]`
+
+Several instructions are a JSON list: `--instruction '["TEXT", ...]'`.
 
 INPUT: `.txt` (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line) or `.jsonl`, `.jsonl.xz`, `.jsonl.gz` (the
 field named by --field; lines that hold nothing are passed over). OUTPUT: `.npy` holds float32 `[N, D]`, or `[I, N, D]`
@@ -12,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +37,7 @@ from pe.data.records import (
     read_lines,
 )
 from pe.method.loading import quiet
+from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
 
@@ -87,6 +91,17 @@ def sentences(given: str) -> list[str]:
     return several
 
 
+def check_folder(store: str) -> str:
+    """The folder of `--store`.
+
+    Raises:
+        ValueError: it names none: what is kept in memory would be gone with the command.
+    """
+    if store.strip() in ("", "none", "memory"):
+        raise ValueError(f"--store: expected a folder, got {store!r}; give ./{store.strip()} for one of that name")
+    return store
+
+
 def columns(embeddings: Embeddings, instructions: Sequence[str]) -> dict[str, Embeddings]:
     """Column name -> `[N, D]`: `embedding`, or `embedding_0`, `embedding_1`, ... for several instructions."""
     if len(instructions) == 1:
@@ -135,6 +150,8 @@ def encode_file(
     prompter: str | None = None,
     dtype: Dtype | None = None,
     overwrite: bool = False,
+    store: str | None = None,
+    store_gib: float = DEFAULT_GIB,
 ) -> None:
     """Embed the texts of a file.
 
@@ -151,6 +168,8 @@ def encode_file(
         prompter: where the base of a prompting LLM with adapters is now, if not where it was.
         dtype: type of the backbone's weights; as in training where it is not given.
         overwrite: replace an existing output.
+        store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
+        store_gib: its size in GiB.
     """
     target = Path(output)
     suffix = target.suffix.lower()
@@ -168,13 +187,17 @@ def encode_file(
     if instructions is None:
         instructions = [embedder.default_instruction(side)]
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent))
+        kept = None if store is None else stack.enter_context(TextStore.open(check_folder(store), store_gib))
         embeddings = embedder.encode_many(
-            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
+            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True, store=kept
         )
         whole = Path(folder) / target.name
         WRITERS[suffix](whole, texts, embeddings, instructions)
         os.replace(whole, target)
+        if kept is not None:
+            print(kept, file=sys.stderr)
     shape = list(embeddings.shape)[len(instructions) == 1 :]  # as it stands in an .npy file
     print(f"{output}: {shape} float32; {embedder.truncation}", file=sys.stderr)
 
@@ -182,7 +205,7 @@ def encode_file(
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype"}
+    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "store"}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
     parser.add_argument(
@@ -191,6 +214,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
     parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
+    parser.add_argument("--store", type=str, default=None, help="folder that keeps the text pass (default: none)")
     return parser.parse_args(argv)
 
 

@@ -18,6 +18,8 @@ from pe.config import Recipe, to_dict
 from pe.data.records import HUB
 from pe.runs.recipes import load_recipe, write_yaml
 
+FREE = ("output", "train.text_store", "train.text_store_gib")
+"""Options that may change when a run goes on: its folder may have been moved, and a store changes no result."""
 LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
 """What a run that ended before its first checkpoint leaves."""
 
@@ -133,7 +135,8 @@ class RunFolder:
         if not file.exists() or not self.checkpoints:
             raise RunError(f"{self.path}: nothing to resume (no recipe.yaml with a checkpoint); run without --resume")
         before, now = (flatten(to_dict(found)) for found in (load_recipe(file), recipe))
-        if changed := differences(before, now | {"output": before["output"]}):  # the folder may have been moved
+        free = {key: before[key] for key in FREE if key in before}
+        if changed := differences(before, now | free):
             raise RunError(f"{self.path}: --resume needs the same recipe; changed: {', '.join(changed)}")
 
     def _set_damaged_aside(self) -> list[str]:
