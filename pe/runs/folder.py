@@ -55,6 +55,17 @@ class RunFolder:
         found = {path.stem.removeprefix("step-"): path for path in (self.path / "checkpoints").glob("step-*.pt")}
         return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether a run of the recipe was trained, scored and saved here.
+
+        Raises:
+            RunError: a run of another recipe.
+        """
+        if not self.checkpoints:
+            return False
+        self._check_same(recipe, self.path / "recipe.yaml")
+        return (self.model / "recipe.yaml").exists()
+
     def start(
         self,
         recipe: Recipe,
