@@ -219,7 +219,11 @@ class Backbone(nn.Module):
         else:
             text_pass = functools.partial(self._text_pass, with_states=True, exact=True)
             kept = self.text_store.through(texts, self.fingerprint, text_pass, self.device)
-        return dataclasses.replace(kept, pooled=None if pool is None else pool(kept.pooled, kept.segments))
+        if pool is None:
+            return dataclasses.replace(kept, pooled=None)
+        assert kept.pooled is not None
+        assert isinstance(kept.segments, Segments)
+        return dataclasses.replace(kept, pooled=pool(kept.pooled, kept.segments))
 
     @contextlib.contextmanager
     def reading_from(self, store: TextStore) -> Iterator[None]:

@@ -201,7 +201,7 @@ class FolderEntries:
 def checksum_of(key: bytes, entry: Bytes) -> bytes:
     """Eight bytes."""
     digest = xxhash.xxh3_64(key)
-    digest.update(entry)
+    digest.update(entry.data)
     return digest.digest()
 
 
@@ -209,4 +209,4 @@ def write_at(file: int, entry: Bytes, start: int) -> None:
     """Write all of the bytes: one call may write fewer."""
     done = 0
     while done < len(entry):
-        done += os.pwrite(file, entry[done:], start + done)
+        done += os.pwrite(file, entry[done:].data, start + done)
