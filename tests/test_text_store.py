@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pe import encode
 from pe.config import Recipe, RecipeError
+from pe.measure.footprint import text_store_size
 from pe.method.attention import KeyValues
 from pe.method.backbone import Backbone
 from pe.method.entries import FolderEntries, MemoryEntries
@@ -163,6 +164,14 @@ def test_a_run_says_what_the_store_was_good_for(
     assert "of 0.5 GiB, 384 bytes a token" in capsys.readouterr().err
     train(recipe, fresh=True)
     assert " texts found, 0 read; " in capsys.readouterr().err
+
+
+def test_the_size_of_a_runs_store_is_known_before_anything_is_loaded(recipe: Recipe) -> None:
+    texts, tokens, size = text_store_size(recipe, torch.device("cpu"))
+    model, plan = new_model(recipe), plan_of(recipe)
+    with TextStore.open("memory") as store, model.reading_from(store):
+        fit(model, plan, recipe, accelerator())
+        assert (store.read.texts, store.bytes_a_token, store.entries.used) == (texts, size, tokens * size)
 
 
 # In a folder.
