@@ -310,6 +310,11 @@ class TrainConfig:
     """In the suffix layout: read the texts of the next batch while this one trains, on a GPU on a stream of its own.
     Takes the keys, values and states of up to two batches more, and a memory pool of its own for the text pass. Without
     effect in the prefix layout and with `micro_batch_size`."""
+    text_store: str = "none"
+    """Where what the frozen text pass gives for a text is kept, so that it is read once: none; memory, for this run; or
+    a folder, for later runs, transfers and encoding too. In the suffix layout (see `docs/text-store.md`)."""
+    text_store_gib: float = 8.0
+    """Size of the store, in GiB; a full one keeps what it has."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0
@@ -335,6 +340,8 @@ class TrainConfig:
         for name in ("eval_every", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         _require(self.seed < 2**32, "train.seed", "less than 2^32", self.seed)
+        _require(bool(self.text_store.strip()), "train.text_store", "none, memory or a folder", self.text_store)
+        _require_positive("train.text_store_gib", self.text_store_gib)
         _require_positive("train.lr", self.lr)
         for name in ("alignment_lr", "reader_lr", "skip_lr", "lens_lr"):
             own = getattr(self, name)

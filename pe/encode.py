@@ -1,4 +1,6 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT]`, or `--instruction '["TEXT", ...]'` for several.
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT] [--store DIR]`
+
+Several instructions are a JSON list: `--instruction '["TEXT", ...]'`.
 
 INPUT: `.txt`, or `-` for standard input (a text a line, in UTF-8; only `\\n` or `\\r\\n` ends a line), or rows with the
 column named by --field: JSON Lines, JSON, csv, tsv (each also .xz, .gz), parquet, a folder of `save_to_disk`,
@@ -15,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +40,7 @@ from pe.data.records import (
 )
 from pe.data.tables import records
 from pe.method.loading import quiet, usable_device
+from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
 
@@ -123,6 +127,17 @@ def sentences(given: str) -> list[str]:
         except RecordError as bad:
             raise ValueError(str(bad)) from bad
     return several
+
+
+def check_folder(store: str) -> str:
+    """The folder of `--store`.
+
+    Raises:
+        ValueError: it names none: what is kept in memory would be gone with the command.
+    """
+    if store.strip() in ("", "none", "memory"):
+        raise ValueError(f"--store: expected a folder, got {store!r}; give ./{store.strip()} for one of that name")
+    return store
 
 
 def needs_quantisation() -> None:
@@ -214,6 +229,8 @@ def encode_file(
     dtype: Dtype | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    store: str | None = None,
+    store_gib: float = DEFAULT_GIB,
 ) -> None:
     """Embed the texts of a file.
 
@@ -236,6 +253,8 @@ def encode_file(
         dtype: type of the backbone's weights; as in training where it is not given.
         device: cpu, cuda, cuda:1; a GPU where there is one.
         overwrite: replace an existing output.
+        store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
+        store_gib: its size in GiB.
     """
     target = Path(output)
     suffix = target.suffix.lower()
@@ -265,14 +284,18 @@ def encode_file(
     if instructions is None:
         instructions = [embedder.default_instruction(side)]
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent))
+        kept = None if store is None else stack.enter_context(TextStore.open(check_folder(store), store_gib))
         embeddings = embedder.encode_many(
-            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True
+            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True, store=kept
         )
         found = compressed(embeddings, dimensions, precision)
         whole = Path(folder) / target.name
         WRITERS[suffix](whole, beside, found, instructions)
         os.replace(whole, target)
+        if kept is not None:
+            print(kept, file=sys.stderr)
     print(f"{output}: {shape_of(found, suffix, instructions)} {found.dtype}; {embedder.truncation}", file=sys.stderr)
 
 
@@ -287,7 +310,7 @@ def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep"}
+    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep", "store"}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
     parser.add_argument(
@@ -301,6 +324,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--keep", action="store_true", help="write all columns of the input before the embeddings")
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
+    parser.add_argument("--store", type=str, default=None, help="folder that keeps the text pass (default: none)")
     return parser.parse_args(argv)
 
 

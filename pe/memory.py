@@ -5,7 +5,8 @@ most tokens among the recipe's first steps. Every system is measured in a proces
 a sampler (the process's RSS on a CPU; NVML, and torch's allocator, on a GPU), then by one more that counts every live
 tensor, which says where the memory goes. The same step is predicted from the models' configurations alone; `--estimate`
 does only that. Without a recipe it takes `recipes/tiny.yaml`. The steps run without CUDA graphs, which hold the
-gradients and a copy of the texts' keys and values besides, and without texts read ahead.
+gradients and a copy of the texts' keys and values besides, without texts read ahead and without a text store; with
+`train.text_store` the report says how large the store of a run will be.
 
 RSS is more than the live tensors at one moment: glibc keeps freed blocks for later. With MALLOC_MMAP_THRESHOLD_=65536
 and MALLOC_TRIM_THRESHOLD_=65536 in the environment it returns them at once, and RSS follows the tensors, more slowly.
@@ -30,7 +31,16 @@ from rich.table import Table
 from pe.config import Recipe, RecipeError
 from pe.data.batches import Batch
 from pe.data.records import DataError
-from pe.measure.footprint import SYSTEMS, MeteredStep, System, estimate, heaviest_batch, load, longest_batch
+from pe.measure.footprint import (
+    SYSTEMS,
+    MeteredStep,
+    System,
+    estimate,
+    heaviest_batch,
+    load,
+    longest_batch,
+    text_store_size,
+)
 from pe.measure.meters import (
     CATEGORIES,
     INTERVAL,
@@ -61,6 +71,7 @@ TITLES: dict[System, str] = {
     "lora-checkpointed": "LoRA, checkpointed",
     "lora-packed": "LoRA, packed, no dropout",
 }
+STORE = ("texts", "tokens", "bytes_a_token")
 PHASES = ("forward", "backward", "optimiser")
 FILES = ("report.json", "memory.svg", "memory.png")
 POINTS = 300
@@ -417,6 +428,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         arguments.output.write_text(json.dumps(record), encoding="utf-8")
         return
     report = build_report(arguments, overrides, recipe, batch)
+    if recipe.train.text_store != "none":
+        device = build_accelerator(recipe).device
+        report["text_store"] = dict(zip(STORE, text_store_size(recipe, device), strict=True))
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (arguments.output / name).unlink(missing_ok=True)
@@ -425,6 +439,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     console = Console()
     for table in (peaks_table(report), categories_table(report), phases_table(report)):
         console.print(table)
+    if "text_store" in report:
+        texts, tokens, size = (report["text_store"][name] for name in STORE)
+        needed = f"{texts:,} texts, {tokens:,} tokens of {size:,} bytes: {tokens * size / 2**30:.3g} GiB"
+        console.print(f"text store of a run: {needed}, of {recipe.train.text_store_gib:g} allowed", highlight=False)
     written = ", ".join([FILES[0], *(path.name for path in charts)])
     console.print(f"written to {arguments.output}: {written}", highlight=False)
     reasons = [failure(record, arguments.estimate) for record in report["systems"]]

@@ -13,8 +13,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from pe.losses import batch_requests, instructions_of, random_state, set_random_
 from pe.measure.spread import Spread, spread
 from pe.method.loading import quiet, warn_of_slow_products
 from pe.method.prompted import PromptedEmbedder
+from pe.method.text_store import TextStore
 from pe.model import PromptEmbedder, Requests
 from pe.runs.cli import user_errors
 from pe.runs.files import write_text
@@ -117,6 +118,34 @@ class History:
         self.padded += taken.padded
 
 
+@contextmanager
+def stored_texts(
+    model: Trainable, plan: BatchPlan | None, options: TrainConfig, accelerator: Accelerator, store: TextStore | None
+) -> Iterator[TextStore | None]:
+    """Inside it the model reads its texts from `store` or, where that is None and it has none yet, the options'.
+
+    Raises:
+        RecipeError: the model has no frozen text pass of its own.
+        ValueError: the store cannot be used, or not for one batch of the plan.
+    """
+    if store is None and (options.text_store == "none" or model.backbone.text_store is not None):
+        yield model.backbone.text_store
+        return
+    if not isinstance(model, PromptedEmbedder):
+        raise RecipeError(
+            f"train.text_store: expected 'none' for {type(model).__name__}, whose passes over texts have weights that"
+            f" train, got {options.text_store!r}"
+        )
+    with ExitStack() as stack:
+        opened = store or stack.enter_context(TextStore.open(options.text_store, options.text_store_gib))
+        with accelerator.autocast():  # which decides the types of what is kept
+            stack.enter_context(model.reading_from(opened))
+        if plan is not None:
+            first = model.tokenized(batch_requests(plan.batch(0))).read or ()
+            opened.check_room(sum(map(len, first)), "train.text_store_gib")
+        yield opened
+
+
 def fit(
     model: Trainable,
     plan: BatchPlan,
@@ -144,11 +173,16 @@ def fit(
     Raises:
         TrainingError: a part without gradient, outputs that stay the same, a loss or embeddings that are not finite.
         RunError: a checkpoint cannot be written.
+        RecipeError, ValueError: a text store that cannot be used (see `stored_texts`).
         BeingTrained: another thread trains it.
     """
     options, history, last = recipe.train, History(), recipe.train.total_steps
     by_best = run is not None and evaluate is not None and recipe.evaluate.best_by is not None
-    with model.backbone.turns.training(), closing(Step(model, recipe.loss, options, accelerator)) as step:
+    with (
+        model.backbone.turns.training(),
+        stored_texts(model, plan, options, accelerator, None),
+        closing(Step(model, recipe.loss, options, accelerator)) as step,
+    ):
         if resume and run:
             restore(run, step, history)
         batch_of = functools.partial(
@@ -407,8 +441,15 @@ def start_run(
     return run.start(recipe, resume=resume, fresh=fresh, conditions=conditions_of(recipe, processes, **contents))
 
 
-def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[str, Scores]:
+def train(
+    recipe: Recipe, *, resume: bool = False, fresh: bool = False, store: TextStore | None = None
+) -> dict[str, Scores]:
     """One whole run: data, model, scores before, training, scores after, saved model.
+
+    Args:
+        recipe: what it is made of.
+        resume, fresh: see `RunFolder.start`.
+        store: a text store that is open already, in place of the recipe's.
 
     Returns:
         scores of the trained model and, with `evaluate.before`, of the frozen mean-pooled backbone and the untrained
@@ -426,14 +467,32 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False) -> dict[
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=plan.steps, epochs=None))
     model = build_model(recipe, plan, accelerator.device)
     model.name = run.path.name
-    if is_main:
-        for note in start_run(run, recipe, model, accelerator.num_processes, resume=resume, fresh=fresh):
-            console.print(note, highlight=False)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
-    console.print(describe(model), highlight=False)
+    with stored_texts(model, plan, recipe.train, accelerator, store) as texts:
+        if is_main:
+            for note in start_run(run, recipe, model, accelerator.num_processes, resume=resume, fresh=fresh):
+                console.print(note, highlight=False)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
+        console.print(describe(model), highlight=False)
+        scores = run_training(model, plan, recipe, accelerator, run, console, resume=resume)
+        if texts is not None:
+            console.print(str(texts), highlight=False)
+    return scores
 
-    has_tasks, measure, scores = bool(recipe.evaluate.tasks), measurer(recipe), dict[str, Scores]()
+
+def run_training(
+    model: PromptEmbedder,
+    plan: BatchPlan,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    run: RunFolder,
+    console: Console,
+    *,
+    resume: bool,
+) -> dict[str, Scores]:
+    """Of a run whose folder is there: scores before, training, scores after, saved model; the scores."""
+    is_main, has_tasks = accelerator.is_main_process, bool(recipe.evaluate.tasks)
+    measure, scores = measurer(recipe), dict[str, Scores]()
     if has_tasks and is_main and recipe.evaluate.before:
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)

@@ -49,6 +49,7 @@ from pe.train import (
     fit,
     measurer,
     spread_of,
+    stored_texts,
     tell,
 )
 
@@ -182,32 +183,35 @@ def transfer(
             " reader and skip has nothing to train; --steps 0, or give the model a reader or a skip"
         )
     check_widths(recipe, target)
-    measure = measurer(recipe)
-    run.start(recipe, resume=False, fresh=fresh, resumable=False)
-    scores = {"source": measure(source)} if recipe.evaluate.tasks else {}
-    started = time.perf_counter()
-    if plan and fits_skip:
-        wanted = TEXTS_PER_DIMENSION * target.backbone.hidden_size if texts is None else texts
-        count = start_skip(target, source, plan, wanted)
-        console.print(f"skip: fitted on the source's embeddings of {count:,} texts", highlight=False)
-    spent = time.perf_counter() - started
-    del source  # on a GPU its backbone would stay beside the new one
-    curve: list[tuple[int, float, float]] = []
-    if recipe.evaluate.tasks:
-        scores["moved, untrained"] = measure(target)
-        curve = [(0, spent, scores["moved, untrained"].mean)]
-    history = History()
-    if plan and recipe.train.total_steps:
-        accelerator = build_accelerator(recipe)
-        evaluate = (lambda: measure(target).mean) if scores else None
-        history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
-        if scores:
-            scores["moved, trained"] = measure(target)
-            end = (recipe.train.total_steps, history.seconds, scores["moved, trained"].mean)
-            points = [point for point in history.scores if point[0] != end[0]] + [end]
-            curve += [(step, spent + seconds, score) for step, seconds, score in points]
+    measure, accelerator = measurer(recipe), build_accelerator(recipe)
+    with stored_texts(target, plan, recipe.train, accelerator, None) as store:
+        run.start(recipe, resume=False, fresh=fresh, resumable=False)
+        with stored_texts(source, None, recipe.train, accelerator, store):
+            scores = {"source": measure(source)} if recipe.evaluate.tasks else {}
+            started = time.perf_counter()
+            if plan and fits_skip:
+                wanted = TEXTS_PER_DIMENSION * target.backbone.hidden_size if texts is None else texts
+                count = start_skip(target, source, plan, wanted)
+                console.print(f"skip: fitted on the source's embeddings of {count:,} texts", highlight=False)
+            spent = time.perf_counter() - started
+        del source  # on a GPU its backbone would stay beside the new one
+        curve: list[tuple[int, float, float]] = []
+        if recipe.evaluate.tasks:
+            scores["moved, untrained"] = measure(target)
+            curve = [(0, spent, scores["moved, untrained"].mean)]
+        history = History()
+        if plan and recipe.train.total_steps:
+            evaluate = (lambda: measure(target).mean) if scores else None
+            history = fit(target, plan, recipe, accelerator, run, evaluate=evaluate)
+            if scores:
+                scores["moved, trained"] = measure(target)
+                end = (recipe.train.total_steps, history.seconds, scores["moved, trained"].mean)
+                points = [point for point in history.scores if point[0] != end[0]] + [end]
+                curve += [(step, spent + seconds, score) for step, seconds, score in points]
+        found = history.spread or (spread_of(target, plan) if plan else None)
+        if store is not None:
+            console.print(str(store), highlight=False)
     result = Transfer(scores, curve, reached(curve, scores["source"].mean) if scores else [])
-    found = history.spread or (spread_of(target, plan) if plan else None)
     tell(found, console)
     target.save_pretrained(run.model, card=model_card(recipe, target, history.seconds, scores, found))
     write_yaml(recipe, run.model / "recipe.yaml")

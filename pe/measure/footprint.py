@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.config import BackboneConfig, PrompterConfig, Recipe
+from pe.config import BackboneConfig, PrompterConfig, Recipe, RecipeError
 from pe.data.batches import Batch
 from pe.losses import batch_requests
 from pe.measure.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases
@@ -32,6 +32,8 @@ from pe.method.backbone import DTYPES, Backbone
 from pe.method.loading import TextTokenizer, load_config, load_tokenizer
 from pe.method.prompting import PromptingLLM
 from pe.method.quantized import usable
+from pe.method.skip import unpooled
+from pe.method.text_store import tensors_of
 from pe.model import PromptEmbedder
 from pe.step import Step, StepTexts, Taken
 from pe.train import build_accelerator, build_plan
@@ -276,6 +278,23 @@ def give_fake_tensors(model: nn.Module, device: torch.device) -> None:
                     if id(tensor) not in known:
                         known[id(tensor)] = fake(tensor)
                     table[name] = known[id(tensor)]
+
+
+def text_store_size(recipe: Recipe, device: torch.device) -> tuple[int, int, int]:
+    """Distinct texts of a run, their tokens, and the bytes that a text store takes for each token.
+
+    Raises:
+        RecipeError, DataError, FileNotFoundError: no data, configuration or tokenizer; the prefix layout.
+    """
+    if recipe.model.layout != "suffix":
+        raise RecipeError(f"train.text_store: expected the suffix layout, got {recipe.model.layout!r}")
+    plan, model = build_plan(recipe, Console(quiet=True)), without_data(recipe, "pe", device)
+    assert isinstance(model, PromptEmbedder)
+    batches = (batch_requests(plan.batch(step)) for step in range(plan.steps))
+    texts = {tuple(ids) for requests in batches for ids in model.readings(requests)}
+    with _UnknownNumbers(), build_accelerator(recipe).autocast():
+        entry = tensors_of(model.backbone.read([[0]], unpooled))
+    return len(texts), sum(map(len, texts)), sum(x.nbytes for x in entry)
 
 
 def estimate(recipe: Recipe, system: System, batch: Batch, device: torch.device) -> Footprint:

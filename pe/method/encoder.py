@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ from pe.data.instructions import default_instruction
 from pe.method.backbone import Backbone
 from pe.method.packing import budget_on, by_length, to_device, token_batches
 from pe.method.requests import Instruction, Requests, Side, Truncation, check_arguments
+from pe.method.text_store import TextStore
 
 Floats = npt.NDArray[np.float32]
 Embed = Callable[[list[str], list[Any]], Tensor]
@@ -89,6 +91,7 @@ class Encoder(ABC):
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
+        store: TextStore | str | Path | None = None,
     ) -> Floats:
         """L2-normalised embeddings `[N, D]` float32 of N texts, in their order.
 
@@ -99,16 +102,32 @@ class Encoder(ABC):
             side: whose templates are used.
             batch_tokens: tokens of a packed batch, fewer on a CPU; a longer text stands alone.
             progress: show a progress bar.
+            store: where the text pass is kept and looked for first, or the folder of one (see
+                `pe/method/text_store.py`).
 
         Raises:
-            ValueError: no instruction and no default, anything but strings, an unknown side, or batches of less than a
-                token.
+            ValueError: no instruction and no default, anything but strings, an unknown side, batches of less than a
+                token, or a store that cannot be used, by this embedder or at all.
         """
         if instruction is None:
             instruction = self.default_instruction(side)
             logger.warning_once(f"{self.name}: no instruction given, so {side} texts go under {instruction!r}")
         texts, (instruction,) = check_arguments(texts, [instruction], side, batch_tokens)
-        return self._encode(texts, [Instruction(instruction, side)], batch_tokens, progress)[0].numpy(force=True)
+        with self.backbone.turns.taken(), self.reading_from(store):
+            return self._encode(texts, [Instruction(instruction, side)], batch_tokens, progress)[0].numpy(force=True)
+
+    def reading_from(self, store: TextStore | str | Path | None) -> AbstractContextManager[object]:
+        """Inside it the text pass is kept in a store, or in the folder of one, and looked for there first.
+
+        Raises:
+            ValueError: a store, where the passes over texts have what trains or what is asked in them.
+        """
+        if store is not None:
+            raise ValueError(
+                f"text store: {self.name} reads no text apart from what trains or is asked, so nothing can be kept;"
+                " leave the store out"
+            )
+        return nullcontext()
 
     def default_instruction(self, side: Side = "query") -> str:
         """What a side's texts are embedded under where no instruction is given.

@@ -10,9 +10,11 @@ instructions.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from pe.method.prefix import embed_behind_prefix
 from pe.method.prompt_bank import PromptBank
 from pe.method.requests import Instruction, Requests, Side, Texts, Truncation, check_arguments, check_instructions
 from pe.method.skip import WeightedSkip, build_skip, unpooled, with_skip
+from pe.method.text_store import TextStore
 from pe.method.trainable import TrainableModule
 from pe.method.turns import in_turn
 
@@ -189,8 +192,8 @@ class PromptedEmbedder(TrainableModule):
     def read(self, ids: Sequence[Sequence[int]]) -> tuple[KeyValues, Tensor | None]:
         """The frozen text pass, and what the skip makes of it: unit vectors `[B, D]`, or None without a skip."""
         if self.skip is None:
-            return self.backbone.read(ids), None
-        texts = self.backbone.read(ids, self.skip.pool)
+            return self.backbone.read(ids, exact=self.training), None
+        texts = self.backbone.read(ids, self.skip.pool, exact=self.training)
         return texts, self.skip(texts.pooled)
 
     @in_turn
@@ -203,7 +206,7 @@ class PromptedEmbedder(TrainableModule):
         if self.config.layout != "suffix":
             raise ValueError(f"layout: texts are read before their prompts in 'suffix', got {self.config.layout!r}")
         order, ids = self._sorted(requests)
-        context = self.backbone.read(ids, None if self.skip is None else unpooled)
+        context = self.backbone.read(ids, None if self.skip is None else unpooled, exact=self.training)
         return Texts(requests.part(order), order, context)
 
     def _read_and_prompt(self, requests: Requests | Texts) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -267,6 +270,33 @@ class PromptedEmbedder(TrainableModule):
 
     # Encoding.
 
+    @contextlib.contextmanager
+    def reading_from(self, store: TextStore | str | Path | None) -> Iterator[None]:
+        """Inside it the text pass is kept in a store, or in the folder of one, and looked for there first.
+
+        Raises:
+            ValueError: the prefix layout, a folder that cannot be used, or one for a backbone of unknown content.
+            UnsupportedBackbone: its states, which an entry holds, cannot be read.
+        """
+        if store is None:
+            yield
+            return
+        if self.config.layout != "suffix":
+            raise ValueError(
+                "text store: expected the suffix layout, where texts are read apart from their prompts, got"
+                f" {self.config.layout!r}; leave the store out"
+            )
+        with contextlib.nullcontext(store) if isinstance(store, TextStore) else TextStore.open(store) as opened:
+            if opened.is_shared and self.backbone.revision is None:
+                raise ValueError(
+                    f"{opened.name}: expected a backbone loaded from a folder or the hub, whose content is known, got"
+                    f" {self.backbone.name!r} of unknown content; keep its texts in memory"
+                )
+            if self.config.skip == "none":  # else they were checked when the embedder was made
+                self.backbone.check_states()
+            with self.backbone.reading_from(opened):
+                yield
+
     def encode_many(
         self,
         texts: Iterable[str],
@@ -275,11 +305,13 @@ class PromptedEmbedder(TrainableModule):
         side: Side = "query",
         batch_tokens: int = 16_384,
         progress: bool = False,
+        store: TextStore | str | Path | None = None,
     ) -> Floats:
         """As `encode`, under I instructions at once: `[I, N, D]`; in the suffix layout they share the text pass."""
-        return self.encode_tensor(
-            texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=progress
-        ).numpy(force=True)
+        with self.backbone.turns.taken(), self.reading_from(store):
+            return self.encode_tensor(
+                texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=progress
+            ).numpy(force=True)
 
     def encode_tensor(
         self,

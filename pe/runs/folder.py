@@ -20,6 +20,8 @@ from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
+FREE = ("output", "train.text_store", "train.text_store_gib")
+"""Options that may change when a run goes on: its folder may have been moved, and a store changes no result."""
 LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
 """What a run that ended before its first checkpoint leaves."""
 
@@ -54,6 +56,17 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         found = {path.stem.removeprefix("step-"): path for path in (self.path / "checkpoints").glob("step-*.pt")}
         return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether a run of the recipe was trained, scored and saved here.
+
+        Raises:
+            RunError: a run of another recipe.
+        """
+        if not self.checkpoints:
+            return False
+        self._check_same(recipe, self.path / "recipe.yaml")
+        return (self.model / "recipe.yaml").exists()
 
     def start(
         self,
@@ -139,8 +152,9 @@ class RunFolder:
         if not file.exists() or not self.checkpoints:
             raise RunError(f"{self.path}: nothing to resume (no recipe.yaml with a checkpoint); run without --resume")
         before, now = (flatten(to_dict(found)) for found in (load_recipe(file), recipe))
-        kept = {name: before[name] for name in EXTENDED if name in before and _is_more(now.get(name), before[name])}
-        if changed := differences(before, now | kept | {"output": before["output"]}):  # the folder may have been moved
+        free = {name: before[name] for name in FREE if name in before}
+        free |= {name: before[name] for name in EXTENDED if name in before and _is_more(now.get(name), before[name])}
+        if changed := differences(before, now | free):
             longer = f"only {' and '.join(EXTENDED)} may grow"
             raise RunError(f"{self.path}: --resume needs the same recipe ({longer}); changed: {', '.join(changed)}")
         old, new = before["train.steps"], now["train.steps"]
