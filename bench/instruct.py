@@ -52,6 +52,7 @@ def as_record(name: str, title: str, scores: Scores, recipe: Recipe, recipe_name
         "steps": recipe.train.total_steps,
         "rate": recipe.train.lr,
         "counterpart": recipe.loss.counterpart,
+        "stored": recipe.train.text_store != "none",
         "plain": sum(plain) / len(plain) if plain else None,
         "by_task": scores.by_task,
         "instruct": {task: scores.tasks[task].parts for task in INSTRUCT_TASKS if task in scores.tasks},
@@ -117,7 +118,7 @@ def _cells(row: records.Record, tasks: Sequence[str], group: Sequence[records.Re
         f"{row['variant']}, seed {row['seed']}",
         *("" if value is None else f"{value:.1f}" for value in [*got, row["plain"]]),
         *("" if value is None else f"{value:.3f}" for value in figures),
-        f"{row['cpu_seconds']:,.0f}",
+        f"{row['cpu_seconds']:,.0f}{' (texts stored)' if row.get('stored') else ''}",
     ]
 
 

@@ -25,6 +25,8 @@ POINTS = {
     "lora-weighted-dropless-longer": "LoRA without dropout, 4 times the steps",
     "lora-last-layers": "LoRA without dropout, on the upper half of the layers",
 }
+REAL, FOLLOWED, UNSEEN = "smollm2-135m.yaml", "PE-Instruct-NLI", "right_unseen"
+"""The recipe of a real backbone, and what says whether instructions are followed."""
 PLOT = "summary.svg"
 LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")
@@ -58,16 +60,36 @@ def training_row(name: str, variants: Variants) -> list[str] | None:
     return [what, machines, *cells, f"{seconds[1] / seconds[0]:.2f}", "", f"{ours / best:.0%} of {best:.1f}"]
 
 
+def real_rows(folder: Path) -> list[list[str]]:
+    """Trainings of a real backbone under instructions that contradict each other, ours beside LoRA's, by steps."""
+    timed_whole = (row for row in records.read("instruct", folder) if row["recipe"] == REAL and not row.get("stored"))
+    newest = {(row["steps"], row["system"]): row for row in timed_whole}
+    rows = []
+    for steps in dict.fromkeys(steps for steps, _ in newest):
+        ours, lora = (newest.get((steps, system)) for system in ("pe", "lora"))
+        if ours and lora:
+            cells = [
+                f"{row['cpu_seconds']:,.0f} s, score {row['plain']:.1f}, follows {follows:.1f}"
+                for row in (ours, lora)
+                for follows in [row["instruct"][FOLLOWED][UNSEEN]]
+            ]
+            what = f"training of *SmolLM2-135M*, {steps} steps under contradicting instructions, scored on 3 tasks"
+            machines = " and ".join(dict.fromkeys(map(hardware, (ours, lora))))
+            quicker, kept = lora["cpu_seconds"] / ours["cpu_seconds"], ours["plain"] / lora["plain"]
+            rows.append([what, machines, *cells, f"{quicker:.2f}", "", f"{kept:.0%} of {lora['plain']:.1f}"])
+    return rows
+
+
 def scored(folder: Path) -> Variants:
     """The quality table's variants, of the recipe with most of them; none where nothing was trained."""
     return max(newest(folder).values(), key=len, default={})
 
 
 def render(folder: Path) -> str:
-    """The table: steps, then whole trainings."""
+    """The table: trainings of a real backbone, then steps and whole trainings of others."""
     variants = scored(folder)
     found = [*(step_row(*case, folder) for case in STEPS), *(training_row(name, variants) for name in TRAININGS)]
-    rows = [row for row in found if row]
+    rows = [*real_rows(folder), *(row for row in found if row)]
     return grid(HEADER, rows) if rows else NOT_YET
 
 

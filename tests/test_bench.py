@@ -596,6 +596,21 @@ def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fi
     records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
 
 
+def test_a_real_training_stands_beside_lora_unless_its_texts_were_stored(results: Path) -> None:
+    def trained(system: str, seconds: float, stored: bool = False) -> None:
+        row = {"recipe": summary.REAL, "steps": 80, "system": system, "cpu_seconds": seconds, "plain": 80.0}
+        right = {"PE-Instruct-NLI": {"right_unseen": 70.0}}
+        records.append("instruct", [row | {"variant": system, "seed": 0, "instruct": right, "stored": stored}])
+
+    trained("pe", 100.0)
+    assert summary.real_rows(results) == [], "no LoRA yet"
+    trained("lora", 250.0)
+    trained("pe", 40.0, stored=True)
+    (row,) = summary.real_rows(results)
+    said = "s, score 80.0, follows 70.0"
+    assert row[2:] == [f"100 {said}", f"250 {said}", "2.50", "", "100% of 80.0"]
+
+
 def test_shares_of_time_are_of_the_quickest_lora_that_scores_as_well(results: Path) -> None:
     def short() -> list[str] | None:
         row = summary.training_row("pe-weighted", summary.scored(results))
