@@ -7,6 +7,7 @@ whoever reaches the port may use it, and by default only this machine does.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 
@@ -29,11 +30,11 @@ def check_installed() -> None:
 
 
 def check_limits(**given: float) -> None:
-    """Raise ValueError for a limit below what lets any request through."""
+    """Raise ValueError for a limit that would let no request through."""
     for name, value in given.items():
         least = 0 if name == "window_ms" else 1
-        if not value >= least:
-            raise ValueError(f"--{name}: expected at least {least}, got {value:g}")
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name}: expected a number of at least {least}, got {value:g}")
 
 
 def serve(
