@@ -232,8 +232,8 @@ def test_batches_keep_their_size_and_one_failure_takes_no_other_with_it() -> Non
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--max_texts=0"], "--max_texts: expected a number of at least 1, got 0"),
-        (["--window_ms=inf"], "--window_ms: expected a number of at least 0, got inf"),
+        (["--max_texts=0"], "--max_texts: expected at least 1, got 0"),
+        (["--window_ms=-1"], "--window_ms: expected at least 0, got -1"),
         ([], "no saved PromptEmbedder there"),
     ],
 )
