@@ -95,10 +95,9 @@ def entry_of(model: PromptEmbedder, instruction: Instruction) -> Entry:
     """
     backbone, config = model.backbone, model.config
     rows = model.prompt_bank([instruction])[0]
-    written, _ = model.write_prompts(Requests([""], [instruction], [0]))
-    tokenizer, head = backbone.text_tokenizer, list[int]()
+    head: list[int] = []
     if config.layout == "prefix":
-        (head,) = tokenizer([model.prefix_text(instruction)])
+        (head,) = backbone.text_tokenizer([model.prefix_text(instruction)])
         rows = torch.cat([backbone.token_rows(torch.tensor(head, device=rows.device)), rows])
     about = {
         "instruction": instruction.text,
@@ -117,13 +116,21 @@ def entry_of(model: PromptEmbedder, instruction: Instruction) -> Entry:
         "skip": config.skip,
         "lens_rank": config.lens_rank,
         "quantize": config.backbone.quantize,
-        "template": getattr(config.templates, instruction.side).text,
+        **reading_of(model, instruction.side),
+    }
+    gates = model.write_prompts(Requests([""], [instruction], [0]))[0].gates if model.lens is not None else None
+    return Entry(rows.contiguous().cpu(), None if gates is None else gates[0].contiguous().cpu(), about)
+
+
+def reading_of(model: PromptEmbedder, side: Side) -> dict[str, Any]:
+    """How a side's texts become token ids, as `vllm_client.text_ids` takes it."""
+    config, tokenizer = model.config, model.backbone.text_tokenizer
+    return {
+        "template": getattr(config.templates, side).text,
         "lead": tokenizer.lead if config.layout == "suffix" else [],
         "filler": tokenizer.filler,
         "max_length": config.max_length,
     }
-    gates = None if written.gates is None else written.gates[0].contiguous().cpu()
-    return Entry(rows.detach().contiguous().cpu(), gates, about)
 
 
 def check_served(model: PromptEmbedder, side: Side, target: Target) -> None:
@@ -134,7 +141,7 @@ def check_served(model: PromptEmbedder, side: Side, target: Target) -> None:
             otherwise.
     """
     config = model.config
-    found = {name: getattr(config, name) for name in WHY if name != "quantize"} | {"quantize": config.backbone.quantize}
+    found = vars(config) | {"quantize": config.backbone.quantize}
     wrong = [
         f"{name}: expected {' or '.join(map(repr, allowed))}, got {found[name]!r} ({WHY[name]})"
         for name, allowed in SERVED[target].items()
@@ -145,19 +152,13 @@ def check_served(model: PromptEmbedder, side: Side, target: Target) -> None:
         raise ValueError(f"--to {target}: {'; '.join(wrong)}; train the embedder with what is expected{cure}")
     if target not in ("peft", "vllm"):
         return
-    name, tokenizer = model.backbone.name, model.backbone.text_tokenizer
+    name, tokenizer, reading = model.backbone.name, model.backbone.text_tokenizer, reading_of(model, side)
     if is_gguf(name):
         raise ValueError(f"--to {target}: expected a backbone in a folder or on the hub, got the GGUF file {name}")
-    template = getattr(config.templates, side).text
-    is_suffix = config.layout == "suffix"
-    ours = tokenizer([Filled(template, text=text) for text in PROBES], lead=is_suffix)
-    about = {
-        "template": template,
-        "lead": tokenizer.lead if is_suffix else [],
-        "filler": tokenizer.filler,
-        "max_length": sys.maxsize,
-    }
-    if vllm_client.text_ids(tokenizer.tokenizer, PROBES, about) != ours:
+    template = reading["template"]
+    read = tokenizer([Filled(template, text=text) for text in PROBES], lead=config.layout == "suffix")
+    ours = [ids[: config.max_length] for ids in read]
+    if vllm_client.text_ids(tokenizer.tokenizer, PROBES, reading) != ours:
         raise ValueError(
             f"--to {target}: templates.{side}.text: expected one without special tokens, got {template!r}, which stock"
             " tokenizers read otherwise; train without them"
