@@ -174,6 +174,22 @@ def test_unknown_paths_and_a_model_without_prompts(model: PromptEmbedder) -> Non
             assert answer.json()["error"]["message"].endswith(f"expected POST {PATH}")
 
 
+def test_a_client_that_leaves_is_no_failure(model: PromptEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+    app, sent = build_app(model, "tiny"), list[Any]()
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(parts)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": []}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert not caplog.records
+
+
 def test_full_queue_late_answers_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     model, held, begun = embedder(), threading.Event(), threading.Event()
     plain = model.encode_each

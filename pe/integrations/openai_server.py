@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pe.data.instructions import as_prompts
 from pe.encode import Embeddings, compressed
@@ -254,10 +255,13 @@ class Service:
 async def read_body(request: Request, most: int) -> bytes:
     """The body of a request; Refused where it has more than `most` bytes, of which no more are kept."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise Refused(413, f"body: expected at most {most} bytes, got more; send fewer texts at a time")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise Refused(413, f"body: expected at most {most} bytes, got more; send fewer texts at a time")
+    except ClientDisconnect as gone:
+        raise Refused(400, f"body: expected all of it, got {len(body)} bytes and no more") from gone
     return bytes(body)
 
 
