@@ -13,7 +13,16 @@ from pathlib import Path
 
 IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn"}
 ROOT = Path(__file__).parent.parent
-MODULES = ("pe.train", "pe.transfer", "pe.encode", "pe.evaluate", "pe.baselines.lora", "pe.kernels.vocab_mixture")
+MODULES = (
+    "pe.train",
+    "pe.transfer",
+    "pe.encode",
+    "pe.evaluate",
+    "pe.export",
+    "pe.serve",
+    "pe.baselines.lora",
+    "pe.kernels.vocab_mixture",
+)
 
 
 def test_wheel_and_sdist_build_and_import(tmp_path: Path) -> None:

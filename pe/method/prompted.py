@@ -29,7 +29,7 @@ from pe.method.captured import Captured
 from pe.method.encoder import Embed, Floats
 from pe.method.lens import Lens
 from pe.method.loading import Filled
-from pe.method.packing import Segments, inverse
+from pe.method.packing import Segments, budget_on, inverse, to_device, token_batches
 from pe.method.prefix import embed_behind_prefix
 from pe.method.prompt_bank import PromptBank
 from pe.method.requests import Instruction, Requests, Side, Texts, Truncation, check_arguments, check_instructions
@@ -348,19 +348,61 @@ class PromptedEmbedder(TrainableModule):
                     parts.append(self._behind_prefix(requests, ids, prompts, index))
                 return torch.stack(parts)
             context, skipped = self.read(ids)
-            rows = SOFT_ROWS_CPU if self.device.type == "cpu" else SOFT_ROWS
-            at_once = max(1, rows // (count * self.config.prompter.soft_tokens))
+            most = SOFT_ROWS_CPU if self.device.type == "cpu" else SOFT_ROWS
+            at_once = max(1, most // (count * self.config.prompter.soft_tokens))
             for first in range(0, len(wanted), at_once):
                 group = wanted[first : first + at_once]
                 requests = Requests(texts * len(group), group, [n for n in range(len(group)) for _ in texts])
                 prompts, index = prompts_of(requests, slice(first, first + at_once))
-                states = self.prompt_states(context, prompts, index, list(range(count)) * len(group))
-                pooled = with_skip(self.pool_prompt(states).unflatten(0, (len(group), count)), skipped)
-                turned = self._through_lens(pooled.flatten(0, 1), prompts.gates_of(index))
-                parts.append(turned.unflatten(0, (len(group), count)))
+                rows = self._embed_behind(context, skipped, prompts, index, list(range(count)) * len(group))
+                parts.append(rows.unflatten(0, (len(group), count)))
             return torch.cat(parts)
 
         return embed
+
+    @torch.no_grad()
+    def encode_each(self, requests: Requests, batch_tokens: int = 16_384) -> Floats:
+        """As `encode`, each of N texts under its own instruction: `[N, D]`.
+
+        In the suffix layout a text that comes several times is read once; each further instruction costs K tokens.
+        """
+        with self.backbone.turns.taken(), self._at_rest():
+            embeddings = torch.empty(len(requests.texts), self.dimensions, device=self.device)
+            if not embeddings.numel():
+                return embeddings.numpy(force=True)
+            read = self.readings(requests) if requests.read is None else requests.read
+            is_shared = self.config.conditioning == "instruction"
+            bank = self._prompts_of(requests.instructions) if is_shared else None
+            places: dict[tuple[int, ...], list[int]] = {}
+            for place, ids in enumerate(read):
+                places.setdefault(tuple(ids), []).append(place)
+            k, groups = self.config.prompter.soft_tokens, list(places.items())
+            costs = [len(ids) + k * len(group) for ids, group in groups]
+            for batch in token_batches(costs, budget_on(self.device, batch_tokens)):
+                own = [place for n in batch for place in groups[n][1]]
+                part = requests.part(own)
+                prompts, index = self.write_prompts(part) if bank is None else (bank, list(part.index))
+                if self.config.layout == "prefix":
+                    rows = self._behind_prefix(part, [read[place] for place in own], prompts, index)
+                else:
+                    context, skipped = self.read([groups[n][0] for n in batch])
+                    behind = [text for text, n in enumerate(batch) for _ in groups[n][1]]
+                    rows = self._embed_behind(context, skipped, prompts, index, behind)
+                embeddings[to_device(own, self.device)] = rows
+            return embeddings.numpy(force=True)
+
+    def _embed_behind(
+        self,
+        context: KeyValues,
+        skipped: Tensor | None,
+        prompts: AlignedPrompts,
+        index: Sequence[int],
+        context_index: Sequence[int],
+    ) -> Tensor:
+        """Embeddings `[B, D]` by prompt `index[b]` behind text `context_index[b]` of those that were read."""
+        states = self.prompt_states(context, prompts, index, context_index)
+        own = None if skipped is None else skipped[to_device(context_index, self.device)]
+        return self._through_lens(with_skip(self.pool_prompt(states), own), prompts.gates_of(index))
 
     @torch.no_grad()
     def prompt_bank(self, instructions: Iterable[Instruction]) -> Tensor:
