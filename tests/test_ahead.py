@@ -32,9 +32,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     whole = Backbone.read
 
-    def read(self: Backbone, texts: Sequence[Sequence[int]], pool: Pool | None = None) -> KeyValues:
+    def read(
+        self: Backbone, texts: Sequence[Sequence[int]], pool: Pool | None = None, *, exact: bool = False
+    ) -> KeyValues:
         counts.append(len(texts))
-        return whole(self, texts, pool)
+        return whole(self, texts, pool, exact=exact)
 
     monkeypatch.setattr(Backbone, "read", read)
     return counts

@@ -57,6 +57,7 @@ class AttentionPlan:
         context: keys and values that stand before the texts, or None.
         context_index: for each text the segment of `context` it sees, `[B]`; None: text b sees segment b.
         keep: whether the pass stores its own keys and values in `stored`.
+        filler: tokens at the end of the row whose keys and values are not stored.
         stop_after: layer whose stored keys end the pass by LastLayerReached; None: run to the end.
     """
 
@@ -64,12 +65,14 @@ class AttentionPlan:
     context: KeyValues | None = None
     context_index: Tensor | None = None
     keep: bool = False
+    filler: int = 0
     stop_after: int | None = None
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         if self.keep:
-            self.stored[layer] = (compact(k), compact(v))
+            own = self.segments.total - self.filler
+            self.stored[layer] = (compact(k[:own]), compact(v[:own]))
         if layer == self.stop_after:
             raise LastLayerReached
 

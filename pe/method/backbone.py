@@ -265,15 +265,14 @@ class Backbone(nn.Module):
         total = sum(map(len, texts))
         filler = max(0, EXACT_TOKENS - total) if exact and self.device.type == "cpu" else 0
         ids, segments = pack([*texts, *[[0]] * filler], self.device)
-        plan = AttentionPlan(segments, keep=True, stop_after=self.num_layers - 1)
+        plan = AttentionPlan(segments, keep=True, filler=filler, stop_after=self.num_layers - 1)
         with torch.no_grad(), self.as_texts_are_read(), self._entering_last_layer(with_states) as states:
             with contextlib.suppress(LastLayerReached):
                 self._run(self.token_rows(ids), plan, (0,) * len(segments))
             kept = self._kept(plan)
         assert kept is not None
-        layers = [(k[:total], v[:total]) for k, v in kept.layers] if filler else kept.layers
         own = Segments(segments.lengths[: len(texts)], self.device) if filler else segments
-        return KeyValues(layers, own, states[0][0][:total] if with_states else None)
+        return KeyValues(kept.layers, own, attention.compact(states[0][0][:total]) if with_states else None)
 
     @contextlib.contextmanager
     def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
