@@ -60,6 +60,11 @@ def training_row(name: str, variants: Variants) -> list[str] | None:
     return [what, machines, *cells, f"{seconds[1] / seconds[0]:.2f}", "", f"{ours / best:.0%} of {best:.1f}"]
 
 
+def _trained(row: records.Record) -> str:
+    followed = row["instruct"][FOLLOWED][UNSEEN]
+    return f"{row['cpu_seconds']:,.0f} s, score {row['plain']:.1f}, follows {followed:.1f}"
+
+
 def real_rows(folder: Path) -> list[list[str]]:
     """Trainings of a real backbone under instructions that contradict each other, ours beside LoRA's, by steps."""
     timed_whole = (row for row in records.read("instruct", folder) if row["recipe"] == REAL and not row.get("stored"))
@@ -68,11 +73,7 @@ def real_rows(folder: Path) -> list[list[str]]:
     for steps in dict.fromkeys(steps for steps, _ in newest):
         ours, lora = (newest.get((steps, system)) for system in ("pe", "lora"))
         if ours and lora:
-            cells = [
-                f"{row['cpu_seconds']:,.0f} s, score {row['plain']:.1f}, follows {follows:.1f}"
-                for row in (ours, lora)
-                for follows in [row["instruct"][FOLLOWED][UNSEEN]]
-            ]
+            cells = [_trained(row) for row in (ours, lora)]
             what = f"training of *SmolLM2-135M*, {steps} steps under contradicting instructions, scored on 3 tasks"
             machines = " and ".join(dict.fromkeys(map(hardware, (ours, lora))))
             quicker, kept = lora["cpu_seconds"] / ours["cpu_seconds"], ours["plain"] / lora["plain"]
