@@ -48,7 +48,7 @@ def build_pe(**changes: Any) -> Build:
 
     def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
         model = PromptEmbedder.from_config(dataclasses.replace(recipe.model, **changes), device)
-        model.start_lens(instructions_of(plan))
+        model.start(instructions_of(plan))
         return model
 
     return build
@@ -60,7 +60,7 @@ def build_static(**changes: Any) -> Build:
     def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
         config, known = dataclasses.replace(recipe.model, **changes), instructions_of(plan)
         model = StaticPromptEmbedder.from_config(config, device, instructions=known)
-        model.start_lens(known)
+        model.start(known)
         return model
 
     return build

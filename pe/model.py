@@ -6,7 +6,7 @@ Legend: N prompts, P the width of the prompting LLM, D the backbone's width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -118,8 +118,8 @@ class PromptEmbedder(PromptedEmbedder):
         """Prompts of the prompting LLM, carried over; and the hidden states `[N, P]` that began them."""
         ids = self.prompter_ids(readings)
         of_instruction = self.config.conditioning == "instruction"
-        if not any(p.requires_grad for p in self.prompter.parameters()):
-            prompts = self._write_frozen(ids)
+        if self._writes_once:
+            prompts = self._kept(ids)
         elif self.captured is not None and torch.is_grad_enabled() and of_instruction:
             prompts = self.captured.prompts(ids)
         else:
@@ -127,14 +127,32 @@ class PromptEmbedder(PromptedEmbedder):
         here = SoftPrompts(prompts.tokens.to(self.device), prompts.hidden.to(self.device))
         return self.alignment(here), here.hidden[:, 0]
 
+    @property
+    def _writes_once(self) -> bool:
+        """Whether prompts stay as they are: the prompting LLM is frozen, reads no text and draws nothing."""
+        is_frozen = not any(p.requires_grad for p in self.prompter.parameters())
+        is_drawn = self.training and self.prompter.has_dropout
+        return is_frozen and not is_drawn and self.config.conditioning == "instruction"
+
     @torch.no_grad()
-    def _write_frozen(self, ids: list[list[int]]) -> SoftPrompts:
-        """What a frozen LLM writes: each prompt once and by itself, unless it depends on texts or is drawn."""
-        if self.config.conditioning != "instruction" or (self.training and self.prompter.has_dropout):
-            written: SoftPrompts = self.prompter(ids)
-            return written
-        prompts = self._frozen.get(list(map(tuple, ids)), [self.prompter], lambda row: self.prompter([row]))
+    def _kept(self, ids: list[list[int]], *, side_by_side: bool = False) -> SoftPrompts:
+        """What is written once: each prompt by itself, which no other changes, or all that are missing together."""
+
+        def write(missing: list[tuple[int, ...]]) -> Iterator[SoftPrompts]:
+            for part in [missing] if side_by_side else [[row] for row in missing]:
+                written: SoftPrompts = self.prompter(part)
+                yield from map(SoftPrompts, written.tokens.split(1), written.hidden.split(1))
+
+        prompts = self._frozen.get(list(map(tuple, ids)), [self.prompter], write)
         return SoftPrompts(torch.cat([p.tokens for p in prompts]), torch.cat([p.hidden for p in prompts]))
+
+    @in_turn
+    def start(self, instructions: Sequence[Instruction]) -> None:
+        """See `PromptedEmbedder.start`; what a frozen prompting LLM writes for them is written here, side by side."""
+        if self._writes_once:
+            heads = [self.prompter_text(item) for item in instructions]
+            self._kept(self.prompter_ids([(head, head) for head in heads]), side_by_side=True)
+        super().start(instructions)
 
     # Saving and loading.
 

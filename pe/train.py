@@ -422,7 +422,7 @@ def build_model(recipe: Recipe, plan: BatchPlan, device: torch.device) -> Prompt
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, device)
     model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
-    model.start_lens(instructions_of(plan))
+    model.start(instructions_of(plan))
     check_widths(recipe, model)
     return model
 

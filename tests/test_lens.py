@@ -32,7 +32,7 @@ def configured(tiny_models: Path, **options: Any) -> ModelConfig:
 def model(tiny_models: Path) -> PromptEmbedder:
     torch.manual_seed(0)
     embedder = PromptEmbedder.from_config(configured(tiny_models))
-    embedder.start_lens([Instruction(FIND), Instruction(AVOID)])
+    embedder.start([Instruction(FIND), Instruction(AVOID)])
     return embedder.eval()
 
 
@@ -141,7 +141,7 @@ def test_the_control_has_one_too(tiny_models: Path) -> None:
     config = configured(tiny_models)
     known = [Instruction(FIND), Instruction(AVOID)]
     static = StaticPromptEmbedder.from_config(config, instructions=known)
-    static.start_lens(known)
+    static.start(known)
     turned(static).eval()
     embeddings = static.encode_many(TEXTS, instructions=[FIND, AVOID])
     assert abs(embeddings[0] - embeddings[1]).max() > 0.05

@@ -450,10 +450,11 @@ def test_a_bank_keeps_so_many_and_is_of_one_precision() -> None:
     written: list[str] = []
 
     def get(*keys: str) -> list[int]:
-        return bank.get(keys, [weight], lambda key: written.append(key) or len(written))
+        return bank.get(keys, [weight], lambda missing: [written.append(key) or len(written) for key in missing])
 
     assert get("a", "b", "a") == [1, 2, 1]
-    assert get("c", "a") == [3, 4]  # the oldest went first
+    assert get("c", "a") == [3, 1]  # what is kept is found before the oldest goes
+    assert get("a") == [4]
     with torch.autocast("cpu", torch.bfloat16):
         assert get("a") == [5]
     with torch.inference_mode():
@@ -469,7 +470,7 @@ def test_a_step_on_a_gpu_looks_at_no_values(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("pe.method.prompt_bank.sample", lambda weights: looks.append(len(list(weights))) or (1.0,))
 
     def get() -> float:
-        return bank.get(["a"], [layer], lambda key: float(layer.weight.detach().sum()))[0]
+        return bank.get(["a"], [layer], lambda missing: [float(layer.weight.detach().sum())])[0]
 
     first = get()
     monkeypatch.setattr("pe.method.prompt_bank.may_wait", lambda weights: False)
@@ -485,7 +486,7 @@ def test_weights_without_data_have_a_stamp() -> None:
     with torch.device("meta"):
         weight = nn.Linear(3, 4)
     assert stamp(list(weight.parameters())).values == ()
-    assert PromptBank[str, str](1).get(["a"], [weight], str.upper) == ["A"]
+    assert PromptBank[str, str](1).get(["a"], [weight], lambda missing: map(str.upper, missing)) == ["A"]
 
 
 def test_a_weight_is_sampled_all_over(make: Maker) -> None:
@@ -545,6 +546,19 @@ def test_a_frozen_prompting_llm_writes_each_prompt_by_itself(make: Maker, monkey
     again = model(Requests(TEXTS[:2], [Instruction("Another"), long], [0, 1]))
     assert len(calls) == 3
     assert torch.equal(both[1], again[1])
+
+
+def test_instructions_of_training_are_written_side_by_side(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One generation writes them, equal to each by itself but for rounding; a step then writes none."""
+    model = make()
+    model.prompter.requires_grad_(False)
+    expected = model(requests(*TEXTS))
+    model = make()
+    model.prompter.requires_grad_(False)
+    calls = count_generations(model, monkeypatch)
+    model.start([Instruction(FIND), Instruction("Another, and a longer one"), *requests(*TEXTS).instructions])
+    torch.testing.assert_close(model(requests(*TEXTS)), expected, atol=ROUNDING, rtol=0)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("conditioning", "dropout"), [("instruction_and_text", False), ("instruction", True)])

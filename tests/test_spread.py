@@ -66,7 +66,7 @@ def test_training_on_contradicting_instructions_parts_them(tiny_models: Path, tm
 
     plan = build_plan(options, Console(quiet=True))
     model = PromptEmbedder.from_config(options.model)
-    model.start_lens(instructions_of(plan))
+    model.start(instructions_of(plan))
     fit(model, plan, options, build_accelerator(options))
     found = spread_of(model, plan)
     assert found is not None

@@ -70,8 +70,10 @@ class PromptBank(Generic[Key, Written]):
         self._stamp: Stamp | None = None
         self._entries: dict[Hashable, Written] = {}
 
-    def get(self, keys: Sequence[Key], writers: Iterable[nn.Module], write: Callable[[Key], Written]) -> list[Written]:
-        """The entry of each key; what is not kept is written now.
+    def get(
+        self, keys: Sequence[Key], writers: Iterable[nn.Module], write: Callable[[list[Key]], Iterable[Written]]
+    ) -> list[Written]:
+        """The entry of each key; those that are not kept are written now.
 
         What was written in another precision of autocast, or on the other side of inference mode, is another entry.
         """
@@ -82,15 +84,14 @@ class PromptBank(Generic[Key, Written]):
             self._entries, self._stamp = {}, now if now.values else stamp(weights)
         types = sorted({device.type for device, _, _ in now.places} - {"meta"})
         precisions = [torch.get_autocast_dtype(name) if torch.is_autocast_enabled(name) else None for name in types]
-        found = []
-        for key in keys:
-            full = (key, *precisions, torch.is_inference_mode_enabled())
-            if full not in self._entries:
-                while len(self._entries) >= self._most:
-                    del self._entries[next(iter(self._entries))]
-                self._entries[full] = write(key)
-            found.append(self._entries[full])
-        return found
+        context = (*precisions, torch.is_inference_mode_enabled())
+        found = {key: self._entries[key, *context] for key in keys if (key, *context) in self._entries}
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        for key, entry in zip(missing, write(missing) if missing else (), strict=True):
+            while len(self._entries) >= self._most:
+                del self._entries[next(iter(self._entries))]
+            found[key] = self._entries[key, *context] = entry
+        return [found[key] for key in keys]
 
     def clear(self) -> None:
         """Forget everything, where something other than a weight has changed."""

@@ -423,7 +423,7 @@ class PromptedEmbedder(TrainableModule):
         """The bank's prompts and gates of these instructions, in the backbone's input space."""
         writers = [getattr(self, name) for name in self._writers]
         parts = [*writers, self.lens or nn.Identity(), self.backbone.model.get_input_embeddings()]
-        return together(self._bank.get(instructions, parts, self._finished))
+        return together(self._bank.get(instructions, parts, lambda missing: map(self._finished, missing)))
 
     def _finished(self, instruction: Instruction) -> AlignedPrompts:
         head = self.prompter_text(instruction)
@@ -435,8 +435,8 @@ class PromptedEmbedder(TrainableModule):
 
     @in_turn
     @torch.no_grad()
-    def start_lens(self, instructions: Sequence[Instruction]) -> None:
-        """Tell a lens, where there is one, what the instructions of training have in common."""
+    def start(self, instructions: Sequence[Instruction]) -> None:
+        """Tell a new embedder the instructions of its training; a lens learns what they have in common."""
         if self.lens is not None:
             heads = [self.prompter_text(item) for item in instructions]
             self.lens.start_at(self._write([(head, head) for head in heads])[1])
