@@ -20,7 +20,8 @@ from pe.baselines.common import BARE, Templates
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig
 from pe.method.alignment import AlignmentReport, LinearAlignment
-from pe.method.backbone import DTYPES, Backbone
+from pe.method.backbone import Backbone
+from pe.method.loading import DTYPES
 from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bench import records
 from bench.cases import ROOT
-from bench.markdown import NOT_YET, grid, origins
+from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.quality import evaluate, with_train
 from bench.systems import INSTRUCTED
 from pe.baselines.static import StaticPromptEmbedder
@@ -30,7 +30,7 @@ from pe.data.instruct_score import INSTRUCT_TASKS
 from pe.evaluate import Scores
 from pe.losses import instructions_of
 from pe.measure.spread import spread
-from pe.method.loading import quiet
+from pe.method.loading import dtype_on, quiet
 from pe.method.prompted import PromptedEmbedder
 from pe.runs.cli import user_errors
 from pe.runs.recipes import load_recipe
@@ -68,6 +68,7 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
     started = time.process_time()
     history = fit(model, plan, recipe, accelerator)
     known: dict[str, Any] = {"seconds": history.seconds, "cpu_seconds": time.process_time() - started}
+    known["dtype"] = str(dtype_on(accelerator.device, recipe.model.backbone.dtype) or "auto").removeprefix("torch.")
     if isinstance(model, PromptedEmbedder):
         wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
         found = spread(model, wanted, plan.batch(0).queries)
@@ -86,11 +87,12 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
 def render(folder: Path) -> str:
     """Right answers, times 100, by task and kind of wording; the newest record of every system and seed."""
     latest = {
-        (row["recipe"], row["steps"], row["variant"], row["seed"]): row for row in records.read("instruct", folder)
+        (row["recipe"], row["steps"], dtype_of(row), row["variant"], row["seed"]): row
+        for row in records.read("instruct", folder)
     }
     groups: dict[str, list[records.Record]] = {}
     for row in latest.values():
-        groups.setdefault(f"{row['recipe']}, {row['steps']} steps", []).append(row)
+        groups.setdefault(f"{row['recipe']}, {row['steps']} steps, {dtype_of(row)}", []).append(row)
     parts = []
     for name, group in groups.items():
         tasks = list(dict.fromkeys(task for row in group for task in row["instruct"]))

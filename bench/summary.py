@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import plots, quality, records
-from bench.markdown import NOT_YET, grid, hardware, share
+from bench.markdown import NOT_YET, dtype_of, grid, hardware, share
 from bench.memory import above
 from bench.plots import Panel, Series
 from bench.quality import Variants, match, mean_of, middle, newest, seconds_of, values
@@ -68,10 +68,10 @@ def _trained(row: records.Record) -> str:
 def real_rows(folder: Path) -> list[list[str]]:
     """Trainings of a real backbone under instructions that contradict each other, ours beside LoRA's, by steps."""
     timed_whole = (row for row in records.read("instruct", folder) if row["recipe"] == REAL and not row.get("stored"))
-    newest = {(row["steps"], row["system"]): row for row in timed_whole}
+    newest = {(row["steps"], dtype_of(row), row["system"]): row for row in timed_whole}
     rows = []
-    for steps in dict.fromkeys(steps for steps, _ in newest):
-        ours, lora = (newest.get((steps, system)) for system in ("pe", "lora"))
+    for steps, dtype in dict.fromkeys(key[:2] for key in newest):
+        ours, lora = (newest.get((steps, dtype, system)) for system in ("pe", "lora"))
         if ours and lora:
             cells = [_trained(row) for row in (ours, lora)]
             what = f"training of *SmolLM2-135M*, {steps} steps under contradicting instructions, scored on 3 tasks"

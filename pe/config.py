@@ -23,7 +23,7 @@ def _require_positive(name: str, value: float) -> None:
     _require(0 < value < math.inf, name, "a positive number", value)
 
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "fastest", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "float8"]
 Skip = Literal["none", "weighted"]
 DEFAULT_STEPS = 200
@@ -79,7 +79,8 @@ class BackboneConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
     dtype: Dtype = "auto"
-    """Type of the frozen weights; auto: the checkpoint's on a GPU, float32 on a CPU."""
+    """Type of the frozen weights; auto: the checkpoint's on a GPU, float32 on a CPU. fastest: bfloat16 on a device that
+    multiplies matrices of it by instructions of its own (a GPU, a processor with AMX or AVX-512 BF16), else float32."""
     quantize: Quantize = "none"
     """Type of the products in the text pass, which takes no gradient (suffix layout, see `pe/method/quantized.py`); the
     soft tokens behind it run in `dtype`. A device without instructions for it reads unquantised, with a warning."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -422,3 +423,13 @@ def test_texts_read_in_parts_are_read_the_same(monkeypatch: pytest.MonkeyPatch) 
     for ours, theirs in zip(parts.layers, whole.layers, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("is_fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_fastest_type_is_the_processors(
+    tiny_models: Path, is_fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: is_fast)
+    config = BackboneConfig(model=str(tiny_models / "one"), dtype="fastest")
+    assert Backbone.from_pretrained(config, torch.device("cpu")).dtype == expected

@@ -28,8 +28,8 @@ from pe.data.batches import Batch
 from pe.losses import batch_requests
 from pe.measure.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases
 from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
-from pe.method.backbone import DTYPES, Backbone
-from pe.method.loading import TextTokenizer, load_config, load_tokenizer
+from pe.method.backbone import Backbone
+from pe.method.loading import TextTokenizer, dtype_on, load_config, load_tokenizer
 from pe.method.prompting import PromptingLLM
 from pe.method.quantized import usable
 from pe.method.skip import unpooled
@@ -221,9 +221,7 @@ def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedd
     """
     options = recipe.model
     config, tokenizer = config_of(options.backbone), tokenizer_of(options.backbone)
-    chosen = options.backbone.dtype
-    automatic = torch.float32 if device.type == "cpu" else config.get_text_config().dtype or torch.float32
-    dtype = automatic if chosen == "auto" else DTYPES[chosen]
+    dtype = dtype_on(device, options.backbone.dtype) or config.get_text_config().dtype or torch.float32
     model: Embedder
     with torch.device("meta"):
         decoder = AutoModel.from_config(config, dtype=dtype)

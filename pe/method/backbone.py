@@ -27,6 +27,7 @@ from pe.method.final_norm import NormOptions, find_final_norm
 from pe.method.loading import (
     TextTokenizer,
     content_of,
+    dtype_on,
     embedding_scale,
     load_pretrained,
     warn_of_slow_products,
@@ -37,7 +38,6 @@ from pe.method.rms_norm import fuse_norms, stock_norms
 from pe.method.text_store import TextStore
 from pe.method.turns import Turns
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READER = "reader"
 EXACT_TOKENS = 256
 """Tokens of a pass on a CPU from which on a text's neighbours change no bit of it: products of fewer rows add up in
@@ -120,11 +120,10 @@ class Backbone(nn.Module):
             FileNotFoundError: neither a folder nor a name that the hub or its cache has.
             UnsupportedBackbone, ValueError: see `__init__` and `load_pretrained`.
         """
-        automatic = torch.float32 if device.type == "cpu" else "auto"
-        dtype = automatic if config.dtype == "auto" else DTYPES[config.dtype]
-        if isinstance(dtype, torch.dtype):
+        dtype = dtype_on(device, config.dtype)
+        if dtype is not None:
             warn_of_slow_products("backbone.dtype", dtype, device)
-        model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype)
+        model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype or "auto")
         revision = content_of(model, config.model, config.revision)
         quantize = usable(config.quantize, device)
         return cls(model.to(device), tokenizer, config.model, revision, quantize)  # type: ignore[arg-type]

@@ -27,8 +27,10 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from pe.config import Dtype
 from pe.method.gguf import is_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
@@ -167,6 +169,22 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     """A positive number as `dtype` holds it."""
     unit = math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 1)
     return round(value / unit) * unit
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are quicker on a device than those of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def dtype_on(device: torch.device, chosen: Dtype) -> torch.dtype | None:
+    """The type of frozen weights on a device, by the recipe's `backbone.dtype`; None: the checkpoint's."""
+    if chosen == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    if chosen == "fastest":
+        return torch.bfloat16 if is_fast_in_bfloat16(device) else torch.float32
+    return DTYPES[chosen]
 
 
 def has_instructions(dtype: torch.dtype, device: torch.device) -> bool:
