@@ -45,8 +45,8 @@ def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> N
 class FusedLinear(lora.Linear):
     """In place of PEFT's linear layer, x Wᵀ + s (x Aᵀ) Bᵀ, which makes three tensors `[T, E]` besides its output.
 
-    With gradient the second product is added to the first as it is taken. In evaluation, without gradient, many rows
-    take one product, x (W + s B A)ᵀ; the merged weight is made for the call, and W never changes.
+    The second product is added to the first as it is taken, in the type of x and W, or autocast's. In evaluation, in
+    float32, many rows take one product, x (W + s B A)ᵀ; the merged weight is made for the call, and W never changes.
     """
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -58,7 +58,7 @@ class FusedLinear(lora.Linear):
         scale: float = self.scaling[adapter]
         if self._merges(x):
             return F.linear(x, torch.addmm(base.weight, up, down, alpha=scale), base.bias)
-        if self._adds(x, adapter):
+        if not self._draws(adapter):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             bias = None if base.bias is None else base.bias.to(dtype)
@@ -79,12 +79,10 @@ class FusedLinear(lora.Linear):
             and x.shape[:-1].numel() >= x.shape[-1]
         )
 
-    def _adds(self, x: Tensor, adapter: str) -> bool:
-        """Whether all products are of one type, and no dropout stands between them."""
+    def _draws(self, adapter: str) -> bool:
+        """Whether a dropout stands between the products."""
         dropout = self.lora_dropout[adapter]
-        is_dropped = drops(dropout) and dropout.training
-        one_type = x.dtype == self.base_layer.weight.dtype == torch.float32
-        return torch.is_grad_enabled() and not is_dropped and (one_type or torch.is_autocast_enabled(x.device.type))
+        return drops(dropout) and dropout.training
 
 
 def drops(module: nn.Module) -> bool:

@@ -88,18 +88,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
 
     Half-precision CUDA rows go through variable-length flash attention (see `pe.method.flash`); elsewhere neighbouring
     texts of equal length share one scaled_dot_product_attention, so a row sorted by length costs few calls and no
-    padding.
+    padding. With gradient these are in float32: torch's backward on a CPU is several times slower in half types.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         cu, longest = segments.cu_seqlens, segments.longest
         return flash_attention(q, k, v, cu, cu, longest, longest, scale=scale)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    sizes = [count * length for _, count, length in segments.runs]
+    parts = (x.to(torch.promote_types(x.dtype, torch.float32) if trains else x.dtype).split(sizes) for x in (q, k, v))
     outputs = []
-    for first, count, length in segments.runs:
-        rows = slice(first, first + count * length)
-        qh, kh, vh = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    for (_, count, length), *rows in zip(segments.runs, *parts, strict=True):
+        qh, kh, vh = (x.unflatten(0, (count, length)).transpose(1, 2) for x in rows)
         attended = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+    return (torch.cat(outputs) if len(outputs) != 1 else outputs[0]).to(v.dtype)
 
 
 def packed_attention(
