@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from pe.baselines.common import BARE, Templates
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.config import LoraSettings, ModelConfig, PrompterConfig
+from pe.config import LoraSettings, ModelConfig, PrompterConfig, Quantize
 from pe.method.alignment import AlignmentReport, LinearAlignment
 from pe.method.backbone import Backbone
 from pe.method.loading import DTYPES
@@ -102,6 +102,7 @@ class Case:
         queries: queries of a batch; as many positives come on top.
         soft_tokens: K.
         rank: of LoRA and of the reader.
+        writes_once: the prompting LLM is frozen; else all of it trains but its vocabulary embedding.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Case:
     queries: int
     soft_tokens: int = 5
     rank: int = 16
+    writes_once: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -119,7 +121,9 @@ class Case:
 
 QWEN_06B = Shape(kind="qwen3", sizes=sizes(151_936, 1024, 3072, 28, 16, 8, 128), tied=True)
 TINY_PROMPTER = Shape(kind="llama", sizes=sizes(4096, 192, 512, 4, 6, 3, 32), folder="models/tiny-prompter")
+SMOLLM2 = Shape(kind="llama", sizes=sizes(49_152, 576, 1536, 30, 9, 3, 64), folder="models/smollm2-135m", tied=True)
 CASES = {
+    "smollm2": Case(name="smollm2", prompter=SMOLLM2, backbone=SMOLLM2, queries=64, writes_once=True),
     "tiny": Case(
         name="tiny",
         prompter=TINY_PROMPTER,
@@ -165,8 +169,9 @@ GPU_CASES = ("1b", "4b", "8b")
 
 Their batches are of a size that padded LoRA, too, trains on one GPU of 80 GB.
 """
-MEASURED = (*CPU_CASES, *GPU_CASES)
-"""Cases that are on the page; `toy` is for the tests."""
+MEASURED = ("smollm2", *CPU_CASES, *GPU_CASES)
+"""Cases that are on the page; `toy` is for the tests. `smollm2` runs where it is asked for: padded LoRA takes more
+memory on it than small machines have."""
 
 
 def default_cases(device: str) -> tuple[str, ...]:
@@ -180,7 +185,7 @@ Embedder = PromptEmbedder | LoraEmbedder
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the models are, and the type of their frozen weights; below float32 the step runs under autocast."""
+    """Where the models are, and the type of their frozen weights; below float32 a GPU's step runs under autocast."""
 
     device: torch.device
     dtype: torch.dtype
@@ -194,7 +199,7 @@ class Setting:
     @property
     def accelerator(self) -> Accelerator:
         """What `pe.train` would train by here."""
-        precision = "bf16" if self.dtype == torch.bfloat16 else "no"
+        precision = "bf16" if self.dtype == torch.bfloat16 and self.device.type != "cpu" else "no"
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
 
 
@@ -214,6 +219,8 @@ class Variant:
     """Whether a GPU runs PromptEmbedder's small passes by CUDA graphs."""
     ahead: bool = False
     """Whether the next batch's texts are read beside a step, on a stream of their own."""
+    stored: bool = False
+    """Whether the texts were read before: the warm-up's passes fill a store in memory, and a step finds all of them."""
     compiled: bool = False
     """Whether torch.compile fuses the backbone's norms and MLPs; attention and linear layers outside them stay."""
 
@@ -222,17 +229,18 @@ class Variant:
         return self.graphs and not (self.ahead or self.compiled)
 
 
-def load_backbone(case: Case, setting: Setting) -> Backbone:
+def load_backbone(case: Case, setting: Setting, quantize: Quantize = "none") -> Backbone:
     tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
-    return Backbone(case.backbone.load(AutoModel, setting.dtype, setting.device), tokenizer, case.name)
+    model = case.backbone.load(AutoModel, setting.dtype, setting.device)
+    return Backbone(model, tokenizer, case.name, quantize=quantize)
 
 
-def prompt_embedder(**options: Any) -> Build:
+def prompt_embedder(quantize: Quantize = "none", **options: Any) -> Build:
     """PromptEmbedder as its `from_config` builds it, with reader and skip only where the options name them."""
 
     def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
         config = ModelConfig(
-            prompter=PrompterConfig(soft_tokens=case.soft_tokens),
+            prompter=PrompterConfig(soft_tokens=case.soft_tokens, trainable="none" if case.writes_once else "full"),
             reader_lora=LoraSettings(rank=case.rank),
             max_length=MAX_LENGTH,
             **ALONE | options,
@@ -240,7 +248,7 @@ def prompt_embedder(**options: Any) -> Build:
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
         language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, setting.device)
         prompter = PromptingLLM(language_model, tokenizer, config.prompter)
-        backbone = load_backbone(case, setting)
+        backbone = load_backbone(case, setting, quantize)
         weight = (
             torch.randn(prompter.hidden_size, backbone.hidden_size, device=setting.device) / prompter.hidden_size**0.5
         )
@@ -267,7 +275,7 @@ def lora(form: Form, dropout: float = 0.0) -> Build:
 PUBLISHED_DROPOUT = 0.1
 """Of (a) and (b), the published recipe; the best LoRA we can build, and our reader, do without."""
 BOTH = "instruction_and_text"
-PREFIX = {"layout": "prefix", "pooling": "mean_text"}
+PREFIX: dict[str, Any] = {"layout": "prefix", "pooling": "mean_text"}
 WEIGHTED = prompt_embedder(reader="activated_lora", skip="weighted")
 """The recipes' default."""
 VARIANTS = {
@@ -286,6 +294,13 @@ VARIANTS = {
     ),
     "pe-suffix-weighted-compiled": Variant(
         title="PE, suffix, reader, weighted skip, compiled", build=WEIGHTED, compiled=True
+    ),
+    "pe-suffix-weighted-int8": Variant(
+        title="PE, suffix, reader, weighted skip, texts read in int8",
+        build=prompt_embedder(quantize="int8", reader="activated_lora", skip="weighted"),
+    ),
+    "pe-suffix-weighted-stored": Variant(
+        title="PE, suffix, reader, weighted skip, texts read before (store)", build=WEIGHTED, stored=True
     ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),

@@ -70,6 +70,8 @@ def step_flops(model: Embedder, requests: Requests) -> float:
         trimmed = 2 * sum(lengths) * decoder.not_keys
         text = 2 * sum(lengths) * decoder.frozen - trimmed
         text += decoder.attend(causal(lengths), backward=0) * (decoder.layers - 1) / decoder.layers
+        if model.backbone.text_store is not None:  # which has all of them
+            text = 0
         pairs = k * sum(lengths) + len(lengths) * k**2 / 2
         mapped = 4 * len(lengths) * model.dimensions**2 + 8 * sum(lengths) * model.dimensions
         skip = mapped if model.skip is not None else 0
@@ -88,7 +90,9 @@ def _reads_text(model: PromptEmbedder) -> bool:
 
 
 def _prompter_flops(model: PromptEmbedder, requests: Requests) -> float:
-    """Of writing every distinct prompt, all weights trained, and of aligning it."""
+    """Of writing every distinct prompt, all weights trained, and of aligning it; a frozen LLM's are written before."""
+    if model.config.prompter.trainable == "none":
+        return 0.0
     readings = set()
     for i, text in enumerate(requests.texts):
         instruction = requests.instruction(i)

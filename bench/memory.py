@@ -26,7 +26,7 @@ from bench import records
 from bench.cases import BASELINE, CASES, ROOT, VARIANTS, Setting, default_cases, default_variants
 from bench.lengths import Batch, Distribution, Workload, workload
 from bench.scaling import step_bytes
-from bench.step import describe, parser, prepare
+from bench.step import describe, finding_texts, parser, prepare
 from pe.measure.meters import INTERVAL, MIB, Sampler, device_used, give_back_freed, highest_resident, resident
 
 MARK = "bench.memory: "
@@ -48,7 +48,7 @@ def measure(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before, highest_before = read(), highest_resident()
-    with Sampler(read, interval) as sampler:
+    with Sampler(read, interval) as sampler, finding_texts(variant, step.model):
         step(load.batches[0])
         for _ in range(passes):
             for batch, following in load.turns():
@@ -76,7 +76,12 @@ def measure(
 
 def live_bytes(case: str, variant: str, load: Workload, batch: Batch, setting: Setting) -> int:
     """Peak of live tensors above the loaded model in a step on a batch: what an allocator keeps is not in it."""
-    return step_bytes(prepare(CASES[case], variant, load, setting), batch)[0]
+    step = prepare(CASES[case], variant, load, setting)
+    with finding_texts(variant, step.model) as store:
+        if store is not None:
+            with torch.no_grad():
+                step.model(batch.requests)
+        return step_bytes(step, batch)[0]
 
 
 def in_fresh_process(case: str, distribution: str, variant: str, passes: int, setting: Setting) -> records.Record:

@@ -8,6 +8,7 @@ CPU they take turns round by round, so that a machine that slows down slows all;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Batch, Distribution, Workload, workload
 from bench.roofline import ROOFS
 from pe.config import LossConfig, TrainConfig
+from pe.method.text_store import TextStore
+from pe.model import PromptEmbedder
 from pe.step import Step
 
 TEMPERATURE = 0.02
@@ -66,6 +69,17 @@ def prepare(case: Case, variant: str, load: Workload, setting: Setting) -> Step[
         read_ahead=chosen.ahead,
     )
     return Step(model, LossConfig(temperature=TEMPERATURE), options, setting.accelerator)
+
+
+@contextlib.contextmanager
+def finding_texts(variant: str, model: Embedder) -> Iterator[TextStore | None]:
+    """Inside it a variant whose texts were read before has a store in memory, which a pass over the batches fills."""
+    if not VARIANTS[variant].stored:
+        yield None
+        return
+    assert isinstance(model, PromptEmbedder)
+    with TextStore.open("memory") as store, model.reading_from(store):
+        yield store
 
 
 def micro_batch_size(load: Workload, parts: int) -> int | None:
@@ -157,14 +171,18 @@ def measure_together(
 ) -> list[records.Record]:
     """Records of variants that take turns."""
     steps, flops = {}, {}
-    for name in variants:
-        steps[name] = prepare(case, name, load, setting)
-        for batch, following in load.turns() * WARM_UPS[setting.device.type]:
-            steps[name](batch, following)
-        if cut := steps[name].model.truncation.cut:
-            raise RuntimeError(f"{name}, {load.distribution}: expected texts that are read whole, got {cut} cut ones")
-        flops[name] = load.mean([step_flops(steps[name].model, batch.requests) for batch in load.batches])
-    times = time_rounds(steps, load, rounds)
+    with contextlib.ExitStack() as stack:
+        for name in variants:
+            steps[name] = prepare(case, name, load, setting)
+            stack.enter_context(finding_texts(name, steps[name].model))
+            for batch, following in load.turns() * WARM_UPS[setting.device.type]:
+                steps[name](batch, following)
+            if cut := steps[name].model.truncation.cut:
+                raise RuntimeError(
+                    f"{name}, {load.distribution}: expected texts that are read whole, got {cut} cut ones"
+                )
+            flops[name] = load.mean([step_flops(steps[name].model, batch.requests) for batch in load.batches])
+        times = time_rounds(steps, load, rounds)
     common = {
         **describe(case, load, setting),
         "rounds": rounds,

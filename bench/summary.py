@@ -12,9 +12,16 @@ from bench.quality import Variants, match, mean_of, middle, newest, seconds_of, 
 from bench.step_tables import measured, place, ratio, timed
 from bench.systems import SYSTEMS
 
-OURS, BEST = "pe-suffix-weighted", "lora-packed"
-"""Of the timed steps: the recipes' default, and the quickest LoRA that we can build."""
-STEPS = (("tiny", "cpu"), ("small", "cpu"), ("1b", "cuda"), ("8b", "cuda"))
+OURS, STORED, BEST = "pe-suffix-weighted", "pe-suffix-weighted-stored", "lora-packed"
+"""Of the timed steps: the recipes' default, the same with all texts found in a store, and the quickest LoRA."""
+STEPS = (
+    ("smollm2", "cpu", OURS),
+    ("smollm2", "cpu", STORED),
+    ("tiny", "cpu", OURS),
+    ("small", "cpu", OURS),
+    ("1b", "cuda", OURS),
+    ("8b", "cuda", OURS),
+)
 TRAININGS = ("pe-weighted", "pe-weighted-longer")
 STATIC = "static-weighted"
 POINTS = {
@@ -32,19 +39,21 @@ LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")
 
 
-def step_row(case: str, device: str, folder: Path) -> list[str] | None:
+def step_row(case: str, device: str, variant: str, folder: Path) -> list[str] | None:
     """A step, on real text lengths where they were measured, if ours and the best LoRA were timed side by side."""
     groups = [group for group in measured("step", folder) if group[0]["case"] == case and group[0]["device"] == device]
-    found = [of for of in map(timed, groups) if {OURS, BEST} <= of.keys() and of[OURS]["distribution"] in LENGTHS]
+    found = [of for of in map(timed, groups) if {variant, BEST} <= of.keys() and of[variant]["distribution"] in LENGTHS]
     if not found:
         return None
-    chosen = max(found, key=lambda of: (of[OURS]["distribution"] == "real", of[OURS]["date"]))
-    ours, lora = chosen[OURS], chosen[BEST]
+    chosen = max(found, key=lambda of: (of[variant]["distribution"] == "real", of[variant]["date"]))
+    ours, lora = chosen[variant], chosen[BEST]
     beside = [row for group in measured("memory", folder) for row in group if place(row) == place(ours)]
     peaks = {row["variant"]: above(row["memory"]) for row in beside}
     what = f"one training step of *{case}* ({ours['sizes']['backbone']}), {LENGTHS[ours['distribution']]}"
+    what += ", in bfloat16" if device == "cpu" and ours["dtype"] == "bfloat16" else ""
+    what += ", which a store had" if variant == STORED else ""
     times = [f"{row['ms']['median']:,.0f} ms" for row in (ours, lora)]
-    return [what, hardware(ours), *times, ratio(lora, ours), share(peaks.get(BEST), peaks.get(OURS)), ""]
+    return [what, hardware(ours), *times, ratio(lora, ours), share(peaks.get(BEST), peaks.get(variant)), ""]
 
 
 def training_row(name: str, variants: Variants) -> list[str] | None:

@@ -10,7 +10,7 @@ from bench import records
 from bench.cases import CASES, GPU_CASES, Setting, default_variants
 from bench.device import free
 from bench.lengths import Distribution, workload
-from bench.step import describe, prepare
+from bench.step import describe, finding_texts, prepare
 
 SETTING = Setting.of("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -31,7 +31,10 @@ def test_step(benchmark: BenchmarkFixture, case: str, distribution: Distribution
             step(batch, following)
 
     benchmark.group = f"{case}, {distribution}"
-    benchmark(take)
+    with finding_texts(variant, step.model) as store:
+        if store is not None:
+            take()
+        benchmark(take)
     benchmark.extra_info |= {**describe(CASES[case], load, SETTING), "hardware": records.hardware()}
     if SETTING.device.type == "cuda":
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated()

@@ -220,17 +220,23 @@ def test_a_variant_that_fails_is_a_row(results: Path, monkeypatch: pytest.Monkey
     assert "| (a) LoRA, padded, SDPA | failed: CUDA out of memory. |" in step_tables.render_step(results)
 
 
-@pytest.mark.parametrize("variant", default_variants("cpu"))
+@pytest.mark.parametrize("variant", [name for name in default_variants("cpu") if "int8" not in name])
 def test_flops_are_those_that_run(variant: str) -> None:
-    """Nothing is padded here, so only recomputation and what the formulas leave out stand between the two."""
+    """Nothing is padded here, so only recomputation and what the formulas leave out stand between the two.
+
+    torch counts no products of 8 bits.
+    """
     case = dataclasses.replace(CASES["tiny"], queries=4)
     load = workload("fixed", case)
     taken, (batch,) = step.prepare(case, variant, load, CPU), load.batches
     in_place = {torch.ops.aten.addmm_: lambda *shapes, **_: addmm_flop(*shapes)}  # torch's counter leaves it out
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        taken(batch)
-    recomputed = {"lora-checkpointed": 1.5, "lora-cached": 1.5}.get(variant, 1.0)
-    expected = step_flops(taken.model, batch.requests) * recomputed
+    with step.finding_texts(variant, taken.model) as store:
+        if store is not None:
+            taken(batch)
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            taken(batch)
+        recomputed = {"lora-checkpointed": 1.5, "lora-cached": 1.5}.get(variant, 1.0)
+        expected = step_flops(taken.model, batch.requests) * recomputed
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
 
 
