@@ -87,7 +87,7 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
 def render(folder: Path) -> str:
     """Right answers, times 100, by task and kind of wording; the newest record of every system and seed."""
     latest = {
-        (row["recipe"], row["steps"], dtype_of(row), row["variant"], row["seed"]): row
+        (row["recipe"], row["steps"], dtype_of(row), row["variant"], row["seed"], row["rate"]): row
         for row in records.read("instruct", folder)
     }
     groups: dict[str, list[records.Record]] = {}
@@ -115,9 +115,11 @@ def _columns(tasks: Sequence[str], group: Sequence[records.Record]) -> list[tupl
 def _cells(row: records.Record, tasks: Sequence[str], group: Sequence[records.Record]) -> list[str]:
     got = [row["instruct"].get(task, {}).get(part) for task, part in _columns(tasks, group)]
     alike: Mapping[str, float | None] = row.get("alike") or {}
+    others = [other for other in group if other["variant"] == row["variant"] and other["rate"] != row["rate"]]
+    rate = f", rate {row['rate']:g}" if others else ""
     figures = [alike.get("prompts"), alike.get("embeddings")]
     return [
-        f"{row['variant']}, seed {row['seed']}",
+        f"{row['variant']}, seed {row['seed']}{rate}",
         *("" if value is None else f"{value:.1f}" for value in [*got, row["plain"]]),
         *("" if value is None else f"{value:.3f}" for value in figures),
         f"{row['cpu_seconds']:,.0f}{' (texts stored)' if row.get('stored') else ''}",
