@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
 from pe.data.instructions import as_prompts, trained_instructions
+from pe.hub import CARD
 from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.method.backbone import Backbone
 from pe.method.gguf import is_gguf
@@ -75,8 +76,15 @@ class Parts(NamedTuple):
     lens: Lens | None = None
 
 
-def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> None:
-    """Write the parts to a folder; see `PromptEmbedder.save_pretrained`.
+class Told(NamedTuple):
+    """What stands beside saved weights: a hash of them, and files about them by name, README.md first of all."""
+
+    weights: str | None
+    files: Mapping[str, str]
+
+
+def write(parts: Parts, path: Path, told: Told, *, include_backbone: bool) -> None:
+    """Write the parts to a folder, and what is told of them; see `PromptEmbedder.save_pretrained`.
 
     Raises:
         FileExistsError: the folder holds something other than a saved PromptEmbedder.
@@ -88,7 +96,7 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
     own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path if is_empty else path.parent))
     new, former = own / "new", own / "former"
     try:
-        _write_parts(parts, new, path, include_backbone, card)
+        _write_parts(parts, new, path, told, include_backbone)
         _open_to_others(new)
         if is_empty:  # it stays where it is: a mount point cannot be replaced
             for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
@@ -113,7 +121,7 @@ def _open_to_others(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool, card: str) -> None:
+def _write_parts(parts: Parts, folder: Path, path: Path, told: Told, include_backbone: bool) -> None:
     """Write the parts to a new folder, which will stand at `path`."""
     config, prompter, alignment, backbone, skip, instructions, lens = parts
     folder.mkdir()
@@ -142,10 +150,12 @@ def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool,
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
         "instructions": dict(instructions),
+        "weights": told.weights,
     }
     for name, content in ({"config.json": saved} | sentence_transformers_files(instructions)).items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    (folder / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
+    for name, text in told.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def sentence_transformers_files(instructions: Mapping[str, str]) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included
     source = Path(name)
     return {
         "name": name,
-        "path": os.path.relpath(source.resolve(), path.resolve()) if source.exists() else None,
+        "path": os.path.relpath(source.resolve(), path.resolve()) if source.exists() and not included else None,
         "revision": part.revision,
         "commit": commit_of(part.model),
         "tokenizer": part.text_tokenizer.behaviour,
@@ -183,8 +193,10 @@ def _write_checkpoint(auto: type, name: str, revision: str | None, loaded: PreTr
     tokenizer.save_pretrained(folder)
 
 
-def find(path: Path, revision: str | None) -> Path:
+def find(path: Path, revision: str | None, **options: Any) -> Path:
     """The folder of a saved PromptEmbedder: the one of this name, or else the hub's copy in its cache.
+
+    `options` are those of `snapshot_download`, such as `token`.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -193,7 +205,7 @@ def find(path: Path, revision: str | None) -> Path:
     if path.exists() or not HUB_NAME.fullmatch(path.as_posix()):
         return _embedder_in(path)
     try:
-        return _embedder_in(Path(snapshot_download(path.as_posix(), revision=revision)))
+        return _embedder_in(Path(snapshot_download(path.as_posix(), revision=revision, **options)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{path}: no saved PromptEmbedder there; tried the folder {path.resolve()} and the model hub ({error})"
@@ -258,6 +270,13 @@ def read(
         sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
         lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="gate"))
     return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
+
+
+def read_told(path: Path) -> Told:
+    """What `write`, or a training, has put beside the weights in a folder; of one of before there is no hash."""
+    found = {name: path / name for name in (CARD, "recipe.yaml")}
+    files = {name: file.read_text(encoding="utf-8") for name, file in found.items() if file.is_file()}
+    return Told(read_config(path).get("weights"), files)
 
 
 def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
