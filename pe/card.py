@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCardData
 
 from pe.config import Recipe
-from pe.data.tables import HUB, hub_parts
+from pe.data.instructions import training_sets
+from pe.data.tables import HUB
 from pe.hub import card_data, of_folder, with_data
 from pe.method.loading import commit_of
 
@@ -60,7 +61,7 @@ def metadata(recipe: Recipe, model: PromptEmbedder, scores: Mapping[str, Scores]
         origin = name if commit_of(loaded) else told.base_model or ()
         bases |= dict.fromkeys([origin] if isinstance(origin, str) else origin)
     (licence,) = licences if len(licences) == 1 else (None,)
-    sets = dict.fromkeys(hub_parts(item.path)[0] for item in recipe.data if item.path.startswith(HUB))
+    sets = training_sets([item for item in recipe.data if item.path.startswith(HUB)])
     return card_data(
         license=recipe.license or licence,
         base_model=list(bases) or None,

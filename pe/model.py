@@ -59,12 +59,14 @@ class PromptEmbedder(PromptedEmbedder):
         skip: WeightedSkip | None = None,
         instructions: Mapping[str, str] | None = None,
         lens: Lens | None = None,
+        training_sets: Sequence[str] = (),
     ) -> None:
         """Put the parts together; see `PromptedEmbedder`."""
         writers = {"prompter": prompter, "alignment": alignment}
         hidden = prompter.hidden_size
         super().__init__(config, writers, backbone, hidden=hidden, skip=skip, lens=lens, instructions=instructions)
         self.name = "PromptEmbedder"
+        self.training_sets = tuple(training_sets)
         self._told = Told(None, {})
         self._frozen: PromptBank[tuple[int, ...], SoftPrompts] = PromptBank(MOST_WRITTEN)
 
@@ -164,7 +166,8 @@ class PromptEmbedder(PromptedEmbedder):
         write(self._parts(), Path(path), self._telling(card), include_backbone=include_backbone)
 
     def _parts(self) -> Parts:
-        return Parts(self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions, self.lens)
+        learned = self.prompter, self.alignment, self.backbone, self.skip
+        return Parts(self.config, *learned, self.instructions, self.lens, self.training_sets)
 
     def _telling(self, card: str) -> Told:
         """What is told of the weights as they are now."""

@@ -1,8 +1,8 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
-came from a hub; and the instructions of its training. `prompter/`, `reader/` and the files of alignment, skip and lens
-hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights where they are asked for.
+came from a hub; and the instructions and sets of its training. `prompter/`, `reader/` and the files of alignment, skip
+and lens hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights, where asked for.
 sentence-transformers loads the same folder, by two files of its own, whose prompts are those instructions.
 """
 
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ class Parts(NamedTuple):
     skip: WeightedSkip | None
     instructions: Mapping[str, str]
     lens: Lens | None = None
+    training_sets: Sequence[str] = ()
 
 
 class Told(NamedTuple):
@@ -123,7 +124,7 @@ def _open_to_others(folder: Path) -> None:
 
 def _write_parts(parts: Parts, folder: Path, path: Path, told: Told, include_backbone: bool) -> None:
     """Write the parts to a new folder, which will stand at `path`."""
-    config, prompter, alignment, backbone, skip, instructions, lens = parts
+    config, prompter, alignment, backbone, skip, instructions, lens, training_sets = parts
     folder.mkdir()
     if prompter.config.trainable != "none":
         prompter.model.save_pretrained(folder / "prompter")
@@ -150,6 +151,7 @@ def _write_parts(parts: Parts, folder: Path, path: Path, told: Told, include_bac
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
         "instructions": dict(instructions),
+        "training_sets": list(training_sets),
         "weights": told.weights,
     }
     for name, content in ({"config.json": saved} | sentence_transformers_files(instructions)).items():
@@ -269,13 +271,14 @@ def read(
     if lens is not None:
         sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
         lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="gate"))
-    return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
+    told = _read_instructions(path, saved), lens, saved.get("training_sets", ())
+    return Parts(config, prompting, alignment, frozen, skip, *told)
 
 
 def read_told(path: Path) -> Told:
     """What `write`, or a training, has put beside the weights in a folder; of one of before there is no hash."""
     found = {name: path / name for name in (CARD, "recipe.yaml")}
-    files = {name: file.read_text(encoding="utf-8") for name, file in found.items() if file.is_file()}
+    files = {name: file.read_text(encoding="utf-8", errors="replace") for name, file in found.items() if file.is_file()}
     return Told(read_config(path).get("weights"), files)
 
 

@@ -32,7 +32,7 @@ from pe.card import model_card, shown
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data.batches import BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
-from pe.data.instructions import trained_instructions
+from pe.data.instructions import trained_instructions, training_sets
 from pe.data.tasks import TASKS
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.losses import batch_requests, instructions_of, random_state, set_random_state
@@ -422,6 +422,7 @@ def build_model(recipe: Recipe, plan: BatchPlan, device: torch.device) -> Prompt
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, device)
     model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
+    model.training_sets = training_sets(recipe.data)
     model.start_lens(instructions_of(plan))
     check_widths(recipe, model)
     return model
