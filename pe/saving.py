@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
 from pe.data.instructions import as_prompts, trained_instructions
@@ -40,6 +41,7 @@ from pe.method.loading import (
     has_content,
     load_pretrained,
 )
+from pe.method.merged import adapter_in
 from pe.method.prompting import PromptingLLM
 from pe.method.skip import WeightedSkip, build_skip
 from pe.runs.files import exchange
@@ -188,9 +190,12 @@ def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included
 
 
 def _write_checkpoint(auto: type, name: str, revision: str | None, loaded: PreTrainedModel, folder: Path) -> None:
-    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry adapters."""
+    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry adapters.
+
+    An adapter is merged into its base in the type that it was merged in for training, which rounds the sum.
+    """
     revision = None if Path(name).is_dir() else commit_of(loaded) or revision
-    model, tokenizer = load_pretrained(auto, name, revision, "auto")
+    model, tokenizer = load_pretrained(auto, name, revision, loaded.dtype if adapter_in(name) else "auto")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -374,8 +379,13 @@ def _locate(saved: Mapping[str, Any], path: Path) -> str:
     name, starts = saved["name"], (path.absolute(), path.resolve())
     above = [folder / name for start in starts for folder in (start, *start.parents)]
     places = [Path(name), path.resolve() / (saved.get("path") or name), *above]
-    here = (str(place) for place in places if os.access(place if is_gguf(place) else place / "config.json", os.R_OK))
+    here = (str(place) for place in places if any(os.access(file, os.R_OK) for file in _first_files(place)))
     return next((place for place in here if fingerprint(checkpoint_files(place, None)) == saved["revision"]), name)
+
+
+def _first_files(place: Path) -> list[Path]:
+    """What tells that a model is at a place: one of these."""
+    return [place] if is_gguf(place) else [place / "config.json", place / ADAPTER_CONFIG_NAME]
 
 
 def _check_tokenizer(path: Path, name: str, tokenizer: TextTokenizer, saved: Mapping[str, Any]) -> None:
