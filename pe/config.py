@@ -323,6 +323,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step always makes one."""
     log_every: int = 10
     """Steps between records in the log, each the mean loss since the one before."""
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    """Where records go, all but TensorBoard's of the extra `track`; none: nowhere."""
     keep_checkpoints: int = 2
     """The newest checkpoints that stay, older ones are removed."""
     patience: int | None = None

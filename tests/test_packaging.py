@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn"}
+IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn", "mlflow-skinny": "mlflow"}
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "pe.train",
