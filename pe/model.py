@@ -204,7 +204,9 @@ class PromptEmbedder(PromptedEmbedder):
         prompter: str | None = None,
         dtype: Dtype | None = None,
         device: torch.device | str = "cpu",
-        **options: Any,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> PromptEmbedder:
         """Load what `save_pretrained` wrote, also where sentence-transformers has saved it since.
 
@@ -216,15 +218,15 @@ class PromptEmbedder(PromptedEmbedder):
             prompter: the same of the base model of a prompting LLM with adapters; any other is in the folder.
             dtype: type of its weights, as in `BackboneConfig`; None: as in training.
             device: where everything goes.
-            options: of `huggingface_hub.snapshot_download`, such as `token`, `cache_dir`, `local_files_only`; a folder
-                takes none.
+            token, cache_dir, local_files_only: of the hub, as `huggingface_hub.snapshot_download` has them.
 
         Raises:
             FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
             ValueError: another format, a damaged file, an unknown dtype, a backbone or base whose content has changed,
                 or a `prompter` for a prompting LLM that needs none.
         """
-        folder = find(Path(path), revision, **options)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find(Path(path), revision, **hub)
         parts = read(folder, backbone=backbone, prompter=prompter, dtype=dtype, device=torch.device(device))
         model = cls(*parts).eval()
         model.name = Path(path).name
