@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from pe.config import Recipe
-from pe.evaluate import Scores
-from pe.measure.spread import Spread
-from pe.model import PromptEmbedder
+from pe.data.instructions import training_sets
+from pe.data.tables import HUB
+from pe.hub import card_data, of_folder, with_data
+from pe.method.loading import commit_of
+
+if TYPE_CHECKING:
+    from pe.evaluate import Scores
+    from pe.measure.spread import Spread
+    from pe.model import PromptEmbedder
 
 
 def shown(name: str) -> str:
@@ -24,15 +34,56 @@ def cell(text: str) -> str:
 
 
 def usage(model: PromptEmbedder) -> str:
-    """How to embed, in Python: without an instruction where there is a default, and with one of training."""
+    """How to embed by either library: without an instruction where there is a default, and with one of training."""
     of_queries = [text for name, text in model.instructions.items() if not name.endswith("document")]
     literal = json.dumps((of_queries or ["Retrieve semantically similar text"])[-1], ensure_ascii=False)
-    lines = ["from pe.model import PromptEmbedder", ""]
-    lines += ['model = PromptEmbedder.from_pretrained("MODEL")  # this folder, or its name on the hub']
+    ours = ["from pe.model import PromptEmbedder", ""]
+    ours += ['model = PromptEmbedder.from_pretrained("MODEL")  # this folder, or its name on the hub']
+    theirs = ["from sentence_transformers import SentenceTransformer", ""]
+    theirs += ['model = SentenceTransformer("MODEL", trust_remote_code=True)  # the code is the package promptembedder']
     if model.instructions:
-        lines += ['queries = model.encode(["a text"])  # under the instruction `query`']
-        lines += ['documents = model.encode(["a text"], side="document")  # under the instruction `document`']
-    return "\n".join([*lines, f'embeddings = model.encode(["a text"], instruction={literal})'])
+        ours += ['queries = model.encode(["a text"])  # under the instruction `query`']
+        ours += ['documents = model.encode(["a text"], side="document")  # under the instruction `document`']
+        theirs += ['queries = model.encode_query(["a text"])', 'documents = model.encode_document(["a text"])']
+    ours += [f'embeddings = model.encode(["a text"], instruction={literal})']
+    theirs += [f'embeddings = model.encode(["a text"], prompt={literal})']
+    code = ["```python", *ours, "```", "", "By sentence-transformers:", "", "```python", *theirs, "```"]
+    return "\n".join(code)
+
+
+def metadata(recipe: Recipe, model: PromptEmbedder, scores: Mapping[str, Scores]) -> ModelCardData:
+    """What the card says to machines: licence, models and data of the hub that it was made of, what it scores."""
+    licences, bases = set[str | None](), dict[str, None]()
+    parts = {model.backbone.name: model.backbone.model, model.config.prompter.model: model.prompter.model}
+    for name, loaded in parts.items():
+        told = of_folder(Path(name))
+        licences.add(told.license)
+        origin = name if commit_of(loaded) else told.base_model or ()
+        bases |= dict.fromkeys([origin] if isinstance(origin, str) else origin)
+    (licence,) = licences if len(licences) == 1 else (None,)
+    sets = training_sets([item for item in recipe.data if item.path.startswith(HUB)])
+    return card_data(
+        license=recipe.license or licence,
+        base_model=list(bases) or None,
+        datasets=list(sets) or None,
+        model_name=model.name,
+        eval_results=results(list(scores.values())[-1]) if scores else None,
+    )
+
+
+def results(scores: Scores) -> list[EvalResult]:
+    """Scores as the hub shows them; one that is not a number is left out."""
+    return [
+        EvalResult(
+            task_type=task.type,
+            dataset_type=shown(name),
+            dataset_name=shown(name),
+            metric_type=task.metric,
+            metric_value=round(task.score, 2),
+        )
+        for name, task in scores.tasks.items()
+        if not math.isnan(task.score)
+    ]
 
 
 def instructions(model: PromptEmbedder) -> str:
@@ -75,7 +126,7 @@ def model_card(
         recipe: what it was made of.
         model: the embedder.
         seconds: training time.
-        scores: by what was scored.
+        scores: by what was scored, the embedder itself last.
         spread: how far apart instructions are; None of fewer than two.
         steps: those that were taken; None: the recipe's.
         weights: a sentence on which weights these are, where they are not the last.
@@ -90,18 +141,12 @@ def model_card(
     head = "| | " + " | ".join(types) + " | mean |\n| --- |" + " ---: |" * (len(types) + 1)
     taken = recipe.train.total_steps if steps is None else steps
     quality = f"## Scores (x100)\n{head}\n{tables}\n" if scores else ""
-    return f"""---
-library_name: promptembedder
-pipeline_tag: sentence-similarity
----
-# {model.name}
+    text = f"""# {model.name}
 
 A PromptEmbedder: `{shown(config.prompter.model)}` writes {config.prompter.soft_tokens} soft tokens that turn the frozen
 `{shown(config.backbone.model)}` into a text embedder of {model.dimensions} dimensions.
 
-```python
 {usage(model)}
-```
 
 {instructions(model)}## Options
 | option | value |
@@ -124,3 +169,4 @@ resolved recipe is `recipe.yaml` in this folder.{f" {weights}" if weights else "
 {data}
 
 {alike(spread)}{quality}"""
+    return with_data(metadata(recipe, model, scores), text)

@@ -324,6 +324,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step always makes one."""
     log_every: int = 10
     """Steps between records in the log, each the mean loss since the one before."""
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    """Where records go, all but TensorBoard's of the extra `track`; none: nowhere."""
     keep_checkpoints: int = 2
     """The newest checkpoints that stay, older ones are removed."""
     patience: int | None = None
@@ -398,6 +400,9 @@ class Recipe:
 
     output: str = "runs/tiny"
     """Folder of the run: checkpoints, model, logs, resolved recipe."""
+    license: str | None = None
+    """What the card says of the trained embedder, an identifier of the hub such as `apache-2.0`; null: the licence of
+    its models, where their own cards name one and the same."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: list[DatasetConfig] = field(default_factory=list)
     """The training sets; each step's batch is from one of them."""
@@ -407,6 +412,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         best, train = self.evaluate.best_by, self.train
+        _require(self.license is None or bool(self.license.strip()), "license", "an identifier, or null", self.license)
         _require(best is None or train.eval_every > 0, "train.eval_every", "1 or more with evaluate.best_by", 0)
         is_used = train.patience is None or best is not None
         _require(is_used, "train.patience", "null without evaluate.best_by", train.patience)

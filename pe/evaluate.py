@@ -13,10 +13,11 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pe.config import Dtype, nearest
+from pe.data.benchmarks import instructions_of
 from pe.data.instruct_score import (
     INSTRUCT,
     INSTRUCT_METRIC,
@@ -40,6 +42,7 @@ from pe.data.instruct_score import (
 from pe.data.own_tasks import is_own, own_task
 from pe.data.records import DataError
 from pe.data.tasks import TASKS, EvaluationError, available, offline_task
+from pe.runs.files import write_text
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
     from mteb.abstasks.abstask import AbsTask
@@ -95,7 +98,7 @@ class Scores:
         return _jsonable({**asdict(self), "by_type": self.by_type, "mean": self.mean})
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     def __rich__(self) -> Table:
         return comparison({self.model: self})
@@ -144,9 +147,11 @@ def score(
     tasks: Sequence[str] = (),
     *,
     data: Path = Path("data"),
+    benchmark: str | None = None,
     instructions: Mapping[str, str] | None = None,
     batch_tokens: int = 16_384,
     progress: bool = False,
+    keep: Callable[[Scores], object] | None = None,
 ) -> Scores:
     """Scores of `encoder` on tasks by name: those read from `data`, or any of mteb's, read from its hub.
 
@@ -155,18 +160,22 @@ def score(
         tasks: names, or paths of the user's own (see `pe/data/own_tasks.py`); none: every task of `pe.data.tasks` and
             `pe.data.instruct_score` whose files are in `data`.
         data: folder of the offline tasks.
+        benchmark: one of mteb's, whose tasks are scored, or those of them that `tasks` names, under the sentences of
+            `pe/data/benchmarks.yaml`.
         instructions: sentences that replace a task's own: by task name for queries and for tasks without sides, by
             `NAME-document` for documents.
         batch_tokens: tokens of a batch.
         progress: show the task at work on stderr.
+        keep: called with the scores so far after every task.
 
     Raises:
         EvaluationError: an unknown task, one whose data cannot be had, or an instruction for an unknown task.
         DataError: a task's file that is damaged.
     """
     with _untouched_random_state(), _quiet_libraries():
-        found = find_tasks(tasks, data)
+        found = find_tasks(tasks, data, benchmark)
         check_instructions(instructions or {}, [*found, *TASKS])
+        instructions = (instructions_of(benchmark) if benchmark else {}) | dict(instructions or {})
         results: dict[str, TaskScore] = {}
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -177,7 +186,10 @@ def score(
                     results[name] = _run_instruct(encoder, task, batch_tokens)
                 else:
                     results[name] = _run(encoder, task, instructions, batch_tokens)
-    return Scores(model=encoder.name, revision=encoder.revision, tasks=results)
+                scores = Scores(model=encoder.name, revision=encoder.revision, tasks=dict(results))
+                if keep is not None:
+                    keep(scores)
+    return scores
 
 
 def _run_instruct(encoder: TextEncoder, task: ContradictingTasks, batch_tokens: int) -> TaskScore:
@@ -216,13 +228,18 @@ def _run(encoder: TextEncoder, task: AbsTask, instructions: Mapping[str, str] | 
     )
 
 
-def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | ContradictingTasks]:
-    """The tasks of these names, in order, each once; none given: every offline task whose files are in `data`.
+def find_tasks(
+    names: Sequence[str], data: Path, benchmark: str | None = None
+) -> dict[str, AbsTask | ContradictingTasks]:
+    """The tasks of these names, in order, each once; none given: every one of the benchmark or, without a benchmark,
+    every offline task whose files are in `data`.
 
     Raises:
         EvaluationError: an unknown name, missing files, or no mteb where a task is one of mteb's.
         DataError: damaged files of a task of instructions.
     """
+    if benchmark is not None:
+        return _benchmark_tasks(benchmark, names)
     if not data.is_dir() and (not names or any(name in TASKS or name in INSTRUCT_TASKS for name in names)):
         raise EvaluationError(f"data: expected a folder of tasks, found none at {data}")
     offline = [*available(data), *available_sets(data)]
@@ -236,13 +253,33 @@ def find_tasks(names: Sequence[str], data: Path) -> dict[str, AbsTask | Contradi
     return found
 
 
-def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
+def _mteb() -> ModuleType:
     try:
         import mteb
     except ModuleNotFoundError as error:
         if error.name != "mteb":
             raise
         raise EvaluationError("evaluation needs mteb, which is not installed: pip install mteb") from error
+    return mteb
+
+
+def _benchmark_tasks(benchmark: str, names: Sequence[str]) -> dict[str, AbsTask | ContradictingTasks]:
+    """Tasks of a benchmark of mteb with its languages and splits: all, or those of these names."""
+    mteb = _mteb()
+    known = [found.name for found in mteb.get_benchmarks()]
+    try:
+        tasks = {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
+    except KeyError as error:
+        hint = nearest(benchmark, known)
+        raise EvaluationError(f"--benchmark: unknown {benchmark!r}{hint}\nmteb has: {'; '.join(known)}") from error
+    if unknown := [name for name in names if name not in tasks]:
+        hint = nearest(unknown[0], list(tasks))
+        raise EvaluationError(f"{benchmark}: no task {unknown[0]!r}{hint}\nIts tasks: {', '.join(tasks)}")
+    return {name: tasks[name] for name in names or tasks}
+
+
+def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
+    mteb = _mteb()
     if name in TASKS:
         return offline_task(name, data)
     if is_own(name):
@@ -348,7 +385,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder, or its name on the hub")
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file for the scores")
+    parser.add_argument(
+        "--benchmark", type=str, default=None, help='of mteb, such as "MTEB(eng, v2)"; --tasks: some of its tasks alone'
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file for the scores, written anew after every task"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument(
         "--instruction",
@@ -380,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         instructions = _instructions(options.instruction)
-        check_instructions(instructions, list(find_tasks(names, options.data)))
+        check_instructions(instructions, list(find_tasks(names, options.data, options.benchmark)))
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             if options.output.is_dir():
@@ -392,10 +434,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
-        scores = score(encoder, names, data=options.data, instructions=instructions, progress=True)
+        keep = None if options.output is None else lambda scores: scores.write(options.output)
+        asked = {"data": options.data, "benchmark": options.benchmark, "instructions": instructions}
+        scores = score(encoder, names, **asked, progress=True, keep=keep)
         Console().print(scores)
         if options.output is not None:
-            scores.write(options.output)
             print(f"Scores written to {options.output}")
     except (EvaluationError, DataError, OSError) as error:
         return _refuse(error)

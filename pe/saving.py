@@ -1,8 +1,8 @@
 """A PromptEmbedder in a folder: what it is made of, written whole or not at all, and read back.
 
 `config.json` names the backbone and the content it was trained on: the fingerprint of its files, and the commit if they
-came from a hub; and the instructions of its training. `prompter/`, `reader/` and the files of alignment, skip and lens
-hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights where they are asked for.
+came from a hub; and the instructions and sets of its training. `prompter/`, `reader/` and the files of alignment, skip
+and lens hold what trains, `backbone/` and `prompter-base/` (under adapters) the frozen weights, where asked for.
 sentence-transformers loads the same folder, by two files of its own, whose prompts are those instructions.
 """
 
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from pe.config import Dtype, ModelConfig, RecipeError, to_dict
 from pe.data.instructions import as_prompts, trained_instructions
+from pe.hub import CARD
 from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.method.backbone import Backbone
 from pe.method.gguf import is_gguf
@@ -39,6 +41,7 @@ from pe.method.loading import (
     has_content,
     load_pretrained,
 )
+from pe.method.merged import adapter_in
 from pe.method.prompting import PromptingLLM
 from pe.method.skip import WeightedSkip, build_skip
 from pe.runs.files import exchange
@@ -73,10 +76,18 @@ class Parts(NamedTuple):
     skip: WeightedSkip | None
     instructions: Mapping[str, str]
     lens: Lens | None = None
+    training_sets: Sequence[str] = ()
 
 
-def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> None:
-    """Write the parts to a folder; see `PromptEmbedder.save_pretrained`.
+class Told(NamedTuple):
+    """What stands beside saved weights: a hash of them, and files about them by name, README.md first of all."""
+
+    weights: str | None
+    files: Mapping[str, str]
+
+
+def write(parts: Parts, path: Path, told: Told, *, include_backbone: bool) -> None:
+    """Write the parts to a folder, and what is told of them; see `PromptEmbedder.save_pretrained`.
 
     Raises:
         FileExistsError: the folder holds something other than a saved PromptEmbedder.
@@ -88,7 +99,7 @@ def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> Non
     own = Path(tempfile.mkdtemp(prefix=f"{path.name}.saving-", dir=path if is_empty else path.parent))
     new, former = own / "new", own / "former"
     try:
-        _write_parts(parts, new, path, include_backbone, card)
+        _write_parts(parts, new, path, told, include_backbone)
         _open_to_others(new)
         if is_empty:  # it stays where it is: a mount point cannot be replaced
             for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
@@ -113,9 +124,9 @@ def _open_to_others(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool, card: str) -> None:
+def _write_parts(parts: Parts, folder: Path, path: Path, told: Told, include_backbone: bool) -> None:
     """Write the parts to a new folder, which will stand at `path`."""
-    config, prompter, alignment, backbone, skip, instructions, lens = parts
+    config, prompter, alignment, backbone, skip, instructions, lens, training_sets = parts
     folder.mkdir()
     if prompter.config.trainable != "none":
         prompter.model.save_pretrained(folder / "prompter")
@@ -142,10 +153,13 @@ def _write_parts(parts: Parts, folder: Path, path: Path, include_backbone: bool,
         "alignment": dataclasses.asdict(alignment.report),
         "dimensions": backbone.hidden_size,
         "instructions": dict(instructions),
+        "training_sets": list(training_sets),
+        "weights": told.weights,
     }
     for name, content in ({"config.json": saved} | sentence_transformers_files(instructions)).items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    (folder / "README.md").write_text(card or "A PromptEmbedder.\n", encoding="utf-8")
+    for name, text in told.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def sentence_transformers_files(instructions: Mapping[str, str]) -> dict[str, Any]:
@@ -167,7 +181,7 @@ def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included
     source = Path(name)
     return {
         "name": name,
-        "path": os.path.relpath(source.resolve(), path.resolve()) if source.exists() else None,
+        "path": os.path.relpath(source.resolve(), path.resolve()) if source.exists() and not included else None,
         "revision": part.revision,
         "commit": commit_of(part.model),
         "tokenizer": part.text_tokenizer.behaviour,
@@ -176,15 +190,20 @@ def _reference(name: str, part: PromptingLLM | Backbone, path: Path, *, included
 
 
 def _write_checkpoint(auto: type, name: str, revision: str | None, loaded: PreTrainedModel, folder: Path) -> None:
-    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry adapters."""
+    """The checkpoint itself, in its own dtype: the model in memory may be cast and carry adapters.
+
+    An adapter is merged into its base in the type that it was merged in for training, which rounds the sum.
+    """
     revision = None if Path(name).is_dir() else commit_of(loaded) or revision
-    model, tokenizer = load_pretrained(auto, name, revision, "auto")
+    model, tokenizer = load_pretrained(auto, name, revision, loaded.dtype if adapter_in(name) else "auto")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def find(path: Path, revision: str | None) -> Path:
+def find(path: Path, revision: str | None, **options: Any) -> Path:
     """The folder of a saved PromptEmbedder: the one of this name, or else the hub's copy in its cache.
+
+    `options` are those of `snapshot_download`, such as `token`.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -193,7 +212,7 @@ def find(path: Path, revision: str | None) -> Path:
     if path.exists() or not HUB_NAME.fullmatch(path.as_posix()):
         return _embedder_in(path)
     try:
-        return _embedder_in(Path(snapshot_download(path.as_posix(), revision=revision)))
+        return _embedder_in(Path(snapshot_download(path.as_posix(), revision=revision, **options)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{path}: no saved PromptEmbedder there; tried the folder {path.resolve()} and the model hub ({error})"
@@ -257,7 +276,15 @@ def read(
     if lens is not None:
         sizes = {name: tensor.shape for name, tensor in lens.state_dict().items()}
         lens.load_state_dict(_read_tensors(path / "lens.safetensors", sizes, former="gate"))
-    return Parts(config, prompting, alignment, frozen, skip, _read_instructions(path, saved), lens)
+    told = _read_instructions(path, saved), lens, saved.get("training_sets", ())
+    return Parts(config, prompting, alignment, frozen, skip, *told)
+
+
+def read_told(path: Path) -> Told:
+    """What `write`, or a training, has put beside the weights in a folder; of one of before there is no hash."""
+    found = {name: path / name for name in (CARD, "recipe.yaml")}
+    files = {name: file.read_text(encoding="utf-8", errors="replace") for name, file in found.items() if file.is_file()}
+    return Told(read_config(path).get("weights"), files)
 
 
 def _read_instructions(path: Path, saved: dict[str, Any]) -> dict[str, str]:
@@ -352,8 +379,13 @@ def _locate(saved: Mapping[str, Any], path: Path) -> str:
     name, starts = saved["name"], (path.absolute(), path.resolve())
     above = [folder / name for start in starts for folder in (start, *start.parents)]
     places = [Path(name), path.resolve() / (saved.get("path") or name), *above]
-    here = (str(place) for place in places if os.access(place if is_gguf(place) else place / "config.json", os.R_OK))
+    here = (str(place) for place in places if any(os.access(file, os.R_OK) for file in _first_files(place)))
     return next((place for place in here if fingerprint(checkpoint_files(place, None)) == saved["revision"]), name)
+
+
+def _first_files(place: Path) -> list[Path]:
+    """What tells that a model is at a place: one of these."""
+    return [place] if is_gguf(place) else [place / "config.json", place / ADAPTER_CONFIG_NAME]
 
 
 def _check_tokenizer(path: Path, name: str, tokenizer: TextTokenizer, saved: Mapping[str, Any]) -> None:

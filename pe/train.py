@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
@@ -32,18 +33,18 @@ from pe.card import model_card, shown
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
 from pe.data.batches import BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
-from pe.data.instructions import trained_instructions
+from pe.data.instructions import trained_instructions, training_sets
 from pe.data.tasks import TASKS
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.losses import batch_requests, instructions_of, random_state, set_random_state
 from pe.measure.spread import Spread, spread
-from pe.method.loading import quiet, warn_of_slow_products
+from pe.method.loading import one_line, quiet, warn_of_slow_products
 from pe.method.prompted import PromptedEmbedder
 from pe.method.text_store import TextStore
 from pe.model import PromptEmbedder, Requests
 from pe.runs.cli import user_errors
 from pe.runs.files import write_text
-from pe.runs.folder import RunFolder, conditions_of, flatten
+from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.recipes import build_parser, load_recipe, write_yaml
 from pe.step import Step, Taken, Trainable, TrainingError
 
@@ -52,6 +53,10 @@ if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 CHECK_STEPS = 5
+PROJECT = "promptembedder"
+"""Under which trackers of many runs keep this package's."""
+PACKAGES = {"mlflow": "mlflow-skinny"}
+"""Packages that are not called as their tracker is."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for the main one, which alone scores."""
 
@@ -303,20 +308,45 @@ def restore(run: RunFolder, step: Step[Any], history: History) -> None:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, precision and TensorBoard by accelerate; `auto` is bfloat16 on a GPU that has it."""
-    precision = recipe.train.precision
+    """Device, precision and trackers by accelerate; `auto` is bfloat16 on a GPU that has it.
+
+    Raises:
+        RecipeError: a tracker whose package is not installed.
+    """
+    options, precision = recipe.train, recipe.train.precision
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if has_bf16 else "float32"
+    board = TensorBoardTracker("tensorboard", RunFolder(recipe.output).logs)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
-        log_with="tensorboard",
-        project_dir=str(Path(recipe.output) / "logs"),
+        log_with=[board if name == board.name else name for name in options.log_with] or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    found = [board.name, *map(str, accelerator.log_with)]  # without those that are not installed
+    if missing := [name for name in options.log_with if name not in found]:
+        package = PACKAGES.get(missing[0], missing[0])
+        raise RecipeError(f"train.log_with: {missing[0]} is not installed: pip install {package}")
     if precision == "bfloat16":
         warn_of_slow_products("train.precision", torch.bfloat16, accelerator.device)
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, run: RunFolder) -> None:
+    """Begin a record of the run by its resolved options; trackers of many runs have it by its name.
+
+    Raises:
+        RunError: a tracker cannot start, since nobody is logged in or there is no server.
+    """
+    run.logs.mkdir(exist_ok=True)
+    name = run.path.resolve().name
+    told = {"wandb": {"name": name, "dir": str(run.logs)}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
+    flat = flatten(to_dict(recipe))
+    options = {key.replace("[", ".").replace("]", ""): str(value) for key, value in flat.items()}  # MLflow's letters
+    try:
+        accelerator.init_trackers(PROJECT, options, told)
+    except Exception as error:  # each tracker has kinds of its own
+        raise RunError(f"train.log_with: a tracker cannot start: {one_line(error)}") from error
 
 
 def check_evaluation(options: EvaluateConfig) -> None:
@@ -422,6 +452,7 @@ def build_model(recipe: Recipe, plan: BatchPlan, device: torch.device) -> Prompt
     set_seed(recipe.train.seed)
     model = PromptEmbedder.from_config(recipe.model, device)
     model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
+    model.training_sets = training_sets(recipe.data)
     model.start(instructions_of(plan))
     check_widths(recipe, model)
     return model
@@ -472,7 +503,7 @@ def train(
             for note in start_run(run, recipe, model, accelerator.num_processes, resume=resume, fresh=fresh):
                 console.print(note, highlight=False)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers("tensorboard", {key: str(value) for key, value in flatten(to_dict(recipe)).items()})
+        start_trackers(accelerator, recipe, run)
         console.print(describe(model), highlight=False)
         scores = run_training(model, plan, recipe, accelerator, run, console, resume=resume)
         if texts is not None:

@@ -113,6 +113,7 @@ def move(source: PromptEmbedder, config: ModelConfig) -> PromptEmbedder:
     target = Backbone.from_pretrained(config.backbone, source.device)
     alignment = build_alignment(prompter, target, config.alignment)
     moved = PromptEmbedder(config, prompter, alignment, target, instructions=source.instructions)
+    moved.training_sets = source.training_sets
     if moved.lens is not None and source.lens is not None and moved.lens.reading.shape == source.lens.reading.shape:
         moved.lens.keep_reading(source.lens)
     return moved

@@ -136,7 +136,7 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
     ("text", "line", "said"),
     [
         ("train:\n  stps: 5\n", 2, "unknown key 'stps' in train; did you mean 'steps'? Known keys: steps, epochs"),
-        ("modl: {}\n", 1, "unknown key 'modl' in the recipe; did you mean 'model'? Known keys: output, model"),
+        ("modl: {}\n", 1, "unknown key 'modl' in the recipe; did you mean 'model'? Known keys: output, license, model"),
         ("output: x\nzzzz: 1\n", 2, "unknown key 'zzzz' in the recipe. Known keys: output"),
         ("data:\n  - path: a\n    instruction: b\n  - path: a\n    wieght: 1\n", 5, "unknown key 'wieght' in data[1];"),
         (
@@ -147,9 +147,17 @@ def test_saved_config_with_an_unknown_key_names_its_place() -> None:
         ("model:\n  prompter:\n    lora: {rnak: 4}\n", 3, "in model.prompter.lora; did you mean 'rank'?"),
         ("train: {steps: 3}\n? [a, b]\n: 5\n", 2, "expected a key in the recipe, got a list or mapping"),
         ("train:\n  steps: 3\n  steps: 4\n", 3, "key 'steps' stands twice in train"),
-        ("- 1\n- 2\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got a list"),
-        ("hello\n", 1, "the recipe: expected a mapping of output, model, data, loss, train, evaluate, got 'hello'"),
-        ("# nothing\n", 1, "expected a mapping of output, model, data, loss, train, evaluate, got nothing"),
+        (
+            "- 1\n- 2\n",
+            1,
+            "the recipe: expected a mapping of output, license, model, data, loss, train, evaluate, got a list",
+        ),
+        (
+            "hello\n",
+            1,
+            "the recipe: expected a mapping of output, license, model, data, loss, train, evaluate, got 'hello'",
+        ),
+        ("# nothing\n", 1, "expected a mapping of output, license, model, data, loss, train, evaluate, got nothing"),
         ("output: x\ntrain: 5\n", 2, "train: expected a mapping of steps, epochs"),
         ("train:\n  steps: many\n", 2, "Expected a <class 'int'>"),
         ("train:\n  lr: yes\n", 2, "Expected a <class 'float'>. Got value: True"),

@@ -17,9 +17,12 @@ import pytest
 import torch
 
 import pe.evaluate
+from pe.data.benchmarks import instructions_of, known
 from pe.data.records import DataError
 from pe.data.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task, offline_tasks
-from pe.evaluate import EvaluationError, Scores, comparison, main, score
+from pe.evaluate import EvaluationError, Scores, comparison, find_tasks, main, score
+from tests.embedders import with_reader
+from tests.tiny import VOCABULARY
 
 mteb = pytest.importorskip("mteb")
 from pe.integrations.mteb import MtebEncoder, Side  # noqa: E402
@@ -267,7 +270,72 @@ def test_instructions_of_mteb_tasks() -> None:
 
 
 def test_mock_tasks_of_mteb() -> None:
-    assert mteb.mock_run(MtebEncoder(Trigrams())).all_passed
+    """Every task of texts that mteb has a mock of, by an embedder of ours, which says what it is."""
+    embedder = with_reader()
+    embedder.training_sets = ("banking77", "owner/name")
+    model = MtebEncoder(embedder)
+    run = mteb.mock_run(model)
+    assert run.all_passed
+    assert sum(type(found).__name__ == "TaskResult" for _, found in run.items()) >= 25
+    meta, parameters = model.mteb_model_meta, list(embedder.parameters())
+    assert (meta.embed_dim, meta.max_tokens) == (32, 100)
+    assert meta.n_parameters == sum(map(torch.numel, parameters))
+    assert meta.n_embedding_parameters == VOCABULARY * (32 + 24)
+    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20)
+    assert meta.training_datasets == {"Banking77Classification", "PE-Banking77", "owner/name"}
+
+
+# Benchmarks of mteb.
+
+ENGLISH = "MTEB(eng, v2)"
+
+
+def test_the_table_of_a_benchmark_has_a_sentence_for_every_task() -> None:
+    tasks = {task.metadata.name: task.metadata for task in mteb.get_benchmark(ENGLISH).tasks}
+    table = instructions_of(ENGLISH)
+    sided = {name for name, task in tasks.items() if task.type in ("Retrieval", "Reranking")}
+    assert table.keys() == tasks.keys() | {f"{name}-document" for name in sided}
+    assert all(sentence.strip() for sentence in table.values())
+
+
+def test_tasks_of_a_benchmark_are_those_of_its_languages(tiny: Path) -> None:
+    found = find_tasks(["STS17", "MassiveIntentClassification"], tiny, ENGLISH)
+    assert {name: task.hf_subsets for name, task in found.items()} == {
+        "STS17": ["en-en"],
+        "MassiveIntentClassification": ["en"],
+    }
+    assert len(find_tasks([], tiny, ENGLISH)) == 41
+    with pytest.raises(EvaluationError, match=r"unknown 'MTEB\(eng v2\)'; did you mean 'MTEB\(eng, v2\)'"):
+        find_tasks([], tiny, "MTEB(eng v2)")
+    with pytest.raises(EvaluationError, match=r"MTEB\(eng, v2\): no task 'STS171'; did you mean 'STS17'"):
+        find_tasks(["STS171"], tiny, ENGLISH)
+
+
+def test_a_benchmark_by_the_command(
+    loaded: Trigrams, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tasks under the table's sentences, a caller's before them; scores stand in the file after every task."""
+    from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask
+
+    small = mteb.Benchmark(name=ENGLISH, tasks=[MockSTSTask(), MockRetrievalTask()])
+    monkeypatch.setattr(mteb, "get_benchmark", {ENGLISH: small}.__getitem__)
+    sentences = {"MockSTSTask": "Alike", "MockRetrievalTask": "Find", "MockRetrievalTask-document": "Be found"}
+    monkeypatch.setitem(known()["instructions"], ENGLISH, sentences)
+    output = tmp_path / "scores.json"
+    written: list[list[str]] = []
+    encode = loaded.encode
+
+    def noting(texts: Sequence[str], **options: Any) -> np.ndarray:
+        written.append(list(json.loads(output.read_text())["tasks"]) if output.exists() else [])
+        return encode(texts, **options)
+
+    monkeypatch.setattr(loaded, "encode", noting)
+    options = ["model", "--benchmark", ENGLISH, "--data", str(tiny), "--output", str(output)]
+    assert main([*options, "--instruction", "MockSTSTask=Mine"]) == 0
+    assert set(loaded.calls) == {("query", "Mine"), ("query", "Find"), ("document", "Be found")}
+    assert list(json.loads(output.read_text())["tasks"]) == ["MockSTSTask", "MockRetrievalTask"]
+    assert (written[0], written[-1]) == ([], ["MockSTSTask"])
+    assert "ndcg_at_10" in capsys.readouterr().out
 
 
 def test_a_cache_keeps_revisions_and_instructions_apart(tiny: Path, tmp_path: Path) -> None:

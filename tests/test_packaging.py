@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn"}
+IMPORTED_AS = {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn", "mlflow-skinny": "mlflow"}
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "pe.train",
@@ -34,6 +34,7 @@ def test_wheel_and_sdist_build_and_import(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert {f"pe/kernels/{name}" for name in kernels} <= set(names)
+    assert "pe/data/benchmarks.yaml" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]
     with tarfile.open(sdist) as archive:
         assert {name for name in kernels if any(m.endswith(f"kernels/{name}") for m in archive.getnames())} == kernels

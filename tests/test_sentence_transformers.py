@@ -1,4 +1,4 @@
-"""A saved embedder through sentence-transformers, as its users call it."""
+"""A saved embedder through sentence-transformers, as its users call and train it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from pe.config import BackboneConfig, ModelConfig, PrompterConfig, SideTemplates, TemplatesConfig
-from pe.model import PromptEmbedder
+from pe.config import BackboneConfig, LossConfig, ModelConfig, PrompterConfig, SideTemplates, TemplatesConfig
+from pe.data.batches import Batch
+from pe.losses import backward
+from pe.model import Instruction, PromptEmbedder, Requests
+from tests.embedders import relative_error
+from tests.training import accelerator
 
 pytest.importorskip("sentence_transformers")
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 
 from pe.integrations.sentence_transformers import PromptModule, pop_dtype
 
@@ -88,9 +98,7 @@ def test_what_is_no_text_or_has_no_instruction_is_refused(saved: Path) -> None:
         model[0].preprocess("the river", prompt=TASK)
     with pytest.raises(ValueError, match="inputs: expected a sequence of strings, got dict"):
         model[0].preprocess({"a": "b"}, prompt=TASK)
-    assert model[0].preprocess(map(str, TEXTS), prompt=TASK)["texts"] == TEXTS
-    with pytest.raises(ValueError, match=r"only encodes; train with `python -m pe.train`"):
-        model.train()(model.preprocess(TEXTS, prompt=TASK))
+    assert model[0].preprocess(map(str, TEXTS), prompt=TASK)["asked"] == [(TASK, text) for text in TEXTS]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -237,20 +245,20 @@ def test_mteb_over_sentence_transformers(trained: Path, embedder: PromptEmbedder
     from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask
     from mteb.models import SentenceTransformerEncoderWrapper
 
-    asked: list[tuple[str, str]] = []
+    asked: list[Instruction] = []
     model = load(trained)
-    encode = model[0].embedder.encode_tensor
+    encode = model[0].embedder.encode_each
 
-    def noting(*args: object, **options: object) -> torch.Tensor:
-        asked.append((str(options["side"]), options["instructions"][0]))  # type: ignore[index]
-        return encode(*args, **options)  # type: ignore[no-any-return]
+    def noting(requests: Requests) -> np.ndarray:
+        asked.extend(requests.instructions)
+        return encode(requests)
 
-    model[0].embedder.encode_tensor = noting  # type: ignore[method-assign]
+    model[0].embedder.encode_each = noting  # type: ignore[method-assign]
     tasks = [MockSTSTask(), MockRetrievalTask()]
     done = mteb.evaluate(SentenceTransformerEncoderWrapper(model), tasks, cache=None, show_progress_bar=False)
     assert len(done.task_results) == 2
     assert not done.exceptions
-    assert set(asked) == {("query", TASK), ("document", "Be found")}
+    assert set(asked) == {Instruction(TASK), Instruction("Be found", "document")}
 
 
 # What sentence-transformers lets through.
@@ -333,3 +341,80 @@ def test_a_length_beyond_the_positions_is_refused(saved: Path) -> None:
         with pytest.raises(ValueError, match=rf"max_seq_length: .* from 1 to 125 .* got {tokens!r}"):
             model.max_seq_length = tokens
     assert repr(model.max_seq_length) == "125"
+
+
+# Its trainer.
+
+COLUMNS = {
+    "anchor": ["river 1", "which moon is the larger one of two?", "bread", "glass 4"],
+    "positive": ["the river", "the moon", "a loaf of bread with honey on it", "glass"],
+    "negative": ["a bank", "the sun", "a stone", "a train of thought, or of carriages"],
+}
+LOSSES = {
+    "cached": lambda model: CachedMultipleNegativesRankingLoss(model, mini_batch_size=3),
+    "plain": MultipleNegativesRankingLoss,
+    "matryoshka": lambda model: MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [32, 8]),
+}
+PROMPTS = {"anchor": "Another task", "positive": "A kind", "negative": "A kind"}
+SIDES = {"router_mapping": {"anchor": "query", "positive": "document", "negative": "document"}}
+
+
+def trainer(model: SentenceTransformer, loss: str, folder: Path, **options: object) -> SentenceTransformerTrainer:
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,  # type: ignore[arg-type]
+    )
+    data = Dataset.from_dict(COLUMNS)
+    return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=LOSSES[loss](model))
+
+
+@pytest.mark.parametrize("loss", ["cached", "plain"])
+def test_its_trainer_trains_and_what_it_saves_loads(trained: Path, loss: str, tmp_path: Path) -> None:
+    model = load(trained)
+    before = model.encode(TEXTS)
+    training = trainer(model, loss, tmp_path / "out", **SIDES)
+    training.train()
+    after = model.encode(TEXTS)
+    assert np.isfinite(after).all()
+    assert not np.allclose(after, before, atol=1e-3)
+    model.save_pretrained(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "out" / "checkpoint-2"):
+        assert np.allclose(load(folder).encode(TEXTS), after, atol=1e-6)
+    part = PromptEmbedder.from_pretrained(tmp_path / "saved" / "0_PromptModule")
+    assert np.allclose(part.encode(TEXTS), after, atol=1e-6)
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "'backbone': 'one'" in card
+    assert "tokens</li>" in card
+
+
+@pytest.mark.parametrize(("loss", "prompts"), [("cached", {}), ("plain", PROMPTS), ("matryoshka", {})])
+def test_the_gradients_of_its_losses_are_ours(
+    trained: Path, loss: str, prompts: dict[str, str], tmp_path: Path
+) -> None:
+    """A column's instruction is the trainer's, else that of training for its side."""
+    model, own = load(trained), PromptEmbedder.from_pretrained(trained)
+    training = trainer(model, loss, tmp_path, **SIDES, prompts=prompts)
+    features, labels = training.collect_features(next(iter(training.get_train_dataloader())))
+    training.loss(features, labels).backward()
+    anchors, positives, negatives = ([text for _, text in column["asked"]] for column in features)
+    batch = Batch.unlabelled(
+        [prompts.get("anchor", TASK)],
+        anchors,
+        [*positives, *negatives],
+        document_instruction=prompts.get("positive", "Be found"),
+    )
+    sizes = (8,) if loss == "matryoshka" else ()  # theirs is the sum over the sizes, ours the mean
+    backward(own, batch, LossConfig(temperature=0.05, matryoshka=sizes), accelerator())
+    got = {name: p.grad for name, p in model[0].embedder.named_parameters() if p.grad is not None}
+    expected = {name: p.grad * (1 + len(sizes)) for name, p in own.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    for part in ("prompter.", "alignment.", "skip.", "backbone."):
+        ours, theirs = (torch.cat([g[name].flatten() for name in g if name.startswith(part)]) for g in (expected, got))
+        assert ours.norm() > 1e-6, part
+        assert relative_error(theirs, ours) < 1e-5, part

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,7 +26,7 @@ from pe import step as stepping
 from pe import train as training
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
-from pe.config import LossConfig, Recipe, TrainConfig
+from pe.config import LossConfig, Recipe, RecipeError, TrainConfig
 from pe.data.batches import Batch, BatchPlan
 from pe.evaluate import Scores, TaskScore
 from pe.losses import backward, batch_requests, contrastive_loss, cut
@@ -579,6 +580,7 @@ import sys, json, torch, dataclasses
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from pe.runs.recipes import load_recipe
 from pe.losses import backward
 from pe import step as stepping
@@ -695,6 +697,40 @@ def test_a_whole_run_writes_what_it_promises(tiny_models: Path, tmp_path: Path) 
     embeddings = loaded.encode(["the river", "moon"], instruction="Find the same thing")
     assert embeddings.shape == (2, 32)
     assert not list(run.model.glob("backbone*"))
+
+
+def test_a_run_is_logged_where_it_is_asked(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: MLflow has the figures of TensorBoard, and wandb a record to send later."""
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    names = ["tensorboard", "mlflow", "wandb"]
+    recipe = load_recipe(write_recipe(tiny_models, tmp_path, train__log_with=names))
+    train(recipe)
+    logs = tmp_path / "run" / "logs"
+    board = EventAccumulator(str(logs / "tensorboard")).Reload()
+    client = mlflow.MlflowClient()
+    (kept,) = client.search_runs([client.get_experiment_by_name("promptembedder").experiment_id])
+    assert (kept.info.run_name, kept.data.params["train.steps"]) == ("run", "6")
+    for name in ("loss", "rate", "gradient_norm"):
+        expected = {event.step: event.value for event in board.Scalars(name)}
+        found = {item.step: item.value for item in client.get_metric_history(kept.info.run_id, name)}
+        assert list(found) == [2, 4, 6]
+        assert found == pytest.approx(expected, rel=1e-6)
+    (record,) = logs.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"gradient_norm" in record.read_bytes()
+
+
+def test_a_tracker_that_is_not_there(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    recipe = load_recipe(write_recipe(tiny_models, tmp_path, train__log_with=["mlflow"]))
+    with pytest.raises(RecipeError, match=r"train\.log_with: mlflow is not installed: pip install mlflow-skinny"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+    train(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, log_with=())))
+    assert not list((tmp_path / "run" / "logs").iterdir())
 
 
 def test_command_line(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from pe.config import DatasetConfig
-from pe.data.tables import HUB, named
+from pe.data.tables import HUB, hub_parts, named
 
 
 def trained_instructions(data: Sequence[DatasetConfig]) -> dict[str, str]:
@@ -57,6 +57,12 @@ def set_name(path: str) -> str:
     if path.startswith(HUB):
         path = path.removeprefix(HUB).partition("@")[0].replace(":", "-")
     return named(path)[0]
+
+
+def training_sets(data: Sequence[DatasetConfig]) -> tuple[str, ...]:
+    """What a recipe trains on: the names of its files, and of the hub's sets as the hub has them."""
+    names = [hub_parts(item.path)[0] if item.path.startswith(HUB) else set_name(item.path) for item in data]
+    return tuple(dict.fromkeys(names))
 
 
 def free_name(name: str, sentence: str, named: Mapping[str, str]) -> str:

@@ -79,6 +79,13 @@ def files(path: str) -> list[str]:
     return sorted(str(file) for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [path]
 
 
+def hub_parts(path: str) -> tuple[str, str, str]:
+    """Name, configuration and split of `hf://owner/name[:config][@split]`, empty where none is named."""
+    name, _, split = path.removeprefix(HUB).partition("@")
+    name, _, configuration = name.partition(":")
+    return name, configuration, split
+
+
 def saved(path: str) -> tuple[Path, str]:
     """Folder and split of `FOLDER[@split]`; no split where none is named."""
     folder, at, split = path.rpartition("@")
@@ -177,8 +184,7 @@ def _saved(folder: Path, split: str) -> Iterator[tuple[int, Row]]:
 
 def _hub(path: str) -> Iterator[tuple[int, Row]]:
     """Rows of `hf://owner/name[:config][@split]`; the split is `train` unless named."""
-    name, _, split = path.removeprefix(HUB).partition("@")
-    name, _, configuration = name.partition(":")
+    name, configuration, split = hub_parts(path)
     if not name:
         raise DataError(f"{path}: expected {HUB}owner/name[:config][@split], got no name")
     import datasets

@@ -19,8 +19,11 @@ from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
+from torch import nn
 
+from pe.data.benchmarks import trained_tasks
 from pe.data.tasks import Floats, check_embeddings
+from pe.method.prompted import PromptedEmbedder
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -54,6 +57,23 @@ class TextEncoder(Protocol):
         ...
 
 
+def details(encoder: TextEncoder) -> dict[str, Any]:
+    """What `ModelMeta` has room for and an embedder of ours knows of itself; nothing of any other."""
+    if not isinstance(encoder, PromptedEmbedder):
+        return {}
+    tables = [module.weight for module in encoder.modules() if isinstance(module, nn.Embedding)]
+    weights = list(encoder.parameters())
+    return {
+        "embed_dim": encoder.dimensions,
+        "n_parameters": sum(weight.numel() for weight in weights),
+        "n_embedding_parameters": sum(weight.numel() for weight in set(tables)),
+        "memory_usage_mb": sum(weight.nbytes for weight in weights) / 2**20,
+        "max_tokens": encoder.config.max_length,
+        "training_datasets": trained_tasks(encoder.training_sets) or None,
+        "open_weights": True,
+    }
+
+
 class MtebEncoder(AbsEncoder):
     """`encoder` as a model for `mteb.evaluate`; each distinct text of a symmetric task is encoded once.
 
@@ -77,7 +97,7 @@ class MtebEncoder(AbsEncoder):
         self._seen: dict[str, Floats] = {}
         self._seen_under: tuple[str, str, str] = ("", "", "")
         name = encoder.name if "/" in encoder.name else f"pe/{encoder.name}"
-        meta: dict[str, Any] = {
+        meta: dict[str, Any] = details(encoder) | {
             "name": name,
             "revision": encoder.revision,
             "similarity_fn_name": ScoringFunction.COSINE,

@@ -1,4 +1,4 @@
-"""A saved PromptEmbedder as a model of sentence-transformers, for encoding:
+"""A saved PromptEmbedder as a model of sentence-transformers, to encode with and to train:
 
     model = SentenceTransformer("runs/tiny/model", trust_remote_code=True)
     queries = model.encode_query(texts, prompt="Retrieve semantically similar text")
@@ -6,9 +6,9 @@
 What sentence-transformers calls a prompt is the instruction here: the soft prompt is written for it, and it is never
 put before a text. An input may bring its own, as the pair `(prompt, text)`. A folder's prompts are the instructions of
 its training, one of them the default. `encode_document` takes the document's templates, `encode` and `encode_query` the
-query's. An option that would change nothing is refused.
+query's; so do a trainer's columns, by its `router_mapping`. An option that would change nothing is refused.
 
-Legend: B texts, D embedding size.
+Legend: B texts, L tokens of the longest, D embedding size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Any, Self
 import torch
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import InputModule
+from torch.nn.utils.rnn import pad_sequence
 
+from pe.card import shown
 from pe.config import Dtype
-from pe.data.instructions import as_prompts
-from pe.method.requests import Side, listed
+from pe.data.instructions import as_prompts, default_instruction
+from pe.method.requests import Instruction, Requests, Side, listed
 from pe.model import PromptEmbedder
 
 TASKS: dict[str | None, Side] = {None: "query", "query": "query", "document": "document"}
@@ -48,20 +50,15 @@ def refuse_options(options: Mapping[str, object], instead: str) -> None:
             raise ValueError(f"{name}: expected none, got {given!r:.80}: {instead}")
 
 
-def asked(item: object, prompt: str | None) -> tuple[str, str]:
+def asked(item: object, prompt: str | None) -> tuple[str | None, str]:
     """Instruction and text of an input: its own of a pair, else `prompt`.
 
     Raises:
-        ValueError: neither a text nor a pair, or a text without an instruction.
+        ValueError: neither a text nor a pair.
     """
     own, text = item if isinstance(item, list | tuple) and len(item) == 2 else (prompt, item)
     if not isinstance(text, str) or not isinstance(own, str | None):
         raise ValueError(f"inputs: expected texts, or pairs (prompt, text), got {type(item).__name__}: {item!r:.80}")
-    if not own:
-        raise ValueError(
-            "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
-            " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query')"
-        )
     return own, text
 
 
@@ -113,8 +110,8 @@ class PromptModule(InputModule):
     def get_config_dict(self) -> dict[str, Any]:
         """What a SentenceTransformer shows of the module."""
         config = self.embedder.config
-        shown = {"layout": config.layout, "reader": config.reader, "skip": config.skip}
-        return {"embedder": self.embedder.name, "backbone": self.embedder.backbone.name, **shown}
+        options = {"layout": config.layout, "reader": config.reader, "skip": config.skip}
+        return {"embedder": self.embedder.name, "backbone": shown(self.embedder.backbone.name), **options}
 
     def get_embedding_dimension(self) -> int:
         return self.embedder.dimensions
@@ -128,10 +125,12 @@ class PromptModule(InputModule):
     def preprocess(
         self, inputs: Iterable[Any], prompt: str | None = None, task: str | None = None, **others: object
     ) -> dict[str, Any]:
-        """The texts as they are, each with its instruction, and the side they are encoded under.
+        """What the backbone reads of each text, `input_ids` and `attention_mask` `[B, L]`, and under what.
+
+        A loss may run a part of the rows of all tensors: `row` `[B]` says which of `asked` they are.
 
         Raises:
-            ValueError: no instruction, an input that is no text and no pair, an unknown task, or another option.
+            ValueError: an input that is no text and no pair, an unknown task, or another option.
         """
         refuse_options(others, "texts are read as in training; max_seq_length says where they are cut")
         if task not in TASKS:
@@ -141,24 +140,47 @@ class PromptModule(InputModule):
                 f"prompt: expected one sentence for all inputs, got {prompt!r:.80}; for one a text encode pairs:"
                 " encode(list(zip(prompts, texts)))"
             )
-        pairs = [asked(item, prompt) for item in listed("inputs", inputs)]
-        return {"texts": [text for _, text in pairs], "instructions": [own for own, _ in pairs], "side": TASKS[task]}
+        pairs, side = [asked(item, prompt) for item in listed("inputs", inputs)], TASKS[task]
+        texts = [text for _, text in pairs]
+        ids = self.embedder.readings(Requests(texts, [Instruction("", side)], [0] * len(texts)))
+        rows = [torch.tensor(row) for row in ids]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            "row": torch.arange(len(rows)),
+            "asked": pairs,
+            "side": side,
+        }
 
     def forward(self, features: dict[str, Any], **_: object) -> dict[str, Any]:
-        """Add the embeddings `[B, D]` float32 as `sentence_embedding`.
+        """Add the embeddings `[B, D]` float32 as `sentence_embedding`, with gradient where it is on.
 
         Raises:
-            ValueError: training is asked for.
+            ValueError: a text without an instruction.
         """
-        if self.training and torch.is_grad_enabled():
-            raise ValueError("PromptModule only encodes; train with `python -m pe.train`")
-        texts, instructions = features["texts"], features["instructions"]
-        found = torch.empty(len(texts), self.embedder.dimensions, device=self.embedder.device)
-        for instruction in dict.fromkeys(instructions):
-            places = [place for place, own in enumerate(instructions) if own == instruction]
-            under = [texts[place] for place in places]
-            found[places] = self.embedder.encode_tensor(under, instructions=[instruction], side=features["side"])[0]
+        requests = self._requests(features)
+        if self.training or torch.is_grad_enabled():
+            found = self.embedder(requests)
+        else:
+            found = torch.from_numpy(self.embedder.encode_each(requests)).to(self.embedder.device)
         return Features(features, sentence_embedding=found)
+
+    def _requests(self, features: Mapping[str, Any]) -> Requests:
+        """The texts of some rows, tokenised already, each under its instruction or else the side's of training."""
+        side = features["side"]
+        default = default_instruction(self.embedder.instructions, side)
+        pairs = [features["asked"][row] for row in features["row"].tolist()]
+        under = [Instruction((default if own is None else own) or "", side) for own, _ in pairs]
+        if not all(item.text for item in under):
+            raise ValueError(
+                "prompt: expected the instruction to embed under, got none; give encode(..., prompt='...'), or"
+                " SentenceTransformer(..., prompts={'query': '...', 'document': '...'}, default_prompt_name='query'),"
+                " to a trainer prompts={'COLUMN': '...'}"
+            )
+        place = {item: number for number, item in enumerate(dict.fromkeys(under))}
+        lengths = features["attention_mask"].sum(1).tolist()
+        ids = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths, strict=True)]
+        return Requests([text for _, text in pairs], list(place), [place[item] for item in under], ids)
 
     def save(self, output_path: str, *_: object, **__: object) -> None:
         self.embedder.save_pretrained(output_path)

@@ -40,6 +40,7 @@ class Encoder(ABC):
         name: what tables call it.
         instructions: those it was trained under, by name (see `pe.data.instructions`), `query` and `document` the
             sides' defaults.
+        training_sets: the names of the sets it was trained on.
         truncation: counts since it was made.
     """
 
@@ -47,6 +48,7 @@ class Encoder(ABC):
     name: str
     truncation: Truncation
     instructions: Mapping[str, str] = MappingProxyType({})
+    training_sets: Sequence[str] = ()
 
     @property
     def device(self) -> torch.device:

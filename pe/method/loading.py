@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AddedToken,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pe.config import Dtype
 from pe.method.gguf import is_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
+from pe.method.merged import Adapter, adapter_in, merge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
@@ -221,14 +223,24 @@ def usable_device(name: str) -> torch.device:
 
 
 def load_config(name: str, revision: str | None) -> PreTrainedConfig:
-    """The configuration of a model that can be loaded; code of the model's own is not run.
+    """The configuration of a model that can be loaded, of an adapter's folder its base's; code of its own is not run.
 
     Raises:
         FileNotFoundError: with the path tried and what to do.
-        ValueError: a model that needs code of its own, an adapter, quantised weights.
+        ValueError: a model that needs code of its own, an adapter that is not a folder's, quantised weights.
     """
     if is_gguf(name):
         return load_gguf_config(Path(name))
+    if adapter := adapter_in(name):
+        try:
+            return _whole_config(adapter.base, adapter.revision)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{name}: the base of this adapter of PEFT: {error}") from error
+    return _whole_config(name, revision)
+
+
+def _whole_config(name: str, revision: str | None) -> PreTrainedConfig:
+    """That of a model which is no adapter."""
     stored: dict[str, Any] = {}
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
@@ -263,8 +275,9 @@ def is_adapter(name: str, revision: str | None) -> bool:
 
 def adapter_alone(name: str) -> ValueError:
     return ValueError(
-        f"{name}: expected a whole model, got an adapter of PEFT (adapter_config.json); load it with PEFT, merge it"
-        " into its base by merge_and_unload(), save that with save_pretrained() and name its folder"
+        f"{name}: expected a whole model, or a folder with an adapter of PEFT whose base is elsewhere, got an adapter"
+        " (adapter_config.json); load it with PEFT, merge it into its base by merge_and_unload(), save that with"
+        " save_pretrained() and name its folder"
     )
 
 
@@ -280,12 +293,16 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, safetensors or a GGUF file only, no remote code.
 
+    A folder with an adapter of PEFT is its base with the adapter merged.
+
     Raises:
         FileNotFoundError: with the path tried and what to do; no weights, or pickled ones alone.
         ValueError: see `load_config`; a weights file or a tokenizer that is cut short or damaged, with its name.
     """
     if is_gguf(name):
         return load_gguf(auto, Path(name), dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
+    if adapter := adapter_in(name):
+        return _load_merged(auto, adapter, dtype)
     config = load_config(name, revision)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "trust_remote_code": False}
     try:
@@ -308,6 +325,20 @@ def load_pretrained(
     return model, tokenizer
 
 
+def _load_merged(
+    auto: type, adapter: Adapter, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An adapter's base with the adapter in it."""
+    load_config(str(adapter.folder), None)
+    for file in adapter.files[1:]:
+        check_weights(file)
+    whole, _ = load_pretrained(AutoModelForCausalLM, adapter.base, adapter.revision, dtype)
+    merge(whole, adapter)
+    model = whole if auto is AutoModelForCausalLM else cast(PreTrainedModel, whole.base_model)
+    model.config._commit_hash = None  # its content is the folder's
+    return model, load_tokenizer(str(adapter.folder), None)
+
+
 def missing_weights(name: str) -> str:
     """Why a model has no weights that can be read, and what to do."""
     pickled = sorted(file.name for file in Path(name).glob("*.bin")) if Path(name).is_dir() else []
@@ -320,13 +351,15 @@ def missing_weights(name: str) -> str:
 
 
 def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; code of its own is not run.
+    """A model's tokenizer, of an adapter's folder without one its base's; code of its own is not run.
 
     Raises:
         ValueError: damaged, missing or with code of its own.
     """
     if is_gguf(name):
         return load_gguf_tokenizer(Path(name))
+    if (adapter := adapter_in(name)) and not (adapter.folder / "tokenizer_config.json").is_file():
+        name, revision = adapter.base, adapter.revision
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -363,9 +396,15 @@ def find_file(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def checkpoint_files(name: str, revision: str | None) -> list[Path]:
-    """`config.json` and the weights that transformers loads, or a GGUF file; none if one of them is not found."""
+    """`config.json` and the weights that transformers loads, or a GGUF file; none if one of them is not found.
+
+    Of an adapter's folder its own files and those of its base.
+    """
     if is_gguf(name):
         return [Path(name)] if Path(name).is_file() else []
+    if adapter := adapter_in(name):
+        base = [] if adapter_in(adapter.base) else checkpoint_files(adapter.base, adapter.revision)
+        return [*adapter.files, *base] if base and all(file.is_file() for file in adapter.files) else []
     weights = ["model.safetensors"]
     index = find_file(name, "model.safetensors.index.json", revision)
     if index and not find_file(name, weights[0], revision):
@@ -377,7 +416,7 @@ def checkpoint_files(name: str, revision: str | None) -> list[Path]:
 def fingerprint(files: Iterable[Path]) -> str:
     """Content hash of a checkpoint: its config, and size and ends of each weights file."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(files):
+    for path in sorted(files, key=lambda path: path.name):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{path.stat().st_size}".encode())
             digest.update(file.read(1 << 16))

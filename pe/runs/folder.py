@@ -20,8 +20,8 @@ from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
-FREE = ("output", "train.text_store", "train.text_store_gib")
-"""Options that may change when a run goes on: its folder may have been moved, and a store changes no result."""
+FREE = ("output", "license", "train.log_with", "train.text_store", "train.text_store_gib")
+"""Options that may change when a run goes on: its folder may have been moved, and the others change no result."""
 LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
 """What a run that ended before its first checkpoint leaves."""
 
@@ -50,6 +50,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
 
     @property
     def checkpoints(self) -> list[Path]:
