@@ -75,6 +75,25 @@ class Parts(NamedTuple):
     lens: Lens | None = None
 
 
+class Summary(NamedTuple):
+    """What a folder says of its embedder before any weight is loaded: D, instructions by name, a hash of all of it."""
+
+    dimensions: int | None
+    instructions: Mapping[str, str]
+    content: str
+
+
+def summary(path: Path) -> Summary:
+    """The summary of a saved PromptEmbedder; an old one does not say its size.
+
+    Raises:
+        FileNotFoundError, ValueError: none there, or of another format.
+    """
+    saved = read_config(path)
+    content = fingerprint(file for file in path.rglob("*") if file.name.endswith((".safetensors", "config.json")))
+    return Summary(saved.get("dimensions"), _read_instructions(path, saved), content)
+
+
 def write(parts: Parts, path: Path, *, include_backbone: bool, card: str) -> None:
     """Write the parts to a folder; see `PromptEmbedder.save_pretrained`.
 
