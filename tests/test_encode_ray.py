@@ -20,6 +20,7 @@ from pe.bulk.engines import Workers, check_room, on_ray
 ROOT = Path(__file__).parent.parent
 BULK = runpy.run_path(str(ROOT / "scripts" / "bulk.py"))
 ONE = ("--engine=ray", "--workers=1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers wait for every other test
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,11 @@ class ShardEncoder:
         """
         before = self.embedder.truncation.cut
         schema = self.options.written(self.schema, self.embedder.dimensions)
-        with self.folder.written(shard.name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        repeats = self.options.precision == "int8"  # a dictionary of floats is as long as they are
+        with (
+            self.folder.written(shard.name) as file,
+            pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeats) as writer,
+        ):
             for block in blocks(shard.file, shard.cut, self.options.field, self.schema):
                 writer.write_table(pa.table([*block.columns, *self._embedded(block)], schema=schema))
         truncated = self.embedder.truncation.cut - before
