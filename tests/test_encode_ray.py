@@ -32,16 +32,16 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.timeout(900)  # each of Ray's processes imports torch anew
+@pytest.mark.usefixtures("cluster")
 def test_killed_it_goes_on_and_equals_one_process(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, whole, broken = BULK["write_rows"](tmp_path / "in", 600), tmp_path / "whole", tmp_path / "broken"
-    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     model, size = str(checkpoint), "--shard_rows=50"
     left = BULK["killed"](BULK["command"](model, source, broken, size, *ONE), broken, 2)
     assert 2 <= len(left) < 12
-    request.getfixturevalue("cluster")
     for folder, engine in ((broken, ONE), (whole, ())):
         encode.main(BULK["command"](model, source, folder, size, *engine)[3:])
     last = BULK["finished"](broken)
