@@ -1,4 +1,4 @@
-"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT] [--store DIR]`
+"""`python -m pe.encode MODEL INPUT OUTPUT [--instruction TEXT] [--store DIR] [--engine ray]`
 
 Several instructions are a JSON list: `--instruction '["TEXT", ...]'`.
 
@@ -7,6 +7,10 @@ column named by --field: JSON Lines, JSON, csv, tsv (each also .xz, .gz), parque
 `hf://owner/name[:config][@split]`. OUTPUT: `.npy` holds `[N, D]`, or `[I, N, D]` for I instructions; `.jsonl` and
 `.parquet` hold a row a text with its embedding (one for each instruction) behind the text, or, with --keep, behind all
 columns of the input.
+
+An OUTPUT without a suffix is a folder of parquet shards, for more rows than memory holds: INPUT is then a file, folder
+or pattern of parquet, JSON Lines, csv, tsv or text at any address of fsspec; what is finished is not repeated
+(`docs/encode-at-scale.md`).
 """
 
 from __future__ import annotations
@@ -14,40 +18,42 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from pe.bulk.columns import Embeddings, column_names, shortened, table_of, vectors
+from pe.bulk.command import encode_folder
+from pe.bulk.engines import EngineName
+from pe.bulk.job import SHARD_ROWS
 from pe.config import Dtype
 from pe.data.records import (
     DataError,
     Record,
     RecordError,
     braced,
-    check_string,
     check_unicode,
     read_lines,
 )
-from pe.data.tables import records
+from pe.data.tables import records, text_under
 from pe.method.loading import quiet, usable_device
 from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
 
-Embeddings = npt.NDArray[Any]
-"""float32, or integers of `--precision`."""
-Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 STANDARD_INPUT = "-"
+FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")
+"""A suffix that says what a file holds: `.csv`, not the `.5` of `embedder-1.5`."""
 
 
 def read_rows(path: str, field: str, id_column: str | None = None) -> list[Record]:
@@ -92,20 +98,11 @@ def check_written(rows: Sequence[Record], suffix: str, names: Sequence[str]) -> 
         if suffix == ".jsonl":
             json.dumps(rows)
         elif suffix == ".parquet":
-            pa.Table.from_pylist(rows)
-    except (TypeError, ValueError, pa.ArrowException) as error:
+            table_of(rows, "input")
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"--keep: a column cannot be written as {suffix} ({error}); write the other, or leave it out"
         ) from error
-
-
-def text_under(field: str, row: Record) -> str:
-    """The text of a row; RecordError where the field is not there, or holds something else."""
-    if field not in row:
-        detail = f"expected the key {field!r}, got {braced(row)}; name the key of the texts with --field"
-        raise RecordError("missing key", detail)
-    check_string(field, row[field])
-    return row[field]
 
 
 def sentences(given: str) -> list[str]:
@@ -164,19 +161,12 @@ def compressed(embeddings: Embeddings, dimensions: int | None, precision: Precis
 
     int8 and uint8 take each dimension's range from these embeddings; binary packs 8 dimensions into a byte.
     """
-    if dimensions is not None:
-        cut = embeddings[..., :dimensions]
-        embeddings = cut / np.maximum(np.linalg.norm(cut, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    if precision == "float32":
-        return embeddings
+    embeddings = shortened(embeddings, dimensions)
+    if precision == "float32" or precision == "float16":
+        return embeddings.astype(precision)
     from sentence_transformers.util import quantize_embeddings
 
     return np.stack([np.asarray(quantize_embeddings(rows, precision=precision)) for rows in embeddings])
-
-
-def column_names(instructions: Sequence[str]) -> list[str]:
-    """`embedding`, or `embedding_0`, `embedding_1`, ... for several instructions."""
-    return ["embedding"] if len(instructions) == 1 else [f"embedding_{place}" for place in range(len(instructions))]
 
 
 def columns(embeddings: Embeddings, instructions: Sequence[str]) -> dict[str, Embeddings]:
@@ -197,10 +187,9 @@ def write_jsonl(path: Path, beside: Sequence[Record], embeddings: Embeddings, in
 
 
 def write_parquet(path: Path, beside: Sequence[Record], embeddings: Embeddings, instructions: Sequence[str]) -> None:
-    table, size = pa.Table.from_pylist(list(beside)), embeddings.shape[-1]
+    table = table_of(beside, "input")
     for name, rows in columns(embeddings, instructions).items():
-        array = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), size)
-        table = table.append_column(name, array)
+        table = table.append_column(name, vectors(rows))
     pq.write_table(table, path)
 
 
@@ -237,7 +226,7 @@ def encode_file(
     Args:
         model: folder of a saved PromptEmbedder, or its name on the hub.
         input: `.txt` or `-`, a text a line; or rows, see the top of this module.
-        output: `.npy`, `.jsonl` or `.parquet`; its folder is made where there is none.
+        output: `.npy`, `.jsonl` or `.parquet`, whose folder is made where there is none; or a folder of shards.
         instruction: a sentence as it is typed, or a JSON list of sentences, which share the text pass; where none is
             given, the side's default, the one that training weighted most.
         side: whose templates are used.
@@ -246,20 +235,21 @@ def encode_file(
         keep: write all columns of the input before the embeddings, in place of the text alone.
         dimensions: the first numbers of an embedding that stay, of length one again; for a model trained with
             `loss.matryoshka`.
-        precision: int8, uint8, or a bit a dimension (binary, ubinary), as sentence-transformers quantises.
+        precision: float16; or int8, uint8, a bit a dimension (binary, ubinary), as sentence-transformers quantises. Of
+            a folder float16, or int8 with a scale a row.
         batch_tokens: tokens of a packed batch.
         backbone: where the backbone is now, if not where it was.
         prompter: where the base of a prompting LLM with adapters is now, if not where it was.
         dtype: type of the backbone's weights; as in training where it is not given.
         device: cpu, cuda, cuda:1; a GPU where there is one.
-        overwrite: replace an existing output.
+        overwrite: replace an existing output; a folder that goes on is not begun again.
         store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
         store_gib: its size in GiB.
     """
     target = Path(output)
     suffix = target.suffix.lower()
     if suffix not in WRITERS:
-        raise ValueError(f"output: expected a name ending in {', '.join(WRITERS)}, got {output}")
+        raise ValueError(f"output: expected a name ending in {', '.join(WRITERS)}, or a folder, got {output}")
     if target.is_dir():
         raise ValueError(f"output: expected a file, got the folder {output}")
     if target.exists() and not overwrite:
@@ -271,7 +261,7 @@ def encode_file(
         raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
     if suffix == ".npy" and (keep or id_column is not None):
         raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
-    if precision != "float32":
+    if precision not in ("float32", "float16"):
         needs_quantisation()
     rows = read_rows(input, field, id_column)
     beside = written_beside(rows, field, id_column, keep)
@@ -325,7 +315,59 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
     parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
     parser.add_argument("--store", type=str, default=None, help="folder that keeps the text pass (default: none)")
+    shards = parser.add_argument_group("OUTPUT is a folder")
+    shards.add_argument("--engine", type=EngineName, default=None, help="local, one process, or ray (default: local)")
+    shards.add_argument("--shard_rows", type=int, default=None, help=f"rows of a shard (default: {SHARD_ROWS})")
+    shards.add_argument("--workers", type=int, default=None, help="of ray (default: as many as its nodes hold)")
+    shards.add_argument("--worker_cores", type=int, default=None, help="of each (default: 1)")
+    shards.add_argument("--worker_gpus", type=float, default=None, help="of each, up to 1 (default: 1 if ray has any)")
     return parser.parse_args(argv)
+
+
+OF_FOLDERS = ("engine", "shard_rows", "workers", "worker_cores", "worker_gpus")
+OF_FILES = ("id_column", "store")
+
+
+def is_folder(output: str) -> bool:
+    """Whether an output is the folder of shards: a folder that is there, or a name without the suffix of a file."""
+    suffix = PurePosixPath(output).suffix
+    return suffix.lower() not in WRITERS and (Path(output).is_dir() or not FILE_SUFFIX.fullmatch(suffix))
+
+
+def check_alone() -> None:
+    """Raise ValueError where torch.distributed has started several processes: each would encode everything."""
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ValueError(
+            f"expected one process, got {processes} of torch.distributed (WORLD_SIZE), each of which would encode"
+            " everything; start it once, and share the work by --engine ray and a folder as OUTPUT"
+        )
+
+
+def encode(**given: Any) -> None:
+    """Embed the texts of a file into a file, or of any number of files into a folder of shards.
+
+    Raises:
+        OSError, ValueError: what is given cannot be used; see `encode_file` and `encode_folder`.
+    """
+    check_alone()
+    folder = is_folder(given["output"])
+    for name in OF_FILES if folder else OF_FOLDERS:
+        if (value := given.pop(name)) is not None:
+            expected = "none for a folder, whose rows have all columns" if folder else "a folder as OUTPUT"
+            raise ValueError(f"--{name.replace('id_', 'id-')}: expected {expected}, got {value!r}")
+    if not folder:
+        if "://" in given["output"]:
+            raise ValueError(f"output: expected a path, or a folder of shards at an address, got {given['output']}")
+        encode_file(**given)
+        return
+    del given["keep"], given["store_gib"]  # every column is kept, and nothing is stored
+    instruction = given.pop("instruction")
+    chosen = {name: given.pop(name) for name in OF_FOLDERS}
+    encode_folder(
+        **given,
+        instructions=None if instruction is None else sentences(instruction),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -333,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     arguments = parse(argv)
     with user_errors("pe.encode"):
-        encode_file(**vars(arguments))
+        encode(**vars(arguments))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,25 @@ class Told(NamedTuple):
     files: Mapping[str, str]
 
 
+class Summary(NamedTuple):
+    """What a folder says of its embedder before any weight is loaded: D, instructions by name, a hash of all of it."""
+
+    dimensions: int | None
+    instructions: Mapping[str, str]
+    content: str
+
+
+def summary(path: Path) -> Summary:
+    """The summary of a saved PromptEmbedder; an old one does not say its size.
+
+    Raises:
+        FileNotFoundError, ValueError: none there, or of another format.
+    """
+    saved = read_config(path)
+    content = fingerprint(file for file in path.rglob("*") if file.name.endswith((".safetensors", "config.json")))
+    return Summary(saved.get("dimensions"), _read_instructions(path, saved), content)
+
+
 def write(parts: Parts, path: Path, told: Told, *, include_backbone: bool) -> None:
     """Write the parts to a folder, and what is told of them; see `PromptEmbedder.save_pretrained`.
 

@@ -97,6 +97,20 @@ def test_columns_that_stay(
     assert np.allclose([row["embedding"] for row in found], expected, atol=1e-6)
 
 
+def test_a_column_that_comes_late_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n{"text": "b", "n": 1}\n', encoding="utf-8")
+    encoded(checkpoint, source, tmp_path / "out.parquet", "--keep")
+    assert pq.read_table(tmp_path / "out.parquet")["n"].to_pylist() == [None, 1]
+
+
+def test_half_precision(checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    encoded(checkpoint, write(tmp_path / "in.csv"), tmp_path / "out.npy", "--field=body", "--precision=float16")
+    found = np.load(tmp_path / "out.npy")
+    assert found.dtype == np.float16
+    assert np.allclose(found, expected, atol=1e-3)
+
+
 def test_what_cannot_be_kept_is_known_before_encoding(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ JSONL = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 OPTIONAL = ("negatives", "shared_label", "other_label")
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, OSError)
 """What reading a damaged file raises."""
+BOM = b"\xef\xbb\xbf"
 INT64 = range(-(2**63), 2**63)
 
 
@@ -69,23 +70,29 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                yield number, line.removeprefix(BOM) if number == 1 else line
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a file, found none") from error
     except DAMAGED as error:
         raise DataError(f"{path}:{number + 1}: the file cannot be read: {error}") from error
 
 
-def _decode(line: bytes) -> str:
+def decode(line: bytes) -> str:
+    """A line as text; RecordError where it is no UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError("not UTF-8", f"expected UTF-8, got byte {line[error.start]:#04x}") from error
 
 
+def is_filled(line: bytes) -> bool:
+    """Whether a line holds anything but white space."""
+    return bool(line.decode("utf-8", "replace").strip())
+
+
 def filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that hold anything but white space, with their numbers in the file."""
-    return ((number, line) for number, line in _lines(path) if line.decode("utf-8", "replace").strip())
+    return ((number, line) for number, line in _lines(path) if is_filled(line))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Record:
@@ -105,7 +112,7 @@ def parse(line: bytes) -> Record:
     Raises:
         RecordError: bytes that are no UTF-8, no JSON or no object, or a key that an object has twice.
     """
-    text = _decode(line).strip()
+    text = decode(line).strip()
     try:
         record = _decoder.decode(text)
     except json.JSONDecodeError as error:
@@ -173,7 +180,7 @@ def read_lines(path: str | Path) -> list[str]:
     lines = []
     for number, line in _lines(Path(path)):
         try:
-            lines.append(_decode(line).removesuffix("\r\n").removesuffix("\n"))
+            lines.append(decode(line).removesuffix("\r\n").removesuffix("\n"))
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
     if not any(lines):
@@ -193,7 +200,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     number = 0
     for place, (number, line) in enumerate(filled_lines(Path(path))):
         try:
-            fields = _decode(line).rstrip("\r\n").split("\t")
+            fields = decode(line).rstrip("\r\n").split("\t")
         except RecordError as bad:
             raise DataError(f"{path}:{number}: {bad}") from bad
         if place == 0:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pe.data.records import DAMAGED, DataError, Record, RecordError, filled_lines, open_binary, parse, short
+from pe.data.records import (
+    DAMAGED,
+    DataError,
+    Record,
+    RecordError,
+    braced,
+    check_string,
+    filled_lines,
+    open_binary,
+    parse,
+    short,
+)
 
 HUB = "hf://"
 NAME = re.compile(r"(.*?)(?:(\.jsonl|\.json|\.csv|\.tsv)(?:\.xz|\.gz)?|(\.parquet))", re.IGNORECASE | re.DOTALL)
@@ -71,6 +82,15 @@ def records(path: str) -> Iterator[tuple[int, Record]]:
         raise DataError(f"{path}: expected at least one record, got an empty file")
 
 
+def text_under(field: str, row: Record) -> str:
+    """The text of a row; RecordError where the field is not there, or holds something else."""
+    if field not in row:
+        detail = f"expected the key {field!r}, got {braced(row)}; name the key of the texts with --field"
+        raise RecordError("missing key", detail)
+    check_string(field, row[field])
+    return row[field]
+
+
 def files(path: str) -> list[str]:
     """The local files behind a path: none of the hub, all of a folder."""
     if path.startswith(HUB):
@@ -93,10 +113,11 @@ def saved(path: str) -> tuple[Path, str]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    return _parsed(filled_lines(path))
+    return parsed(filled_lines(path))
 
 
-def _parsed(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Row]]:
+def parsed(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Row]]:
+    """Numbered lines of JSON as rows."""
     for number, line in lines:
         try:
             yield number, parse(line)
@@ -109,7 +130,7 @@ def _json(path: Path) -> Iterator[tuple[int, Row]]:
     lines = filled_lines(path)
     first = next(lines, None)
     if first is None or not first[1].lstrip().startswith(b"["):
-        yield from _parsed(lines if first is None else chain([first], lines))
+        yield from parsed(lines if first is None else chain([first], lines))
         return
     try:
         content = json.loads(b"".join(line for _, line in chain([first], lines)))
@@ -132,22 +153,24 @@ def _csv(path: Path) -> Iterator[tuple[int, Row]]:
             for cells in reader:
                 number, start = start, reader.line_num + 1
                 if cells and header is None:
-                    header = _header(path, number, cells)
+                    header = check_header(path, number, cells)
                 elif cells and header is not None:
-                    yield number, _by_name(header, cells)
+                    yield number, by_name(header, cells)
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a file, found none") from error
     except (csv.Error, *DAMAGED, ValueError) as error:
         raise DataError(f"{path}:{start}: the file cannot be read: {error}") from error
 
 
-def _header(path: Path, number: int, names: list[str]) -> list[str]:
+def check_header(path: Path | str, number: int, names: list[str]) -> list[str]:
+    """The names of columns as a file's line says them; DataError for one that is empty or comes twice."""
     if not all(name.strip() for name in names) or len(set(names)) < len(names):
         raise DataError(f"{path}:{number}: expected the names of the columns, each once, got {short(names)}")
     return names
 
 
-def _by_name(header: list[str], cells: list[str]) -> Row:
+def by_name(header: Sequence[str], cells: Sequence[str]) -> Row:
+    """Cells of one row by the names of their columns; an empty one is None."""
     if len(cells) != len(header):
         return RecordError("wrong cells", f"expected {len(header)} cells, one a column, got {len(cells)}")
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}

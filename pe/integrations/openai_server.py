@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from pe.bulk.columns import Embeddings
 from pe.data.instructions import as_prompts
-from pe.encode import Embeddings, compressed
+from pe.encode import compressed
 from pe.method.requests import Instruction, Requests, Side, check_arguments
 from pe.model import PromptEmbedder
 from pe.runs.batcher import Batcher, Busy

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, SafetensorError)
+"""Errors that are the user's: ValueError are all of this library but `TrainingError`."""
+
 
 @contextmanager
 def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
@@ -21,7 +24,7 @@ def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
         others: errors that count as the user's beside ValueError (all errors of this library but `TrainingError`),
             OSError and a damaged weights file.
     """
-    users: tuple[type[Exception], ...] = (ValueError, OSError, SafetensorError, *others)
+    users = (*USER_ERRORS, *others)
     try:
         yield
     except users as error:
