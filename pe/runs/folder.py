@@ -1,11 +1,13 @@
 """The folder of a training run: resolved recipe, checkpoints, logs, model.
 
-A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/` and `scores.json`.
+A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/`, `scores.json`, and
+`faults/` where a step was skipped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ import torch
 
 from pe.config import Recipe, to_dict
 from pe.data.tables import files
+from pe.runs.files import write_text
 from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
@@ -197,6 +200,14 @@ class RunFolder:
         self._write(self.path / "checkpoints" / f"step-{step:06d}.pt", {**state, "conditions": self.conditions})
         for old in self.checkpoints[:-keep]:
             old.unlink()
+
+    @property
+    def faults(self) -> Path:
+        return self.path / "faults"
+
+    def save_fault(self, step: int, process: int, values: Mapping[str, Any]) -> None:
+        """Write down what a step was skipped on, a file for each process."""
+        write_text(self.faults / f"step-{step:06d}-process-{process}.json", json.dumps(values, indent=2))
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Write the weights with the best score, whole or not at all.
