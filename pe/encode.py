@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from pe.config import Dtype
 from pe.data.records import (
@@ -43,6 +43,7 @@ from pe.method.loading import quiet, usable_device
 from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
+from pe.runs.parsers import TypedParser
 
 Embeddings = npt.NDArray[Any]
 """float32, or integers of `--precision`."""
@@ -309,7 +310,7 @@ def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
-    parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
+    parser = TypedParser(prog="python -m pe.encode", description="Embed the texts of a file.")
     typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep", "store"}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.

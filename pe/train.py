@@ -43,7 +43,7 @@ from pe.method.text_store import TextStore
 from pe.model import PromptEmbedder, Requests
 from pe.runs.cli import user_errors
 from pe.runs.files import write_text
-from pe.runs.folder import RunFolder, conditions_of, flatten
+from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.recipes import build_parser, load_recipe, write_yaml
 from pe.step import Step, Taken, Trainable, TrainingError, not_finite
 
@@ -335,10 +335,20 @@ def save(run: RunFolder, step: Step[Any], history: History, random_states: list[
 
 
 def restore(run: RunFolder, step: Step[Any], history: History) -> None:
-    """Put the newest checkpoint back."""
+    """Put the newest checkpoint back.
+
+    Raises:
+        RunError: it cannot be read, or is not one of this model.
+    """
     state = run.load_checkpoint(step.accelerator.device)
-    step.load_state(state)
-    vars(history).update(state["history"])
+    try:
+        step.load_state(state)
+        vars(history).update(state["history"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(
+            f"{run.checkpoints[-1]}: expected a checkpoint of this model, got another or a damaged one"
+            f" ({type(error).__name__}: {error}); remove it, and --resume takes the one before"
+        ) from error
     if "random_states" in state:
         set_random_state(state["random_states"][step.accelerator.process_index])
     else:  # of a checkpoint that kept the main process's CPU state alone

@@ -179,7 +179,7 @@ class RunFolder:
                 damaged.append((path, error))
         else:
             reasons = "\n".join(str(error) for _, error in damaged)
-            raise RunError(f"{reasons}\n{self.path}: no other checkpoint is left; --fresh starts anew")
+            raise RunError(f"{reasons};\n{self.path}: no other checkpoint is left; --fresh starts anew")
         now = self.conditions or {}
         before = state.get("conditions", now)
         if before is None:
@@ -254,16 +254,19 @@ def read_checkpoint(path: Path, device: torch.device, *, mmap: bool = False) -> 
     """A checkpoint's state; with `mmap` its tensors are read when they are used.
 
     Raises:
-        RunError: the file is cut off, empty or no checkpoint.
+        RunError: the file is cut off, empty or no checkpoint, or pickled, which is never read.
     """
     target = "cpu" if device.type == "cpu" else device  # several processes have a cpu:0 each, which torch.load refuses
     try:
-        return torch.load(path, map_location=target, weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location=target, weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise RunError(f"{path}: expected a checkpoint, got a file that cannot be read ({reason})") from error
+    if not isinstance(state, dict):
+        raise RunError(f"{path}: expected a checkpoint, got a file of another kind ({type(state).__name__})")
+    return state
 
 
 def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dict[str, Any]:
