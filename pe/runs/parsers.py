@@ -30,7 +30,7 @@ def expected(kinds: str, given: str) -> str:
     names: list[str] = []
     for kind, values in re.findall(TYPE, kinds):
         names += re.findall(r"'[^']*'", values) or [{"NoneType": "null"}.get(kind, kind)]
-    *before, last = names or [kinds]
+    *before, last = sorted(names, key="null".__eq__) or [kinds]
     return f"expected {', '.join(before)}{' or ' if before else ''}{last}, got {given.strip()!r}"
 
 
