@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train train-tiny test lint bench clean
+.PHONY: train train-tiny test lint bench audit oldest clean
 
 train: .venv/ready
 	@if $(BIN)/python -m pe.models smollm2-135m; then set -x; \
@@ -22,6 +22,20 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+# Known vulnerabilities of all that is installed at the pinned versions
+audit: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt pip-audit
+	mkdir -p .cache
+	$(BIN)/pip freeze --exclude-editable > .cache/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r .cache/installed.txt
+
+# The tests on the least versions that pyproject.toml allows
+oldest:
+	$(PYTHON) -m venv .cache/oldest
+	$(PYTHON) scripts/oldest.py > .cache/oldest/constraints.txt
+	.cache/oldest/bin/pip install -q -c .cache/oldest/constraints.txt -e '.[test]'
+	.cache/oldest/bin/python -m pytest -n 2 --dist loadfile
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

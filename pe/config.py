@@ -413,6 +413,7 @@ class Recipe:
     def __post_init__(self) -> None:
         best, train = self.evaluate.best_by, self.train
         _require(self.license is None or bool(self.license.strip()), "license", "an identifier, or null", self.license)
+        _require(bool(self.output.strip()), "output", "the name of a folder", self.output)
         _require(best is None or train.eval_every > 0, "train.eval_every", "1 or more with evaluate.best_by", 0)
         is_used = train.patience is None or best is not None
         _require(is_used, "train.patience", "null without evaluate.best_by", train.patience)

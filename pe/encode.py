@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from pe.bulk.columns import Embeddings, column_names, shortened, table_of, vectors
 from pe.bulk.command import encode_folder
@@ -49,6 +49,7 @@ from pe.method.loading import quiet, usable_device
 from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
+from pe.runs.parsers import TypedParser
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 STANDARD_INPUT = "-"
@@ -299,7 +300,7 @@ def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
-    parser = ArgumentParser(prog="python -m pe.encode", description="Embed the texts of a file.")
+    parser = TypedParser(prog="python -m pe.encode", description="Embed the texts of a file.")
     typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep", "store"}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.

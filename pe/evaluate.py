@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -42,7 +41,9 @@ from pe.data.instruct_score import (
 from pe.data.own_tasks import is_own, own_task
 from pe.data.records import DataError
 from pe.data.tasks import TASKS, EvaluationError, available, offline_task
+from pe.runs.cli import one_line
 from pe.runs.files import write_text
+from pe.runs.parsers import TypedParser
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
     from mteb.abstasks.abstask import AbsTask
@@ -291,7 +292,7 @@ def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
         known = [*TASKS, *INSTRUCT_TASKS, *(task.metadata.name for task in mteb.get_tasks())]
         hint = f"unknown task {name!r}{nearest(name, known)}"
         listed = ", ".join(offline) or "none"
-        raise EvaluationError(f"{hint}\nTasks in {data}: {listed}\nOther names are those of mteb.") from error
+        raise EvaluationError(f"{hint}; tasks in {data}: {listed}; other names are those of mteb") from error
     return task
 
 
@@ -309,7 +310,7 @@ def check_instructions(instructions: Mapping[str, str], tasks: Sequence[str]) ->
             raise EvaluationError(f"instructions: {key}: expected none, it is measured on those of {INSTRUCTIONS}")
         if key not in tasks and key.removesuffix("-document") not in tasks:
             known = ", ".join(tasks)
-            raise EvaluationError(f"instructions: no task {key!r} here{nearest(key, tasks)} Tasks: {known}")
+            raise EvaluationError(f"instructions: no task {key!r} here{nearest(key, tasks)}; tasks: {known}")
         if not sentence.strip():
             raise EvaluationError(f"instructions: {key}: expected a sentence, got {sentence!r}")
 
@@ -321,8 +322,8 @@ def _load_from_hub(task: AbsTask) -> None:
             part.load_data()
         except OSError as error:
             raise EvaluationError(
-                f"{task.metadata.name}: its data could not be loaded from the Hugging Face hub: {error}\n"
-                "Tasks that need no hub: see --data and pe.data.tasks."
+                f"{task.metadata.name}: its data could not be loaded from the Hugging Face hub: {error}; tasks"
+                " that need no hub: see --data and pe.data.tasks"
             ) from error
 
 
@@ -380,8 +381,8 @@ def load_encoder(
     return PromptEmbedder.from_pretrained(path, backbone=backbone, prompter=prompter, dtype=dtype, device=found)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder.")
+def _parser() -> TypedParser:
+    parser = TypedParser(prog="python -m pe.evaluate", description="Score a saved PromptEmbedder.")
     parser.add_argument("model", type=Path, help="folder of a saved PromptEmbedder, or its name on the hub")
     parser.add_argument("--tasks", type=str, default="", help="names, separated by commas (default: all of --data)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the offline tasks")
@@ -446,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"python -m pe.evaluate: error: {error}", file=sys.stderr)
+    print(f"pe.evaluate: {one_line(error)}", file=sys.stderr)
     return 2
 
 

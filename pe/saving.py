@@ -42,6 +42,7 @@ from pe.method.loading import (
     load_pretrained,
 )
 from pe.method.merged import adapter_in
+from pe.method.model_files import check_inside
 from pe.method.prompting import PromptingLLM
 from pe.method.skip import WeightedSkip, build_skip
 from pe.runs.files import exchange
@@ -270,6 +271,7 @@ def read(
     """
     from pe.runs.recipes import model_config_from_dict  # its parser is a package that training steps do without
 
+    check_inside(path)
     saved = read_config(path)
     config = model_config_from_dict(saved["model"], str(path / "config.json"))
     if dtype is not None:
@@ -332,7 +334,7 @@ def _read_tensors(file: Path, sizes: Mapping[str, torch.Size], former: str = "")
     """The tensors of a file that `write` wrote; a tensor called `former` is of an earlier form of the part.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged one, or other names or shapes.
+        FileNotFoundError, ValueError: no such file, a damaged one, other names or shapes, or what is no number.
     """
     check_weights(file)
     try:
@@ -345,6 +347,8 @@ def _read_tensors(file: Path, sizes: Mapping[str, torch.Size], former: str = "")
     expected = {name: list(size) for name, size in sizes.items()}
     if found != expected:
         raise ValueError(f"{file}: expected tensors of shapes {expected}, got {found}; copy the file again")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{file}: {wrong[0]}: expected finite numbers, got others; copy the file again")
     return tensors
 
 
@@ -433,7 +437,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a saved PromptEmbedder.
 
     Raises:
-        FileNotFoundError, ValueError: none there, or of another format.
+        FileNotFoundError, ValueError: none there, of another format, or damaged.
     """
     file = path / "config.json"
     if not file.exists():
@@ -447,6 +451,13 @@ def read_config(path: Path) -> dict[str, Any]:
         missing = [f"{section}.{key}" for key in keys if key not in found] if isinstance(found, dict) else [section]
         if missing:
             raise ValueError(f"{file}: damaged: expected {', '.join(missing)}, got none; copy the saved embedder again")
+    for section in ("prompter", "backbone"):
+        for key, value in saved.get(section, {}).items():
+            if not isinstance(value, str | bool | None):
+                raise ValueError(
+                    f"{file}: damaged: {section}.{key}: expected a string, got {value!r:.80}; copy the saved embedder"
+                    " again"
+                )
     return saved
 
 

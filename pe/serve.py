@@ -11,14 +11,16 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from pe.config import Dtype
 from pe.method.loading import quiet, usable_device
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
+from pe.runs.parsers import TypedParser
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+LAST_PORT = 65535
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,6 +36,8 @@ def check_limits(**given: float) -> None:
         least = 0 if name == "window_ms" else 1
         if value < least:
             raise ValueError(f"--{name}: expected at least {least}, got {value:g}")
+    if given.get("port", 0) > LAST_PORT:
+        raise ValueError(f"--port: expected 1 to {LAST_PORT}, got {given['port']}")
 
 
 def serve(
@@ -102,7 +106,7 @@ def serve(
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `serve`; strings are as they are typed."""
-    parser = ArgumentParser(prog="python -m pe.serve", description="Serve OpenAI's /v1/embeddings.")
+    parser = TypedParser(prog="python -m pe.serve", description="Serve OpenAI's /v1/embeddings.")
     typed: set[str | int] = {"name", "backbone", "prompter", "dtype", "device"}
     parser.add_function_arguments(serve, as_positional=True, skip=typed)
     # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.

@@ -14,12 +14,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from pe.config import LossConfig, TrainConfig
 from pe.data.batches import Batch
-from pe.losses import backward, batch_requests
+from pe.losses import backward, batch_requests, random_state, set_random_state
 from pe.method.ahead import ReadAhead
 from pe.method.backbone import Backbone
 from pe.method.prompted import PromptedEmbedder
@@ -30,7 +31,7 @@ Parts = Mapping[str, Sequence[nn.Parameter]]
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on: no gradient, unchanged outputs, or a loss that is not a number."""
+    """Training that cannot go on: no gradient, unchanged outputs, no memory, or steps that are not finite."""
 
 
 class Trainable(Protocol):
@@ -54,12 +55,14 @@ class Taken:
 
     Attributes:
         loss: mean over all processes.
+        is_finite: whether loss and gradients are; else the step changed no weight.
         gradient_norm: of all gradients together, before they were clipped; scalar.
         texts, truncated: texts of this process, and how many of them were cut to the token limit.
         tokens, padded: their tokens, and the tokens of the same batch with padding.
     """
 
     loss: float
+    is_finite: bool
     gradient_norm: Tensor
     texts: int
     truncated: int
@@ -95,10 +98,19 @@ class Step(Generic[Model]):
         model, loss, options, accelerator: as given.
         parts, parameters: what trains, by part and all together.
         optimizer, scheduler: AdamW with a peak rate for each part, and the schedule of the rates.
+        micro_batch_size: queries at a time; None: the whole batch. It halves where memory runs out.
         ahead: reads the next batch's texts beside a step, where the options ask for it and the layout allows it.
     """
 
-    def __init__(self, model: Model, loss: LossConfig, options: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: Model,
+        loss: LossConfig,
+        options: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        is_tolerant: bool = False,
+    ) -> None:
         """Set up the optimiser.
 
         Args:
@@ -106,6 +118,8 @@ class Step(Generic[Model]):
             loss: what is trained on.
             options: rates, schedule, clipping, micro batches, reading ahead, graphs.
             accelerator: precision and processes.
+            is_tolerant: leave the weights as they are where a step is not finite, and halve the micro batch where the
+                memory of the only process runs out; else both are errors.
 
         Raises:
             TrainingError: no parameter trains.
@@ -117,6 +131,7 @@ class Step(Generic[Model]):
             raise TrainingError("nothing to train: no parameter requires a gradient")
         self.optimizer = adamw(self.parts, options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, functools.partial(rate, options=options))
+        self.is_tolerant, self.micro_batch_size = is_tolerant, options.micro_batch_size
         self.ahead: ReadAhead | None = None
         self._following: StepTexts | None = None
         if isinstance(model, PromptedEmbedder):
@@ -142,16 +157,18 @@ class Step(Generic[Model]):
             following: the batch of the next step, whose texts are read in this one where texts are read ahead.
 
         Raises:
-            TrainingError: a loss that is not finite, or at the first step one of 0, or a part without gradient.
+            TrainingError: the first change of the weights from a loss of 0, or without a gradient for a part; no memory
+                for a query at a time; a step that is not finite, unless this is tolerated.
         """
         self.model.train()
         texts = self._texts_of(batch)
         self._following = StepTexts(self.model, following) if self.ahead and following is not None else None
         loss = self.gradients(texts)
-        norm = self.update()
+        norm, is_finite = self.update(loss)
         lengths = [len(row) for row in texts.requests.read or ()]
         return Taken(
             loss=loss.item(),
+            is_finite=is_finite,
             gradient_norm=norm,
             texts=len(lengths),
             truncated=texts.truncated,
@@ -166,12 +183,49 @@ class Step(Generic[Model]):
 
     def gradients(self, texts: StepTexts) -> Tensor:
         """The loss and, in each parameter's `grad`, its gradient; both the mean of all processes, and checked."""
-        loss = backward(
-            self._embed, texts.batch, self.loss, self.accelerator, self.options.micro_batch_size, texts.requests
-        )
+        drawn = random_state()
+        while (loss := self._gradients_that_fit(texts)) is None:
+            clear_device_cache(garbage_collection=True)
+            set_random_state(drawn)
         loss = average(loss, self.parameters, self.accelerator)
-        check(loss, self.parts, self.done)
+        if not self.optimizer.state:
+            check(loss, self.parts, self.done)
         return loss
+
+    def _gradients_that_fit(self, texts: StepTexts) -> Tensor | None:
+        """The loss of this process; None where memory ran out and smaller micro batches are to be tried."""
+        try:
+            return backward(
+                self._embed, texts.batch, self.loss, self.accelerator, self.micro_batch_size, texts.requests
+            )
+        except RuntimeError as error:  # a CPU's allocator has none of its own
+            is_alone = self.accelerator.num_processes == 1  # the others would wait for what this one repeats
+            if not (self.is_tolerant and is_alone and should_reduce_batch_size(error)):
+                raise
+            self._halve(len(texts.batch.queries), error)
+        return None
+
+    def _halve(self, queries: int, error: RuntimeError) -> None:
+        """Take half as many queries at a time from now on.
+
+        Raises:
+            TrainingError: it is one query already.
+        """
+        size = min(self.micro_batch_size or queries, queries)
+        if size == 1:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(
+                f"step {self.done + 1}: out of memory with one query at a time ({reason}); give a smaller"
+                " model.max_length, loss.hard_negatives or train.batch_size"
+            ) from error
+        self._save_memory(size // 2)
+
+    def _save_memory(self, size: int) -> None:
+        """Take so many queries at a time, without graphs and without texts read ahead, which hold memory."""
+        self.micro_batch_size = size
+        self.ahead = self._following = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.close()
 
     def _embed(self, requests: Requests) -> Tensor:
         """`[B, D]`; the next batch's texts are begun behind this one's passes, which a GPU has to do yet."""
@@ -182,13 +236,25 @@ class Step(Generic[Model]):
             self.ahead.start(self._following.requests)
         return embeddings
 
-    def update(self) -> Tensor:
-        """Change the weights by their gradients, clipped, and the rates by the schedule; the norm before clipping."""
+    def update(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Change the weights by their gradients, clipped, and the rates by the schedule.
+
+        Returns:
+            the norm before clipping, and whether it and the loss are finite; where not, the weights stay as they are.
+
+        Raises:
+            TrainingError: they are not, and this is not tolerated.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
+        is_finite = bool(torch.isfinite(loss + norm.to(loss.device)))
+        if not is_finite:
+            if not self.is_tolerant:
+                raise TrainingError(f"step {self.done + 1}: {not_finite(loss.item(), norm)}")
+            self.optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, is_finite
 
     def start_optimizer(self) -> None:
         """Make the optimiser's state as a first step would, from gradients of zero."""
@@ -204,6 +270,7 @@ class Step(Generic[Model]):
             "model": self.model.trainable_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "micro_batch_size": self.micro_batch_size,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -211,6 +278,8 @@ class Step(Generic[Model]):
         self.model.load_trainable_state(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if (size := state.get("micro_batch_size", self.micro_batch_size)) != self.micro_batch_size:
+            self._save_memory(size)
         share = rate(self.done, self.options)
         for group, peak in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = peak * share
@@ -255,21 +324,25 @@ def average(loss: Tensor, parameters: Sequence[nn.Parameter], accelerator: Accel
     return mean
 
 
+def not_finite(loss: float, gradient_norm: Tensor) -> str:
+    """What is wrong with a step, and what to do."""
+    return (
+        f"the loss is {loss:.4g} and the norm of the gradients {gradient_norm.item():.4g}, expected finite numbers;"
+        " lower the rates (train.lr and its kin), or check the data"
+    )
+
+
 def check(loss: Tensor, parts: Parts, done: int) -> None:
-    """Refuse a loss that is not finite, and at the first step one of 0, or a part that no gradient reaches.
+    """Refuse to begin with a loss of 0, or a part that no gradient reaches.
 
     Raises:
-        TrainingError: what is wrong, after `done` steps.
+        TrainingError: what is wrong, after `done` steps, none of which changed a weight.
     """
-    if not torch.isfinite(loss):
-        raise TrainingError(f"step {done + 1}: the loss is {loss.item()}; lower the rates, or check the data")
-    if done:
-        return
     if not loss:
         raise TrainingError(
-            "step 1: the loss is 0, no query has a negative; expected a batch of at least two documents that differ in"
-            " text and label (train.batch_size, data)"
+            f"step {done + 1}: the loss is 0, no query has a negative; expected a batch of at least two documents that"
+            " differ in text and label (train.batch_size, data)"
         )
     for name, part in parts.items():
         if not any(p.grad is not None and bool(p.grad.any()) for p in part):
-            raise TrainingError(f"step 1: no parameter of the {name} got a gradient; it would not train")
+            raise TrainingError(f"step {done + 1}: no parameter of the {name} got a gradient; it would not train")

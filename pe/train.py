@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from pe.baselines.frozen import FrozenEncoder
 from pe.card import model_card, shown
 from pe.config import EvaluateConfig, Recipe, RecipeError, TrainConfig, to_dict
-from pe.data.batches import BatchPlan, steps_of
+from pe.data.batches import Batch, BatchPlan, steps_of
 from pe.data.instruct_set import first_wordings, load_training_set
 from pe.data.instructions import trained_instructions, training_sets
 from pe.data.tasks import TASKS
@@ -46,7 +46,7 @@ from pe.runs.cli import user_errors
 from pe.runs.files import write_text
 from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.recipes import build_parser, load_recipe, write_yaml
-from pe.step import Step, Taken, Trainable, TrainingError
+from pe.step import Step, Taken, Trainable, TrainingError, not_finite
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
     from pe.integrations.mteb import TextEncoder
@@ -57,6 +57,8 @@ PROJECT = "promptembedder"
 """Under which trackers of many runs keep this package's."""
 PACKAGES = {"mlflow": "mlflow-skinny"}
 """Packages that are not called as their tracker is."""
+MOST_SKIPPED = 3
+"""Steps in a row that may be skipped, the last of which ends the run."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for the main one, which alone scores."""
 
@@ -66,7 +68,8 @@ class History:
     """What a run went through.
 
     Attributes:
-        losses: by step.
+        losses: by step, those that were skipped included.
+        skipped: steps whose loss or gradient was not finite, counted from 1; none of them changed a weight.
         scores: (steps done, training seconds, score) of every evaluation while training; the score is that of
             `evaluate.best_by`, else the mean.
         spreads: (steps done, fields of `Spread`) at every checkpoint of a run.
@@ -76,6 +79,7 @@ class History:
     """
 
     losses: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
     spreads: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     seconds: float = 0.0
@@ -107,8 +111,9 @@ class History:
     @property
     def summary(self) -> str:
         """Steps, time, padding and cut texts, in a line."""
+        skipped = f", {len(self.skipped)} of them skipped" if self.skipped else ""
         return (
-            f"{len(self.losses)} steps in {self.seconds:.0f} s, {self.tokens / self.seconds:,.0f} tokens/s,"
+            f"{len(self.losses)} steps{skipped} in {self.seconds:.0f} s, {self.tokens / self.seconds:,.0f} tokens/s,"
             f" {self.padding_share:.0%} padding left out,"
             f" {self.truncated:,} of {self.texts:,} texts truncated"
         )
@@ -116,6 +121,8 @@ class History:
     def count(self, taken: Taken, seconds: float) -> None:
         """Note what a step came to, and how long it took."""
         self.losses.append(taken.loss)
+        if not taken.is_finite:
+            self.skipped.append(len(self.losses))
         self.seconds += seconds
         self.texts += taken.texts
         self.truncated += taken.truncated
@@ -176,7 +183,8 @@ def fit(
             a run also after the last step, and the model ends with the weights of its best score.
 
     Raises:
-        TrainingError: a part without gradient, outputs that stay the same, a loss or embeddings that are not finite.
+        TrainingError: a part without gradient, outputs that stay the same, embeddings that are not finite, too many
+            steps in a row that are not, or no memory for a query at a time.
         RunError: a checkpoint cannot be written.
         RecipeError, ValueError: a text store that cannot be used (see `stored_texts`).
         BeingTrained: another thread trains it.
@@ -186,7 +194,7 @@ def fit(
     with (
         model.backbone.turns.training(),
         stored_texts(model, plan, options, accelerator, None),
-        closing(Step(model, recipe.loss, options, accelerator)) as step,
+        closing(Step(model, recipe.loss, options, accelerator, is_tolerant=True)) as step,
     ):
         if resume and run:
             restore(run, step, history)
@@ -199,11 +207,15 @@ def fit(
         with tqdm(total=last, initial=first, desc="train", disable=not accelerator.is_main_process) as bar:
             for done in range(first + 1, last + 1):
                 started = time.perf_counter()
-                batch = following or batch_of(done - 1)
+                batch, size = following or batch_of(done - 1), step.micro_batch_size
                 following = batch_of(done) if done < last else None
                 taken = step(batch, following)
                 history.count(taken, time.perf_counter() - started)
                 bar.update()
+                if step.micro_batch_size != size:
+                    note_halved(step)
+                if not taken.is_finite:
+                    note_skipped(step, history, taken, batch, run)
                 if done == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
                     raise TrainingError(
                         f"step {done}: the embeddings are what they were at the start; check the rates (lr)"
@@ -230,15 +242,46 @@ def fit(
 
 def log(step: Step[Any], history: History, taken: Taken, bar: tqdm[Any]) -> None:
     """Show and write the mean loss since the last record, and what the last step came to."""
-    every = step.options.log_every
+    finite = [loss for loss in history.losses[-step.options.log_every :] if math.isfinite(loss)]
     values = {
-        "loss": sum(history.losses[-every:]) / every,
+        "loss": sum(finite) / len(finite) if finite else math.nan,
+        "skipped": len(history.skipped),
         "gradient_norm": float(taken.gradient_norm),
         "rate": step.scheduler.get_last_lr()[0],
         "tokens_per_second": history.tokens / history.seconds,
     }
     bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_second']:,.0f}")
     step.accelerator.log(values, step=step.done)
+
+
+def note_halved(step: Step[Any]) -> None:
+    """Say that memory ran out, and how many queries are taken at a time from now on."""
+    size = step.micro_batch_size
+    step.accelerator.log({"micro_batch_size": size}, step=step.done)
+    tqdm.write(
+        f"step {step.done}: out of memory; from now on micro batches of {size} queries, of the same loss"
+        f" (train.micro_batch_size={size} begins so)",
+        file=sys.stderr,
+    )
+
+
+def note_skipped(step: Step[Any], history: History, taken: Taken, batch: Batch, run: RunFolder | None) -> None:
+    """Write down the batch of a step that was skipped, and say so.
+
+    Raises:
+        TrainingError: it is the last of too many in a row.
+    """
+    done, place = step.done, ""
+    if run is not None:
+        found = {"step": done, "loss": str(taken.loss), "gradient_norm": str(taken.gradient_norm.item())}
+        texts = {name: value for name, value in vars(batch).items() if isinstance(value, str | int | list)}
+        run.save_fault(done, step.accelerator.process_index, found | texts)
+        place = f" (the batch: {run.faults})"
+    problem = f"step {done}: {not_finite(taken.loss, taken.gradient_norm)}{place}"
+    if history.skipped[-MOST_SKIPPED:] == list(range(done - MOST_SKIPPED + 1, done + 1)):
+        raise TrainingError(f"{problem}; {MOST_SKIPPED} steps in a row were skipped")
+    if step.accelerator.is_main_process:
+        tqdm.write(f"{problem}; skipped", file=sys.stderr)
 
 
 def note_score(step: Step[Any], history: History, evaluate: Callable[[], float]) -> None:
@@ -297,10 +340,20 @@ def save(run: RunFolder, step: Step[Any], history: History, random_states: list[
 
 
 def restore(run: RunFolder, step: Step[Any], history: History) -> None:
-    """Put the newest checkpoint back."""
+    """Put the newest checkpoint back.
+
+    Raises:
+        RunError: it cannot be read, or is not one of this model.
+    """
     state = run.load_checkpoint(step.accelerator.device)
-    step.load_state(state)
-    vars(history).update(state["history"])
+    try:
+        step.load_state(state)
+        vars(history).update(state["history"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(
+            f"{run.checkpoints[-1]}: expected a checkpoint of this model, got another or a damaged one"
+            f" ({type(error).__name__}: {error}); remove it, and --resume takes the one before"
+        ) from error
     if "random_states" in state:
         set_random_state(state["random_states"][step.accelerator.process_index])
     else:  # of a checkpoint that kept the main process's CPU state alone

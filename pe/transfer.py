@@ -37,6 +37,7 @@ from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
 from pe.runs.files import write_text
 from pe.runs.folder import RunFolder, differences, flatten
+from pe.runs.parsers import Parser
 from pe.runs.recipes import load_recipe, write_yaml
 from pe.step import TrainingError
 from pe.train import (
@@ -243,7 +244,7 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m pe.transfer", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m pe.transfer", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="the `model` folder of a run")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the new backbone")

@@ -16,6 +16,7 @@ HAS_GPU = torch.cuda.is_available()
 CACHE = Path(__file__).resolve().parent.parent / ".cache"  # git ignores it; the defaults lie in the temporary folder
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torchinductor"))
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 flips the default
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 if not HAS_GPU:

@@ -521,15 +521,10 @@ def test_stops_when_outputs_do_not_change(recipe: Recipe) -> None:
         fit(new_model(recipe), plan_of(recipe), dataclasses.replace(recipe, train=tiny_rate), accelerator())
 
 
-def test_stops_when_nothing_trains_or_the_loss_is_not_finite(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stops_when_nothing_trains(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model(recipe)
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
-    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
-        fit(model, plan_of(recipe), recipe, accelerator())
     with pytest.raises(TrainingError, match="step 1: the loss is 0, no query has a negative"):
         check(torch.tensor(0.0), {"skip": []}, 0)
-    check(torch.tensor(0.0), {"skip": []}, 1)
     monkeypatch.setattr(model, "trainable_parameters", dict)
     with pytest.raises(TrainingError, match="nothing to train"):
         fit(model, plan_of(recipe), recipe, accelerator())

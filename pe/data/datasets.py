@@ -310,7 +310,7 @@ def load_dataset(config: DatasetConfig) -> Dataset:
         max_rows=limit if cut else None,
     )
     if not parts.queries:
-        raise DataError(f"{path}: expected at least one usable record, got none\n{report}")
+        raise DataError(f"{path}: expected at least one usable record, got none;\n{report}")
     return Dataset(
         config=config,
         report=report,

@@ -172,7 +172,7 @@ def offline_task(name: str, data: Path) -> AbsTask:
         EvaluationError: the name is unknown, or one of its files is missing.
     """
     if name not in TASKS:
-        raise EvaluationError(f"unknown task {name!r}{nearest(name, list(TASKS))} Known tasks: {', '.join(TASKS)}")
+        raise EvaluationError(f"unknown task {name!r}{nearest(name, list(TASKS))}; known tasks: {', '.join(TASKS)}")
     entry = TASKS[name]
     paths = [locate(data, file) for file in entry.files]
     for path, file in zip(paths, entry.files, strict=True):

@@ -62,8 +62,9 @@ def main() -> None:
 
     prompt = load_prompt(Path(__file__).parent / "prompt.safetensors")
     name, revision = prompt.about["backbone"], prompt.about["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    embedding = AutoModel.from_pretrained(name, revision=revision, dtype="auto").get_input_embeddings()
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    backbone = AutoModel.from_pretrained(name, revision=revision, dtype="auto", trust_remote_code=False)
+    embedding = backbone.get_input_embeddings()
     rows = prompt_embeds(sys.argv[1:], prompt, tokenizer, embedding)
     llm = LLM(
         model=name,

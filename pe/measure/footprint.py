@@ -83,9 +83,9 @@ class MeteredStep(Step[Embedder]):
         self.phases.enter("forward")
         return super().gradients(texts)
 
-    def update(self) -> Tensor:
+    def update(self, loss: Tensor) -> tuple[Tensor, bool]:
         self.phases.enter("optimiser")
-        return super().update()
+        return super().update(loss)
 
     def footprint(self, batch: Batch) -> Footprint:
         """Live tensors over one step; call it when the optimiser has its state, as in all steps but the first."""

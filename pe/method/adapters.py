@@ -6,14 +6,17 @@ Legend: T rows, D and E a layer's input and output size, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners import lora
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from pe.config import LoraSettings
 
@@ -27,6 +30,30 @@ def lora_config(settings: LoraSettings, *, exclude: Sequence[str] = ()) -> LoraC
         target_modules="all-linear",
         exclude_modules=list(exclude) or None,
     )
+
+
+def load_saved(model: PreTrainedModel, folder: Path, adapter: str) -> None:
+    """Give a model the adapter that it saved in a folder, as one that goes on training.
+
+    Raises:
+        ValueError: an adapter of another model, which PEFT would pass over in part, or one that is not finite.
+    """
+    file, cure = folder / "adapter_model.safetensors", "; copy the saved embedder again"
+    try:
+        model.load_adapter(str(folder), adapter_name=adapter, is_trainable=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: expected an adapter of {model.name_or_path}, got another ({error}){cure}") from error
+    with safe_open(file, "pt") as saved:
+        shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    found = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter)
+    expected = {name: list(tensor.shape) for name, tensor in loaded.items()}
+    if other := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
+        raise ValueError(
+            f"{file}: {other[0]}: expected the shape {expected.get(other[0])}, got {found.get(other[0])}{cure}"
+        )
+    if wrong := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{file}: {wrong[0]}: expected finite numbers, got others{cure}")
 
 
 def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> None:

@@ -21,7 +21,7 @@ from pe.config import BackboneConfig, LoraSettings, Quantize
 from pe.kernels.pool_normalize import Mode, pool_normalize
 from pe.kernels.prompt_rows import prompt_rows
 from pe.method import attention, probes
-from pe.method.adapters import drops, lora_config, prepare_adapters
+from pe.method.adapters import drops, load_saved, lora_config, prepare_adapters
 from pe.method.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.method.final_norm import NormOptions, find_final_norm
 from pe.method.loading import (
@@ -345,7 +345,7 @@ class Backbone(nn.Module):
 
     def load_reader(self, folder: Path) -> None:
         """Load adapters that `save_pretrained` of the model wrote; they go on training."""
-        self.model.load_adapter(str(folder), adapter_name=READER, is_trainable=True)
+        load_saved(self.model, folder, READER)
         prepare_adapters(self.model, READER)
         self.train(self.training)
 

@@ -91,16 +91,14 @@ class FolderEntries:
         self._map: Bytes = np.empty(0, np.uint8)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(folder / "entries.bin", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise ValueError(f"{folder}: expected a folder that can be written, got: {error.strerror}") from error
-        try:
             self._index = sqlite3.connect(
                 folder / "index.sqlite", timeout=PATIENCE, isolation_level=None, check_same_thread=False
             )
             self._prepare()
+            self._file = os.open(folder / "entries.bin", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(f"{folder}: expected a folder that can be written, got: {error.strerror}") from error
         except sqlite3.Error as error:
-            os.close(self._file)
             raise ValueError(
                 f"{folder}: its index.sqlite cannot be used ({error}); remove the folder, or name another"
             ) from error
@@ -119,6 +117,7 @@ class FolderEntries:
                     f"{self.folder}: expected a text store of format {FORMAT}, got format {found}; remove the folder,"
                     " which can be made anew, or name another"
                 )
+            index.execute("SELECT start, size, key, checksum FROM entries LIMIT 1")
 
     def _pragma(self, name: str) -> int:
         return int(self._index.execute(f"PRAGMA {name}").fetchone()[0])

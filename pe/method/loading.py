@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import warnings
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AddedToken,
@@ -31,6 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from pe.config import Dtype
 from pe.method.gguf import is_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
 from pe.method.merged import Adapter, adapter_in, merge
+from pe.method.model_files import INDEX, WEIGHTS, check_inside, pickled, shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES: dict[torch.dtype, Callable[[], bool]] = {
@@ -227,7 +227,8 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
 
     Raises:
         FileNotFoundError: with the path tried and what to do.
-        ValueError: a model that needs code of its own, an adapter that is not a folder's, quantised weights.
+        ValueError: a model that needs code of its own, an adapter that is not a folder's, quantised weights, a damaged
+            configuration, or a file that leads out of the folder.
     """
     if is_gguf(name):
         return load_gguf_config(Path(name))
@@ -241,6 +242,8 @@ def load_config(name: str, revision: str | None) -> PreTrainedConfig:
 
 def _whole_config(name: str, revision: str | None) -> PreTrainedConfig:
     """That of a model which is no adapter."""
+    if Path(name).is_dir():
+        check_inside(Path(name))
     stored: dict[str, Any] = {}
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
@@ -253,6 +256,11 @@ def _whole_config(name: str, revision: str | None) -> PreTrainedConfig:
         raise FileNotFoundError(
             f"{name}: no model there; tried the folder {Path(name).resolve()} and the model hub ({one_line(error)})."
             " Name a folder that holds config.json, or a hub model that can be reached or is in the cache"
+        ) from error
+    except (StrictDataclassError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: expected a config.json of transformers, got one that it cannot read ({one_line(error)}); copy or"
+            " download it again"
         ) from error
     if Path(name).is_dir() and is_adapter(name, revision):
         raise adapter_alone(name)
@@ -297,16 +305,20 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: with the path tried and what to do; no weights, or pickled ones alone.
-        ValueError: see `load_config`; a weights file or a tokenizer that is cut short or damaged, with its name.
+        ValueError: see `load_config`; a weights file or a tokenizer that is cut short or damaged, with its name;
+            weights that are not those of the configuration.
     """
     if is_gguf(name):
         return load_gguf(auto, Path(name), dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     if adapter := adapter_in(name):
         return _load_merged(auto, adapter, dtype)
     config = load_config(name, revision)
+    checkpoint_files(name, revision)  # which looks at the index
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = auto.from_pretrained(name, dtype=dtype, **options)  # type: ignore[attr-defined]
+        model, report = auto.from_pretrained(  # type: ignore[attr-defined]
+            name, dtype=dtype, output_loading_info=True, **options
+        )
     except SafetensorError as error:
         for file in checkpoint_files(name, revision)[1:]:
             check_weights(file)
@@ -317,6 +329,17 @@ def load_pretrained(
         if getattr(config, "auto_map", None):
             raise own_code(name) from error
         raise
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: expected weights of the shapes that config.json says, got others; copy or download both again"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name}: expected weights for all of the model, got none for {missing[0]!r} ({len(missing)} are missing);"
+            " copy or download them again"
+        )
     if getattr(model, "peft_config", None):  # transformers has found one on the hub
         raise adapter_alone(name)
     tokenizer = load_tokenizer(name, revision)
@@ -341,10 +364,9 @@ def _load_merged(
 
 def missing_weights(name: str) -> str:
     """Why a model has no weights that can be read, and what to do."""
-    pickled = sorted(file.name for file in Path(name).glob("*.bin")) if Path(name).is_dir() else []
-    if pickled:
+    if pickle := pickled(Path(name)):
         return (
-            f"expected weights in model.safetensors, got {pickled[0]}, a pickle, which may run code and is never read;"
+            f"expected weights in model.safetensors, got {pickle}, a pickle, which may run code and is never read;"
             " if you trust it, load it with transformers and write it with save_pretrained()"
         )
     return "expected weights in model.safetensors, or in the parts that its index names; copy or download them again"
@@ -362,7 +384,7 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         name, revision = adapter.base, adapter.revision
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one
         files = "tokenizer.json, tokenizer_config.json"
         raise ValueError(
             f"{name}: missing or damaged tokenizer: {files} ({one_line(error)}); copy or download them again"
@@ -380,7 +402,9 @@ def check_weights(file: Path) -> None:
         FileNotFoundError, ValueError: it is not there, or it is cut short or damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected a weights file, found none; copy it again")
+        pickle = pickled(file.parent, file.stem)
+        found = f"got {pickle}, a pickle, which may run code and is never read" if pickle else "found none"
+        raise FileNotFoundError(f"{file}: expected a weights file, {found}; copy it again")
     try:
         with safe_open(file, "pt"):
             pass
@@ -399,16 +423,19 @@ def checkpoint_files(name: str, revision: str | None) -> list[Path]:
     """`config.json` and the weights that transformers loads, or a GGUF file; none if one of them is not found.
 
     Of an adapter's folder its own files and those of its base.
+
+    Raises:
+        ValueError: see `shards`.
     """
     if is_gguf(name):
         return [Path(name)] if Path(name).is_file() else []
     if adapter := adapter_in(name):
         base = [] if adapter_in(adapter.base) else checkpoint_files(adapter.base, adapter.revision)
         return [*adapter.files, *base] if base and all(file.is_file() for file in adapter.files) else []
-    weights = ["model.safetensors"]
-    index = find_file(name, "model.safetensors.index.json", revision)
-    if index and not find_file(name, weights[0], revision):
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    weights = [WEIGHTS]
+    index = find_file(name, INDEX, revision)
+    if index and not find_file(name, WEIGHTS, revision):
+        weights = shards(index)
     files = [found for file in ("config.json", *weights) if (found := find_file(name, file, revision))]
     return files if len(files) == 1 + len(weights) else []
 

@@ -100,6 +100,10 @@ def check_parity(backbone: Backbone) -> None:
         packed = backbone.pool(packed, Segments((1,) * segments.total, device), normalize=False)
         backbone(rows.roll(1, 0) + rows, segments, context=context)  # soft tokens are rows of no token
         masks = mask_rules(model, rows[:2])
+    if not stock.isfinite().all():
+        raise UnsupportedBackbone(
+            f"{architecture}: its states on a few tokens are not finite; are its weights? copy or download them again"
+        )
     difference = ((packed - stock).float().norm() / stock.float().norm()).item()
     if not difference <= tolerance:
         raise UnsupportedBackbone(

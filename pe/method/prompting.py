@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 
 from pe.config import PrompterConfig
 from pe.kernels.vocab_mixture import vocab_mixture
-from pe.method.adapters import drops, lora_config
+from pe.method.adapters import drops, load_saved, lora_config
 from pe.method.loading import TextTokenizer, content_of, embedding_scale, load_pretrained
 from pe.method.packing import budget_on, inverse, to_device, token_batches
 from pe.method.probes import check_generation, logit_scale
@@ -119,7 +119,7 @@ class PromptingLLM(nn.Module):
     def load_adapter(self, folder: Path) -> None:
         """Replace the fresh adapter by a saved one."""
         self.model.delete_adapter(ADAPTER)
-        self.model.load_adapter(str(folder), adapter_name=ADAPTER, is_trainable=True)
+        load_saved(self.model, folder, ADAPTER)
         self.model.peft_config[ADAPTER].base_model_name_or_path = self.config.model  # PEFT looks it up when it saves
 
     def forward(self, requests: Sequence[Sequence[int]]) -> SoftPrompts:

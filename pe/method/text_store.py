@@ -89,7 +89,7 @@ class TextStore:
         Raises:
             ValueError: no size, or a folder that cannot be used (see `FolderEntries`).
         """
-        if not gib > 0:
+        if not 0 < gib < math.inf:
             raise ValueError(f"size of the text store: expected a positive number of GiB, got {gib}")
         if where == "memory":
             return cls(MemoryEntries(int(gib * GIB)), "text store in memory")

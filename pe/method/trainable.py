@@ -46,13 +46,17 @@ class TrainableModule(Encoder, nn.Module):
         """Put back what `trainable_state` gave.
 
         Raises:
-            ValueError: other names than this model's.
+            ValueError: other names or shapes than this model's.
         """
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if own.keys() != state.keys():
             raise ValueError(
                 f"state: expected the {len(own)} trainable tensors of this model, got {len(state)};"
                 f" not on both sides: {sorted(own.keys() ^ state.keys())[:5]}"
+            )
+        if other := [name for name, parameter in own.items() if parameter.shape != state[name].shape]:
+            raise ValueError(
+                f"state: {other[0]}: expected the shape {list(own[other[0]].shape)}, got {list(state[other[0]].shape)}"
             )
         with torch.no_grad():
             for name, parameter in own.items():

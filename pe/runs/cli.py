@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
 USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, SafetensorError)
 """Errors that are the user's: ValueError are all of this library but `TrainingError`."""
+
+
+def one_line(message: object) -> str:
+    """A message of several lines, as other libraries have them, in one."""
+    return re.sub(r"\s*\n\s*", " ", str(message).strip())
+
+
+def end(command: str, message: str) -> NoReturn:
+    """End the program with code 2 and one sentence on stderr."""
+    print(f"{command.removeprefix('python -m ')}: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager
@@ -29,8 +42,7 @@ def user_errors(command: str, *others: type[Exception]) -> Iterator[None]:
         yield
     except users as error:
         damaged = "a .safetensors file cannot be read; is it whole? " if isinstance(error, SafetensorError) else ""
-        print(f"{command}: {damaged}{error}", file=sys.stderr)
-        sys.exit(2)
+        end(command, f"{damaged}{error}")
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)

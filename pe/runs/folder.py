@@ -1,11 +1,13 @@
 """The folder of a training run: resolved recipe, checkpoints, logs, model.
 
-A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/` and `scores.json`.
+A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/`, `scores.json`, and
+`faults/` where a step was skipped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ import torch
 
 from pe.config import Recipe, to_dict
 from pe.data.tables import files
+from pe.runs.files import write_text
 from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
@@ -180,7 +183,7 @@ class RunFolder:
                 damaged.append((path, error))
         else:
             reasons = "\n".join(str(error) for _, error in damaged)
-            raise RunError(f"{reasons}\n{self.path}: no other checkpoint is left; --fresh starts anew")
+            raise RunError(f"{reasons};\n{self.path}: no other checkpoint is left; --fresh starts anew")
         now = self.conditions or {}
         before = state.get("conditions", now)
         if before is None:
@@ -201,6 +204,14 @@ class RunFolder:
         self._write(self.path / "checkpoints" / f"step-{step:06d}.pt", {**state, "conditions": self.conditions})
         for old in self.checkpoints[:-keep]:
             old.unlink()
+
+    @property
+    def faults(self) -> Path:
+        return self.path / "faults"
+
+    def save_fault(self, step: int, process: int, values: Mapping[str, Any]) -> None:
+        """Write down what a step was skipped on, a file for each process."""
+        write_text(self.faults / f"step-{step:06d}-process-{process}.json", json.dumps(values, indent=2))
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Write the weights with the best score, whole or not at all.
@@ -247,16 +258,19 @@ def read_checkpoint(path: Path, device: torch.device, *, mmap: bool = False) -> 
     """A checkpoint's state; with `mmap` its tensors are read when they are used.
 
     Raises:
-        RunError: the file is cut off, empty or no checkpoint.
+        RunError: the file is cut off, empty or no checkpoint, or pickled, which is never read.
     """
     target = "cpu" if device.type == "cpu" else device  # several processes have a cpu:0 each, which torch.load refuses
     try:
-        return torch.load(path, map_location=target, weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location=target, weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise RunError(f"{path}: expected a checkpoint, got a file that cannot be read ({reason})") from error
+    if not isinstance(state, dict):
+        raise RunError(f"{path}: expected a checkpoint, got a file of another kind ({type(state).__name__})")
+    return state
 
 
 def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dict[str, Any]:

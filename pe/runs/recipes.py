@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pe.config import ModelConfig, Recipe, RecipeError, nearest, to_dict
 from pe.runs.files import write_text
+from pe.runs.parsers import sentence
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -102,7 +104,10 @@ def read_yaml(path: Path, kind: type) -> yaml.Node:
         raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise RecipeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {error}") from error
+        said = " ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None)))) or error
+        raise RecipeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {said}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: expected a recipe, got brackets nested too deeply") from error
     if node is None:
         raise RecipeError(f"{path}:1: expected a mapping of {', '.join(typing.get_type_hints(kind))}, got nothing")
     _drop_what_was_off(node)
@@ -131,6 +136,10 @@ def build_parser(kind: type, **settings: Any) -> ArgumentParser:
     return parser
 
 
+_recipe_parser = functools.cache(lambda: build_parser(Recipe))
+"""Made once: most of the time of reading a recipe."""
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides such as `--train.steps=50`.
 
@@ -139,7 +148,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     node = read_yaml(path, Recipe)
-    parser = build_parser(Recipe)
+    parser = _recipe_parser()
     values: dict[str, str] = {}
     for before, override in zip(["", *overrides], overrides, strict=False):
         if not override.startswith("--") and not (before.startswith("--") and "=" not in before):
@@ -153,6 +162,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(said)
         if option not in known:
             raise RecipeError(_removed(name) or f"unknown option {option}{nearest(option, known)}")
+    if any(override.partition("=")[0] == "--data" for override in overrides):  # it replaces the sets, not their keys
+        node.value = [pair for pair in node.value if pair[0].value != "data"]
     try:
         parsed = parser.parse_args(["--config", yaml.serialize(node), *overrides])
         for option, value in values.items():
@@ -167,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         given = next((item for item in overrides if item.partition("=")[0].removeprefix("--") in names), None)
         line = next(filter(None, (_line_of(node, name) for name in names)), None)
         where = given or (f"{path}:{line}" if line else str(path))
-        raise RecipeError(f"{where}: {error}") from error
+        raise RecipeError(f"{where}: {sentence(str(error))}") from error
 
 
 def write_yaml(config: Any, path: Path) -> None:
@@ -195,4 +206,4 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     try:
         return ModelConfig(**vars(parser.instantiate_classes(parser.parse_object(YOUNGER | values))))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}") from error
+        raise RecipeError(f"{where}: {sentence(str(error))}") from error
