@@ -1,6 +1,7 @@
 """The folder of a training run: resolved recipe, checkpoints, logs, model.
 
-A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/` and `scores.json`.
+A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `history.jsonl`, `plots/`,
+`model/` and `scores.json`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 
 from pe.config import Recipe, to_dict
 from pe.data.tables import files
+from pe.runs.history import HistoryFile
 from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
 FREE = ("output", "train.text_store", "train.text_store_gib")
 """Options that may change when a run goes on: its folder may have been moved, and a store changes no result."""
-LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
+LEFT_OVER = {"recipe.yaml", "checkpoints", "logs", "history.jsonl", "plots", "report.html"}
 """What a run that ended before its first checkpoint leaves."""
 
 
@@ -50,6 +52,15 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def history(self) -> HistoryFile:
+        """What was logged."""
+        return HistoryFile(self.path / "history.jsonl")
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -113,6 +124,8 @@ class RunFolder:
                 f"{self.path}: holds files already; {going_on}--fresh moves it aside and starts anew, --output=FOLDER"
                 " writes elsewhere"
             )
+        else:
+            self.history.path.unlink(missing_ok=True)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for partial in (self.path / "checkpoints").glob("*.part"):
             partial.unlink()
