@@ -50,7 +50,6 @@ from pe.measure.meters import (
     Sampler,
     device_used,
     driver_reserved,
-    extra,
     give_back_freed,
     highest_resident,
     process_used,
@@ -58,6 +57,7 @@ from pe.measure.meters import (
 )
 from pe.method.loading import quiet
 from pe.runs.cli import user_errors
+from pe.runs.extras import extra
 from pe.runs.parsers import Parser
 from pe.runs.recipes import load_recipe
 from pe.train import DEFAULT_RECIPE, build_accelerator
@@ -310,7 +310,7 @@ def draw(report: Record, paths: Sequence[Path]) -> list[Path]:
     Returns:
         the paths that were written: none where no system has a course.
     """
-    matplotlib = extra("matplotlib")
+    matplotlib = extra("matplotlib", "bench")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -422,7 +422,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not arguments.worker:
         check_output(arguments.output, arguments.overwrite)
         for name in ("matplotlib",) if arguments.estimate else ("matplotlib", "psutil"):
-            extra(name)
+            extra(name, "bench")
     batch = choose_batch(recipe, arguments)
     if arguments.worker:
         record = measure(recipe, arguments.worker, batch, arguments.steps)

@@ -27,6 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from pe.baselines.frozen import FrozenEncoder
 from pe.card import model_card, shown
@@ -38,18 +39,24 @@ from pe.data.tasks import TASKS
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.losses import batch_requests, instructions_of, random_state, set_random_state
 from pe.measure.spread import Spread, spread
+from pe.measure.words import Words, written_words
 from pe.method.loading import one_line, quiet, warn_of_slow_products
 from pe.method.prompted import PromptedEmbedder
 from pe.method.text_store import TextStore
 from pe.model import PromptEmbedder, Requests
 from pe.runs.cli import user_errors
+from pe.runs.extras import MissingPackage
 from pe.runs.files import write_text
 from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
+from pe.runs.history import HistoryError
+from pe.runs.plots import draw
 from pe.runs.recipes import build_parser, load_recipe, write_yaml
 from pe.step import Step, Taken, Trainable, TrainingError, not_finite
 
 if TYPE_CHECKING:  # mteb is an extra: training without tasks does without it
     from pe.integrations.mteb import TextEncoder
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 CHECK_STEPS = 5
@@ -185,7 +192,7 @@ def fit(
     Raises:
         TrainingError: a part without gradient, outputs that stay the same, embeddings that are not finite, too many
             steps in a row that are not, or no memory for a query at a time.
-        RunError: a checkpoint cannot be written.
+        RunError, HistoryError: a checkpoint, or a record of the run's history, cannot be written.
         RecipeError, ValueError: a text store that cannot be used (see `stored_texts`).
         BeingTrained: another thread trains it.
     """
@@ -213,7 +220,7 @@ def fit(
                 history.count(taken, time.perf_counter() - started)
                 bar.update()
                 if step.micro_batch_size != size:
-                    note_halved(step)
+                    note_halved(step, history, run)
                 if not taken.is_finite:
                     note_skipped(step, history, taken, batch, run)
                 if done == first + CHECK_STEPS and torch.equal(detached(model, probe), before):
@@ -221,18 +228,22 @@ def fit(
                         f"step {done}: the embeddings are what they were at the start; check the rates (lr)"
                     )
                 if done % options.log_every == 0:
-                    log(step, history, taken, bar)
+                    log(step, history, taken, bar, run)
                 is_due = options.eval_every and done % options.eval_every == 0
-                if evaluate and (is_due or (by_best and done == last)):
-                    note_score(step, history, evaluate)
+                is_scored = evaluate is not None and (is_due or (by_best and done == last))
+                if evaluate and is_scored:
+                    note_score(step, history, evaluate, run)
                     if run and by_best:
                         keep_best(run, step, history)
                 is_over = history.is_over(options.patience)
-                if done % options.save_every == 0 or done == last or is_over:
+                is_saved = done % options.save_every == 0 or done == last or is_over
+                if is_saved:
                     if not detached(model, probe).isfinite().all():
                         raise TrainingError(f"step {done}: the embeddings are not finite; lower the rates (lr)")
                     if run:
                         checkpoint(run, step, history, plan)
+                if run and (is_scored or is_saved):
+                    draw_plots(run, accelerator)
                 if is_over:
                     break
         if run and by_best:
@@ -240,24 +251,24 @@ def fit(
     return history
 
 
-def log(step: Step[Any], history: History, taken: Taken, bar: tqdm[Any]) -> None:
+def log(step: Step[Any], history: History, taken: Taken, bar: tqdm[Any], run: RunFolder | None) -> None:
     """Show and write the mean loss since the last record, and what the last step came to."""
     finite = [loss for loss in history.losses[-step.options.log_every :] if math.isfinite(loss)]
     values = {
         "loss": sum(finite) / len(finite) if finite else math.nan,
         "skipped": len(history.skipped),
         "gradient_norm": float(taken.gradient_norm),
-        "rate": step.scheduler.get_last_lr()[0],
+        "rate": float(step.scheduler.get_last_lr()[0]),
         "tokens_per_second": history.tokens / history.seconds,
     }
     bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_second']:,.0f}")
-    step.accelerator.log(values, step=step.done)
+    write(step, history, run, values)
 
 
-def note_halved(step: Step[Any]) -> None:
+def note_halved(step: Step[Any], history: History, run: RunFolder | None) -> None:
     """Say that memory ran out, and how many queries are taken at a time from now on."""
     size = step.micro_batch_size
-    step.accelerator.log({"micro_batch_size": size}, step=step.done)
+    write(step, history, run, {"micro_batch_size": float(size or 0)})
     tqdm.write(
         f"step {step.done}: out of memory; from now on micro batches of {size} queries, of the same loss"
         f" (train.micro_batch_size={size} begins so)",
@@ -284,11 +295,43 @@ def note_skipped(step: Step[Any], history: History, taken: Taken, batch: Batch, 
         tqdm.write(f"{problem}; skipped", file=sys.stderr)
 
 
-def note_score(step: Step[Any], history: History, evaluate: Callable[[], float]) -> None:
+def write(step: Step[Any], history: History, run: RunFolder | None, values: Mapping[str, float]) -> None:
+    """Give numbers to the trackers and to the run's history.
+
+    Raises:
+        HistoryError: see `HistoryFile.append`.
+    """
+    step.accelerator.log(dict(values), step=step.done)
+    note(step, history, run, values)
+
+
+def note(step: Step[Any], history: History, run: RunFolder | None, values: Mapping[str, Any]) -> None:
+    """Add a record to the run's history.
+
+    Raises:
+        HistoryError: see `HistoryFile.append`.
+    """
+    if run and step.accelerator.is_main_process:
+        run.history.append({"step": step.done, "seconds": history.seconds, "tokens": history.tokens, **values})
+
+
+def note_score(step: Step[Any], history: History, evaluate: Callable[[], float], run: RunFolder | None) -> None:
     """Score on the main process, while the others wait, and write the score down on all of them."""
     (found, *_) = gather_object([evaluate() if step.accelerator.is_main_process else 0.0])
     history.scores.append((step.done, history.seconds, found))
-    step.accelerator.log({"score": found}, step=step.done)
+    write(step, history, run, {"score": found})
+
+
+def draw_plots(run: RunFolder, accelerator: Accelerator) -> None:
+    """Draw what the run has logged so far, on the main process, where matplotlib is there; no picture ends a run."""
+    if not accelerator.is_main_process:
+        return
+    try:
+        draw(run.history.records(), run.plots)
+    except MissingPackage:
+        pass
+    except (HistoryError, OSError) as error:
+        logger.error(f"{run.plots}: not drawn: {error}")
 
 
 def keep_best(run: RunFolder, step: Step[Any], history: History) -> None:
@@ -302,6 +345,11 @@ def spread_of(model: PromptedEmbedder, plan: BatchPlan) -> Spread | None:
     """How alike the training instructions are to the model, on queries of the first batch."""
     wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
     return spread(model, wanted, plan.batch(0).queries)
+
+
+def words_of(model: PromptEmbedder, plan: BatchPlan) -> Words:
+    """What is written for some training instructions, in words."""
+    return written_words(model, [item.text for item in instructions_of(plan) if item.side == "query"])
 
 
 def tell(found: Spread | None, console: Console) -> None:
@@ -319,15 +367,17 @@ def detached(model: Trainable, requests: Requests) -> Tensor:
 
 
 def checkpoint(run: RunFolder, step: Step[Any], history: History, plan: BatchPlan) -> None:
-    """Write a checkpoint, and note how alike instructions are now.
+    """Write a checkpoint, and note how alike instructions are now and what is written for them.
 
     Raises:
-        RunError: it cannot be written.
+        RunError, HistoryError: it cannot be written.
     """
     is_main = step.accelerator.is_main_process
     if is_main and isinstance(step.model, PromptedEmbedder) and (found := spread_of(step.model, plan)):
         history.spreads.append((step.done, asdict(found)))
-        step.accelerator.log({"instructions_alike": found.embeddings}, step=step.done)
+        write(step, history, run, {"instructions_alike": found.embeddings})
+    if is_main and isinstance(step.model, PromptEmbedder) and (words := words_of(step.model, plan)):
+        note(step, history, run, {"words": words})
     states = gather_object([random_state()])
     if is_main:
         save(run, step, history, states)
@@ -340,7 +390,7 @@ def save(run: RunFolder, step: Step[Any], history: History, random_states: list[
 
 
 def restore(run: RunFolder, step: Step[Any], history: History) -> None:
-    """Put the newest checkpoint back.
+    """Put the newest checkpoint back; what the run logged behind it is dropped.
 
     Raises:
         RunError: it cannot be read, or is not one of this model.
@@ -354,6 +404,8 @@ def restore(run: RunFolder, step: Step[Any], history: History) -> None:
             f"{run.checkpoints[-1]}: expected a checkpoint of this model, got another or a damaged one"
             f" ({type(error).__name__}: {error}); remove it, and --resume takes the one before"
         ) from error
+    if step.accelerator.is_main_process:
+        run.history.keep(step.done)
     if "random_states" in state:
         set_random_state(state["random_states"][step.accelerator.process_index])
     else:  # of a checkpoint that kept the main process's CPU state alone

@@ -35,11 +35,10 @@ from pe.measure.meters import (
     WORKSPACE,
     Footprint,
     LiveTensors,
-    MissingPackage,
     Phases,
     Sampler,
-    extra,
 )
+from pe.runs.extras import MissingPackage, extra
 from pe.runs.recipes import load_recipe
 from tests.training import write_recipe
 
@@ -372,4 +371,4 @@ def test_only_files_that_were_written_are_listed(
 
 def test_a_missing_package_names_its_command() -> None:
     with pytest.raises(MissingPackage, match=r"pip install 'promptembedder\[bench\]'"):
-        extra("a_module_that_is_not_there")
+        extra("a_module_that_is_not_there", "bench")

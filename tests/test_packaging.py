@@ -19,6 +19,7 @@ MODULES = (
     "pe.encode",
     "pe.evaluate",
     "pe.export",
+    "pe.report",
     "pe.serve",
     "pe.baselines.lora",
     "pe.kernels.vocab_mixture",
@@ -35,6 +36,7 @@ def test_wheel_and_sdist_build_and_import(tmp_path: Path) -> None:
     kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert {f"pe/kernels/{name}" for name in kernels} <= set(names)
     assert "pe/data/benchmarks.yaml" in names
+    assert "pe/report.html" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]
     with tarfile.open(sdist) as archive:
         assert {name for name in kernels if any(m.endswith(f"kernels/{name}") for m in archive.getnames())} == kernels

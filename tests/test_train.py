@@ -278,7 +278,8 @@ def test_every_process_gets_its_own_random_state_back(recipe: Recipe, tmp_path: 
     states = [[torch.Generator().manual_seed(seed).get_state()] for seed in (1, 2)]
     training.save(run, Step(model, recipe.loss, recipe.train, accelerator()), History(), states)
     for number, (state,) in enumerate(states):
-        process = SimpleNamespace(device=torch.device("cpu", 0), process_index=number)  # as accelerate has it
+        cpu = torch.device("cpu", 0)  # as accelerate has it
+        process = SimpleNamespace(device=cpu, process_index=number, is_main_process=number == 0)
         step = Step(model, recipe.loss, recipe.train, cast(Accelerator, process))
         training.restore(run, step, History())
         assert torch.equal(torch.get_rng_state(), state)

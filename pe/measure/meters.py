@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import itertools
 import os
 import resource
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from pe.runs.extras import MissingPackage, extra
+
 INTERVAL = 0.002
 MIB = 2**20
 LOADED = "loaded"
@@ -32,22 +33,6 @@ FROZEN, TRAINABLE = "frozen weights", "trainable weights"
 GRADIENTS, OPTIMISER = "gradients", "optimiser state"
 KEY_VALUES, ACTIVATIONS, WORKSPACE = "keys and values", "saved activations", "workspace"
 CATEGORIES = (FROZEN, TRAINABLE, OPTIMISER, GRADIENTS, KEY_VALUES, ACTIVATIONS, WORKSPACE)
-
-
-class MissingPackage(ValueError):
-    """A package of the extra `bench` is not installed."""
-
-
-def extra(name: str) -> ModuleType:
-    """A module of the extra `bench`.
-
-    Raises:
-        MissingPackage: with the command that installs it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingPackage(f"{name} is not installed: pip install 'promptembedder[bench]'") from error
 
 
 class Phases:
@@ -122,7 +107,7 @@ class Sampler(threading.Thread):
 
 def resident() -> Reading:
     """Resident bytes of this process (RSS)."""
-    process = extra("psutil").Process()
+    process = extra("psutil", "bench").Process()
     return Reading("rss", lambda: int(process.memory_info().rss))
 
 
@@ -144,7 +129,7 @@ def give_back_freed() -> None:
 def _nvml(device: torch.device) -> tuple[ModuleType, Any] | None:
     """NVML, and its handle of the GPU, found by UUID: CUDA's order of devices is not NVML's; None where it has none."""
     try:
-        pynvml = extra("pynvml")
+        pynvml = extra("pynvml", "bench")
     except MissingPackage:
         return None
     try:

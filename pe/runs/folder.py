@@ -1,7 +1,7 @@
 """The folder of a training run: resolved recipe, checkpoints, logs, model.
 
-A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `model/`, `scores.json`, and
-`faults/` where a step was skipped.
+A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (TensorBoard), `history.jsonl`, `plots/`,
+`model/`, `scores.json`, and `faults/` where a step was skipped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from pe.config import Recipe, to_dict
 from pe.data.tables import files
 from pe.runs.files import write_text
+from pe.runs.history import HistoryFile
 from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
 FREE = ("output", "license", "train.log_with", "train.text_store", "train.text_store_gib")
 """Options that may change when a run goes on: its folder may have been moved, and the others change no result."""
-LEFT_OVER = {"recipe.yaml", "checkpoints", "logs"}
+LEFT_OVER = {"recipe.yaml", "checkpoints", "logs", "history.jsonl", "plots", "report.html"}
 """What a run that ended before its first checkpoint leaves."""
 
 
@@ -57,6 +58,15 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def history(self) -> HistoryFile:
+        """What was logged."""
+        return HistoryFile(self.path / "history.jsonl")
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -120,6 +130,8 @@ class RunFolder:
                 f"{self.path}: holds files already; {going_on}--fresh moves it aside and starts anew, --output=FOLDER"
                 " writes elsewhere"
             )
+        else:
+            self.history.path.unlink(missing_ok=True)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for partial in (self.path / "checkpoints").glob("*.part"):
             partial.unlink()
