@@ -787,7 +787,7 @@ MODELS = (
     model(
         "an adapter",
         {"adapter_config.json": '{"peft_type": "LORA"}'},
-        "backbone: expected a whole model, got an adapter of PEFT",
+        "backbone/adapter_config.json: expected what PEFT writes of an adapter",
     ),
     model(
         "no weights", {WEIGHTS: None}, "backbone: expected weights in model.safetensors", "copy or download them again"
@@ -1333,7 +1333,7 @@ COMMANDS = (
     Bad(
         "encode: another format",
         "encode run/model texts.txt out.csv --instruction=i",
-        ("output: expected a name ending in .npy, .jsonl, .parquet, got out.csv",),
+        ("output: expected a name ending in .npy, .jsonl, .parquet, or a folder, got out.csv",),
     ),
     Bad(
         "encode: onto a file",

@@ -230,7 +230,7 @@ def test_a_type_of_weights_is_not_passed_over(command: Any, dtype: str, capsys: 
     with pytest.raises(SystemExit) as stopped:
         command(["model", *rest, f"--dtype={dtype}"])
     assert stopped.value.code == 2
-    assert ": dtype: expected 'auto', 'float32'" in capsys.readouterr().err
+    assert ": dtype: expected 'auto', 'fastest', 'float32'" in capsys.readouterr().err
 
 
 # An instruction is a sentence, whichever door it comes through.
