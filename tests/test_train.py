@@ -804,8 +804,8 @@ def test_what_is_not_the_users_fault_keeps_its_traceback() -> None:
 def test_bfloat16_is_chosen_where_the_hardware_has_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(training, "Accelerator", lambda mixed_precision, **_: mixed_precision)
-    assert training.build_accelerator(recipe) == "no"
+    monkeypatch.setattr(training, "Accelerator", lambda **options: SimpleNamespace(**options))
+    assert training.build_accelerator(recipe).mixed_precision == "no"
 
 
 def test_default_recipe_and_flatten() -> None:
