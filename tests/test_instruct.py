@@ -606,7 +606,7 @@ def test_scores_of_instructions_stand_apart(folder: Path, monkeypatch: pytest.Mo
 
 def test_a_name_that_is_nearly_one_of_these(folder: Path) -> None:
     pytest.importorskip("mteb")
-    known = r"unknown task 'PE-Instruct-NLY'; did you mean 'PE-Instruct-NLI'\?\nTasks in .*: PE-Instruct-NLI\n"
+    known = r"unknown task 'PE-Instruct-NLY'; did you mean 'PE-Instruct-NLI'\?; tasks in .*: PE-Instruct-NLI; "
     with pytest.raises(EvaluationError, match=known):
         score(Reader(), ["PE-Instruct-NLY"], data=folder)
 

@@ -728,7 +728,7 @@ def test_a_saved_embedder_loads_in_another_type(make: Maker, tmp_path: Path) -> 
     assert 0 < np.abs(exact - rounded).max() < 0.05
     again.save_pretrained(tmp_path / "wide")
     assert PromptEmbedder.from_pretrained(tmp_path / "wide").backbone.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"backbone\.dtype: expected one of auto, float32, .*, got 'int8'"):
+    with pytest.raises(ValueError, match=r"backbone\.dtype: expected one of auto, fastest, float32, .*, got 'int8'"):
         PromptEmbedder.from_pretrained(tmp_path / "saved", dtype="int8")  # type: ignore[arg-type]
 
 

@@ -294,8 +294,11 @@ def test_names_of_types(given: dict[str, object], expected: str | None) -> None:
             {"model_kwargs": {"dtype": "float16", "torch_dtype": torch.bfloat16}},
             "got dtype=float16, torch_dtype=",
         ),
-        ({"model_kwargs": {"dtype": torch.float64}}, "dtype: expected one of auto, float32, bfloat16, float16, got"),
-        ({"model_kwargs": {"dtype": 16}}, "dtype: expected one of auto, float32, bfloat16, float16, got '16'"),
+        (
+            {"model_kwargs": {"dtype": torch.float64}},
+            "dtype: expected one of auto, fastest, float32, .*, got",
+        ),
+        ({"model_kwargs": {"dtype": 16}}, "dtype: expected one of auto, fastest, float32, bfloat16, float16, got '16'"),
         ({"model_kwargs": {"attn_implementation": "eager"}}, "model_kwargs: expected no key but .* 'attn_implem"),
         ({"model_kwargs": {"device_map": "auto"}}, "model_kwargs: expected no key but .* got 'device_map'"),
         ({"backend": "onnx"}, "backend: expected 'torch', got 'onnx'"),

@@ -15,14 +15,19 @@ def check_inside(folder: Path) -> None:
     Raises:
         ValueError: which one, and where it leads.
     """
-    root = folder.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
+    root = _cached(folder.resolve())
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             raise ValueError(
                 f"{path}: expected a file in the model's folder, got a link that leads out of it, to {path.resolve()};"
                 " copy that file there"
             )
+
+
+def _cached(folder: Path) -> Path:
+    """The model's whole folder in the hub's cache, `models--*/snapshots/*/...`, or the folder itself elsewhere."""
+    found = (path.parent.parent for path in (folder, *folder.parents) if path.parent.name == "snapshots")
+    return next((path for path in found if path.name.startswith("models--")), folder)
 
 
 def shards(index: Path) -> list[str]:
