@@ -53,7 +53,7 @@ DOORS = (
     Door("peft", "a task exported as prompt tuning", ["test_export.py::test_peft_adapter_in_stock_peft"]),
     Door("transformers", "a task exported for vLLM, in one pass of a stock model (not in vLLM)",
          ["test_export.py::test_vllm_rows_in_one_pass_of_transformers"]),
-    Door("openai", "embeddings from `pe.serve` by its client, all formats, 64 clients at once",
+    Door("fastapi", "`pe.serve` in OpenAI's protocol: all formats, 64 clients at once",
          ["test_serve.py::test_formats_sizes_and_usage", "test_serve.py::test_nothing_is_lost_under_64_clients"]),
     Door("gguf", "a GGUF file as backbone and as prompting LLM",
          ["test_gguf.py::test_an_embedder_is_made_of_gguf_files_saved_and_moved"]),
