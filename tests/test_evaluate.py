@@ -397,9 +397,7 @@ def test_task_names(names: list[str], message: str) -> None:
 
 
 def test_offline_task_knows_its_table() -> None:
-    with pytest.raises(
-        EvaluationError, match=r"'PE-STSb-dew'; did you mean 'PE-STSb-dev'\?; known tasks: PE-STSb-"
-    ):
+    with pytest.raises(EvaluationError, match=r"'PE-STSb-dew'; did you mean 'PE-STSb-dev'\?; known tasks: PE-STSb-"):
         offline_task("PE-STSb-dew", DATA)
 
 
