@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
@@ -23,9 +24,10 @@ from bench import records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.quality import evaluate, with_train
-from bench.systems import INSTRUCTED
+from bench.systems import INSTRUCTED, System
 from pe.baselines.static import StaticPromptEmbedder
 from pe.config import Recipe
+from pe.data.batches import BatchPlan
 from pe.data.instruct_score import INSTRUCT_TASKS
 from pe.evaluate import Scores
 from pe.losses import instructions_of
@@ -34,7 +36,7 @@ from pe.method.loading import dtype_on, quiet
 from pe.method.prompted import PromptedEmbedder
 from pe.runs.cli import user_errors
 from pe.runs.recipes import load_recipe
-from pe.train import build_accelerator, build_plan, fit
+from pe.train import build_accelerator, build_plan, fit, stored_texts
 
 RECIPE = ROOT / "recipes" / "tiny-instruct.yaml"
 PARTS = ("right_seen", "right_unseen")
@@ -64,8 +66,16 @@ def measure(name: str, recipe: Recipe, recipe_name: str) -> list[records.Record]
     """Train a system under the recipe's seed; a record, or two of a control with two ways to meet what it never saw."""
     set_seed(recipe.train.seed)
     plan, accelerator = build_plan(recipe, Console(quiet=True)), build_accelerator(recipe)
-    model, title = INSTRUCTED[name].build(recipe, plan, accelerator.device), INSTRUCTED[name].title
-    started = time.process_time()
+    model = INSTRUCTED[name].build(recipe, plan, accelerator.device)
+    with stored_texts(model, plan, recipe.train, accelerator, None):
+        return trained_and_scored(name, model, plan, recipe, recipe_name, accelerator)
+
+
+def trained_and_scored(
+    name: str, model: System, plan: BatchPlan, recipe: Recipe, recipe_name: str, accelerator: Accelerator
+) -> list[records.Record]:
+    """The records of `measure` for a model as it starts."""
+    title, started = INSTRUCTED[name].title, time.process_time()
     history = fit(model, plan, recipe, accelerator)
     known: dict[str, Any] = {"seconds": history.seconds, "cpu_seconds": time.process_time() - started}
     known["dtype"] = str(dtype_on(accelerator.device, recipe.model.backbone.dtype) or "auto").removeprefix("torch.")

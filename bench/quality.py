@@ -35,7 +35,7 @@ from pe.integrations.mteb import TextEncoder
 from pe.method.loading import has_instructions, quiet
 from pe.runs.cli import user_errors
 from pe.runs.recipes import load_recipe
-from pe.train import build_accelerator, build_plan, fit
+from pe.train import build_accelerator, build_plan, fit, stored_texts
 
 
 class Row(NamedTuple):
@@ -70,10 +70,12 @@ def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
     set_seed(recipe.train.seed)
     plan = build_plan(recipe, Console(quiet=True))
     model = SYSTEMS[name].build(recipe, plan, device)
-    started = time.process_time()
-    history = fit(model, plan, recipe, build_accelerator(recipe))
-    spent = time.process_time() - started
-    return Row(SYSTEMS[name].title, evaluate(model, recipe), history.seconds, spent)
+    accelerator = build_accelerator(recipe)
+    with stored_texts(model, plan, recipe.train, accelerator, None):
+        started = time.process_time()
+        history = fit(model, plan, recipe, accelerator)
+        spent = time.process_time() - started
+        return Row(SYSTEMS[name].title, evaluate(model, recipe), history.seconds, spent)
 
 
 def untrained(name: str, recipe: Recipe, device: torch.device) -> Row:
