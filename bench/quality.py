@@ -27,8 +27,8 @@ from bench import bfloat16, plots, records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, hardware, letters, origins
 from bench.plots import Panel, Series
-from bench.systems import FROZEN, SYSTEMS
-from pe.baselines.frozen import FrozenEncoder
+from bench.systems import SYSTEMS
+from bench.untrained import MINILM, PEER, UNTRAINED
 from pe.config import Recipe
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
@@ -49,13 +49,15 @@ class Row(NamedTuple):
 
 PROTOCOL = 2
 """Of new records. 2: LoRA adapters (LoRA's, the reader's) train in float32; before, in the frozen weights' bfloat16."""
+STORE = "--train.text_store"
+"""Options that change no score: a table is named by all others."""
 TUNING_SEED = 100
 TUNING_STEPS = 60
 EARLIER = "† Not yet measured again: its adapters trained in the frozen weights' type instead of float32."
 PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-weighted-dropless", "lora-last"))
 WITHIN = 0.5
 """Points below the best LoRA's mean that score as well as it does, or down to its lowest seed where that is less."""
-ORDER = [*FROZEN, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
+ORDER = [*UNTRAINED, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]
 """Of the table's rows."""
 Variants = Mapping[str, Sequence[records.Record]]
 
@@ -78,19 +80,16 @@ def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
         return Row(SYSTEMS[name].title, evaluate(model, recipe), history.seconds, spent)
 
 
+def not_trained(title: str, recipe: Recipe, device: torch.device) -> Row:
+    """What has nothing to train."""
+    return Row(title, evaluate(UNTRAINED[title](recipe, device), recipe))
+
+
 def untrained(name: str, recipe: Recipe, device: torch.device) -> Row:
     """The system as it is built, under the recipe's seed."""
     set_seed(recipe.train.seed)
     model = SYSTEMS[name].build(recipe, build_plan(recipe, Console(quiet=True)), device)
     return Row(f"{SYSTEMS[name].title}, untrained", evaluate(model, recipe))
-
-
-def frozen(title: str, recipe: Recipe, device: torch.device) -> Row:
-    """The frozen backbone's mean pooling."""
-    options = recipe.model
-    templates = FROZEN[title]
-    encoder = FrozenEncoder.from_config(options.backbone, device, templates=templates, max_length=options.max_length)
-    return Row(title, evaluate(encoder, recipe))
 
 
 def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> records.Record:
@@ -185,8 +184,11 @@ def measure(
         spent = "" if record["seconds"] is None else f", {record['seconds']:.0f} s"
         print(f"{title}, seed {own.train.seed}: mean {record['mean']:.1f} ({types}){spent}", flush=True)
 
-    for title in FROZEN:
-        keep(frozen, title, title, with_train(recipe, seed=0))  # which no seed changes
+    for title in UNTRAINED:
+        if title == PEER and not MINILM.is_dir():
+            print(f"{title}: left out; python -m pe.models {MINILM.name} fetches it", flush=True)
+            continue
+        keep(not_trained, title, title, with_train(recipe, seed=0))  # which no seed changes
     first = with_train(recipe, seed=seeds[0])
     for system in before:
         keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
@@ -363,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     rates = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.rates)}
     recipe, device = load_recipe(arguments.recipe, overrides), torch.device(arguments.device)
-    name = " ".join([arguments.recipe.stem, *overrides])
+    name = " ".join([arguments.recipe.stem, *(item for item in overrides if not item.startswith(STORE))])
     if arguments.data and not arguments.tune:
         whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
         recipe = dataclasses.replace(recipe, evaluate=whole)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from bench.cases import ALONE, BOTH, PREFIX
-from pe.baselines.common import Pooling, Templates
+from pe.baselines.common import Pooling
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
@@ -88,11 +88,6 @@ def build_lora(pooling: Pooling, dropout: float = 0.1, upper_layers: int | None 
     return build
 
 
-FROZEN = {
-    "frozen backbone, mean": None,
-    "frozen backbone, mean, instruction before queries": Templates(),
-}
-"""Rows without any training: what stands before a query."""
 SYSTEMS = {
     "pe-weighted": Entry(title="PE, suffix, reader, weighted skip", build=build_pe(skip="weighted")),
     "pe-weighted-longer": Entry(

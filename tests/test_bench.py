@@ -40,7 +40,8 @@ from bench import test_step as benchmarked
 from bench.cases import CASES, VARIANTS, Case, Embedder, IdTokenizer, Setting, Shape, default_variants
 from bench.flops import step_flops
 from bench.lengths import DISTRIBUTIONS, Distribution, SetLengths, workload
-from bench.systems import FROZEN, SYSTEMS
+from bench.systems import SYSTEMS
+from bench.untrained import UNTRAINED
 from pe import losses
 from pe import step as stepping
 from pe.baselines.lora import LoraEmbedder
@@ -361,6 +362,7 @@ def test_quality_tunes_trains_and_scores(
     systems = ["pe", "static", "lora-mean"]
     command = ["--recipe", str(file), "--systems", *systems, *overrides]
     monkeypatch.setattr(quality, "TUNING_STEPS", 2)
+    monkeypatch.setattr(quality, "MINILM", tmp_path / "minilm")
     quality.main([*command, "--tune", "1e-3", "2e-1"])
     tuned = records.read("tuning", results)
     assert [(row["system"], row["rate"]) for row in tuned] == [(name, rate) for name in systems for rate in (1e-3, 0.2)]
@@ -368,9 +370,11 @@ def test_quality_tunes_trains_and_scores(
 
     run = [*command, "--seeds", "0", "1", "--rates", "static=0.1", "--data", str(tmp_path / "tasks")]
     quality.main(run)
-    assert "PE, suffix, reader, seed 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "PE, suffix, reader, seed 1" in shown
+    assert "left out; python -m pe.models minilm fetches it" in shown
     found = records.read("quality", results)
-    assert len(found) == len(FROZEN) + 1 + 2 * len(systems)
+    assert len(found) == len(UNTRAINED) - 1 + 1 + 2 * len(systems)
     by_name = {(record["variant"], record["seed"]): record for record in found}
     assert by_name["static prompts, reader (control)", 1]["rate"] == 0.1
     assert by_name["PE, suffix, reader", 1]["rate"] == best
