@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "tiny.yaml")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    options.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
     options.add_argument("--untrained", nargs="*", choices=SYSTEMS, default=["pe"], help="score these untrained too")
     options.add_argument("--data", type=Path, help="score on every task whose files are in this folder")
     options.add_argument("--rates", nargs="*", default=[], metavar="SYSTEM=RATE")

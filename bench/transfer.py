@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -22,18 +22,23 @@ from bench.quality import with_train
 from bench.records import Record
 from bench.systems import SYSTEMS
 from pe.config import Recipe
+from pe.evaluate import Scores
 from pe.method.loading import quiet
 from pe.saving import read_config
 from pe.train import build_accelerator, build_plan, fit, measurer
 from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe
 
 Curve = Sequence[tuple[int, float, float]]
+STAGES = ("source", "untrained", "trained")
+FOLLOWED = "PE-Instruct-NLI"
 LEFT_OUT = ("PE: alignment, reader and skip",)
 """Variants of the records that cannot be measured any more."""
 
 
-def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str) -> Record:
-    """Scores at the start and the end of a curve, and steps and seconds to each share of the level."""
+def record(
+    variant: str, level: float, curve: Curve, recipe: Recipe, source: str, scores: Mapping[str, Scores]
+) -> Record:
+    """Scores at the start and the end of a curve, steps and seconds to each share of the level, and scores by task."""
     return {
         "source": source,
         "target": Path(recipe.model.backbone.model).name,
@@ -46,6 +51,7 @@ def record(variant: str, level: float, curve: Curve, recipe: Recipe, source: str
         "end_score": curve[-1][2],
         "curve": list(curve),
         "reached": {f"{item.share:.2f}": item.at for item in reached(curve, level)},
+        "by_task": {stage: found.by_task for stage, found in scores.items()},
     }
 
 
@@ -54,12 +60,14 @@ def moved(result: Transfer, recipe: Recipe, source: str, texts: int | None) -> R
     trained = ["alignment"]
     trained += ["reader"] if recipe.model.reader != "none" else []
     trained += ["weighted skip"] if recipe.model.skip != "none" else []
+    trained += ["lens"] if recipe.model.lens_rank else []
     variant = f"PE: {', '.join(trained[:-1])} and {trained[-1]}" if len(trained) > 1 else "PE: alignment alone"
     if not recipe.train.total_steps:
         variant = "PE: least squares alone"
     elif texts:
         variant += ", skip fitted first"
-    return record(variant, next(iter(result.scores.values())).mean, result.curve, recipe, source)
+    scores = dict(zip(STAGES, result.scores.values(), strict=False))
+    return record(variant, scores["source"].mean, result.curve, recipe, source, scores)
 
 
 def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Record:
@@ -67,9 +75,15 @@ def from_scratch(system: str, recipe: Recipe, level: float, source: str) -> Reco
     set_seed(recipe.train.seed)
     accelerator, plan = build_accelerator(recipe), build_plan(recipe, Console(quiet=True))
     model, measure = SYSTEMS[system].build(recipe, plan, accelerator.device), measurer(recipe)
-    curve = [(0, 0.0, measure(model).mean)]
-    history = fit(model, plan, recipe, accelerator, evaluate=lambda: measure(model).mean)
-    return record(f"{SYSTEMS[system].title}, from scratch", level, [*curve, *history.scores], recipe, source)
+    scores = {"untrained": measure(model)}
+
+    def evaluate() -> float:
+        scores["trained"] = measure(model)
+        return scores["trained"].mean
+
+    history = fit(model, plan, recipe, accelerator, evaluate=evaluate)
+    curve = [(0, 0.0, scores["untrained"].mean), *history.scores]
+    return record(f"{SYSTEMS[system].title}, from scratch", level, curve, recipe, source, scores)
 
 
 def title(row: Record) -> str:
@@ -92,6 +106,13 @@ def has_curves(group: Sequence[Record]) -> bool:
     return any(len(row["curve"]) > 1 for row in group)
 
 
+def rights(row: Record) -> str:
+    """How often the instruction was followed under unseen wordings, stage by stage; nothing where it was not scored."""
+    stages = [row.get("by_task", {}).get(stage, {}) for stage in STAGES]
+    found = [f"{tasks[FOLLOWED]:.1f}" for tasks in stages if FOLLOWED in tasks]
+    return ", ".join(found)
+
+
 def plot_name(title: str) -> str:
     return f"transfer-{title.replace(', ', '-').replace(' ', '-')}.svg"
 
@@ -105,8 +126,10 @@ def render(folder: Path) -> str:
             at = [row["reached"].get(share) for share in ("0.95", "0.99")]
             cells = ["not reached" if found is None else f"{found[0]} steps, {found[1]:,.0f} s" for found in at]
             scores = [f"{row[field]:.1f}" for field in ("source_score", "start_score", "end_score")]
-            rows.append([f"{row['variant']}, seed {row['seed']}", *scores, f"{row['curve'][-1][1]:,.0f}", *cells])
+            seconds, right = f"{row['curve'][-1][1]:,.0f}", [rights(row)] if any(map(rights, group)) else []
+            rows.append([f"{row['variant']}, seed {row['seed']}", *scores, seconds, *cells, *right])
         header = ["", "level", "untrained", "trained", "seconds", "95 % of the level", "99 % of the level"]
+        header += [f"{FOLLOWED}: source, untrained, trained"] if any(map(rights, group)) else []
         image = f"![Score against seconds of training](../plots/{plot_name(name)})\n\n" if has_curves(group) else ""
         parts.append(f"**{name}**\n\n{grid(header, rows)}\n\n{image}{origins(group)}")
     return "\n\n".join(parts or [NOT_YET])

@@ -580,6 +580,9 @@ def test_transfer_and_training_from_scratch_are_recorded(tiny_models: Path, tmp_
     assert [point[0] for point in moved["curve"]] == [point[0] for point in scratch["curve"]] == [0, 1, 2]
     assert scratch["source_score"] == moved["source_score"]
     assert (moved["rate"], scratch["rate"]) == (0.003, 0.01)
+    assert moved["by_task"]["trained"] == {"PE-STSb-dev": moved["end_score"]}
+    assert list(moved["by_task"]) == list(transfer.STAGES)
+    assert scratch["by_task"]["trained"] == {"PE-STSb-dev": scratch["end_score"]}
     level = ["--scratch", "lora-last", "--only-scratch", "-1.0", "--output", str(tmp_path / "other")]
     transfer.main([*command, *level])
     assert records.read("transfer", results)[-1]["reached"]["0.99"][:2] == [0, 0.0]
@@ -723,8 +726,10 @@ def test_page_shows_transfer_and_kernels(results: Path, tmp_path: Path) -> None:
     moved = {"source": "one", "target": "two", "variant": "W alone", "seed": 0, "reached": reached, **scores}
     records.append("transfer", [moved | {"curve": [(0, 0.0, 40.0), (20, 7.0, 58.0)]}])
     assert "| W alone, seed 0 | 60.0 | 40.0 | 58.0 | 7 | 12 steps, 3 s | not reached |" in transfer.render(results)
-    records.append("transfer", [moved | {"curve": [(0, 5.0, 40.0)]}])
+    stages = {"source": {transfer.FOLLOWED: 80.0}, "trained": {transfer.FOLLOWED: 77.5}}
+    records.append("transfer", [moved | {"curve": [(0, 5.0, 40.0)], "by_task": stages}])
     assert transfer.render(results).count("![Score against") == 1
+    assert "| not reached | 80.0, 77.5 |" in transfer.render(results)
     transfer.draw(results, tmp_path / "plots")
     (image,) = (tmp_path / "plots").iterdir()
     assert image.name == "transfer-one-to-two-float32-20-steps.svg"
