@@ -21,6 +21,7 @@ from pe.bulk.folder import Plan
 from pe.bulk.rows import BLOCK_ROWS, blocks, scan
 from pe.bulk.source import find
 from pe.model import PromptEmbedder
+from pe.saving import summary
 from tests.tiny import write_rows
 
 TASK = "Find the same thing"
@@ -173,6 +174,14 @@ def test_what_is_missing_or_damaged_is_done_again_and_nothing_else(
         (out / name).write_text(whole, encoding="utf-8")
 
 
+def test_a_model_is_known_in_whatever_order_its_files_are_listed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, plain = summary(checkpoint).content, Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: reversed(list(plain(folder, pattern))))
+    assert summary(checkpoint).content == known
+
+
 def test_another_encoding_is_replaced_only_if_asked(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,9 +228,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     for source, target, options, message in (
         (tmp_path / "none.jsonl", "o", [], "expected a file, a folder or a pattern of .parquet, or .jsonl, "),
         (tmp_path / "*.nothing", "o", [], "expected a file, a folder or a pattern of"),
-        (folder, "shards/o", [], "o: expected a folder apart from the input"),
-        (folder, "shards", [], "expected a folder apart from the input"),
-        (f"{folder}/*.parquet", "shards", [], "expected a folder apart from the input"),
+        (folder, "shards/o", [], "o: expected a folder outside of the input"),
+        (folder, "shards", [], "expected a folder outside of the input"),
+        (f"{folder}/*.parquet", "shards", [], "expected a folder outside of the input"),
         (good, "shards", [], "shards: holds other files, 'part-000000.parquet' first; name a folder of its own"),
         (good, "other", ["--overwrite=true"], "other: holds other files, 'mine.txt' first"),
         (f"{tmp_path}/*.jsonl*", "o", [], "damaged.jsonl.gz: the file cannot be read"),

@@ -25,8 +25,6 @@ from pe.data.records import DataError
 T = TypeVar("T")
 PLAN, MANIFEST, WRITING = "_plan.json", "_manifest.json", "_writing"
 OURS = re.compile(rf"{PLAN}|{MANIFEST}|{WRITING}|part-\d{{6,}}\.parquet")
-
-
 FORMAT = 1
 """Of `_plan.json`."""
 Job = dict[str, Any]
@@ -134,7 +132,7 @@ class ShardFolder:
             raise FileExistsError(f"{self.address}: expected a folder, got a file; name another")
         inside = [file.path for file in files if file.path.startswith(f"{self.address}/")]
         if inside or f"{self.address}/".startswith(f"{address_of(*file_system(source))}/"):
-            raise FileExistsError(f"{self.address}: expected a folder apart from the input, {source}; name another")
+            raise FileExistsError(f"{self.address}: expected a folder outside of the input, {source}; name another")
         names = self._sizes().keys()
         others = [name for name in sorted(names) if not OURS.fullmatch(name)]
         if others or (PLAN not in names and names - {WRITING}):

@@ -45,7 +45,7 @@ def encode_to_shards(
         saved: of the embedder that `options` names.
         engine: where the work is done.
         workers: by whom, on a cluster.
-        shard_rows: rows of a shard, the last of each file apart.
+        shard_rows: rows of a shard; the last of each file may have fewer.
         overwrite: replace an encoding of something else, or by something else.
 
     Raises:
