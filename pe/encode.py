@@ -245,13 +245,13 @@ def encode_file(
         raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
     if suffix == ".npy" and (keep or id_column is not None):
         raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
-    if precision not in ("float32", "float16"):
-        extra("sentence_transformers", "export")
     check_store(store, store_gib)
     rows = read_rows(input, field, id_column)
     beside = written_beside(rows, field, id_column, keep)
     check_written(beside, suffix, column_names(instructions or [""]))
     texts = [row[field] for row in rows]
+    if precision not in ("float32", "float16"):
+        extra("sentence_transformers", "export")
     target.parent.mkdir(parents=True, exist_ok=True)
     place = usable_device(device)
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=place)
