@@ -88,15 +88,9 @@ def encode_folder(
         device=("cuda" if each.gpus else "cpu") if engine == "ray" else str(usable_device(device)),
         threads=each.cores if engine == "ray" else None,
     )
+    size = shard_rows or SHARD_ROWS
     said = encode_to_shards(
-        input,
-        output,
-        options,
-        saved,
-        engine=run,
-        workers=each,
-        shard_rows=shard_rows or SHARD_ROWS,
-        overwrite=overwrite,
+        input, output, options, saved, engine=run, workers=each, shard_rows=size, overwrite=overwrite
     )
     print(said, file=sys.stderr)
 

@@ -31,10 +31,10 @@ def encode_to_shards(
     options: Embedding,
     saved: Summary,
     *,
-    engine: Engine = on_this_process,
-    workers: Workers | None = None,
-    shard_rows: int = SHARD_ROWS,
-    overwrite: bool = False,
+    engine: Engine,
+    workers: Workers,
+    shard_rows: int,
+    overwrite: bool,
 ) -> str:
     """Encode what is missing of an input in the shards of a folder, and give a sentence on what is there then.
 
@@ -68,7 +68,7 @@ def encode_to_shards(
     make = partial(ShardEncoder, options, plan.schema, folder.address)
     done = sum(shard.rows for shard in finished.values())
     with tqdm(total=plan.rows, initial=done, unit="text", desc=f"{len(plan.shards)} shards") as bar:
-        for shard in recorded(folder, finished, engine(make, missing, workers or Workers())):
+        for shard in recorded(folder, finished, engine(make, missing, workers)):
             bar.update(shard.rows)
     folder.clean()
     return report(folder, plan, finished, len(missing))
