@@ -47,7 +47,7 @@ def batch_fits(step: Step[Embedder], case: Case, distribution: Distribution, que
     """Whether a step of so many queries, in so many parts, runs in the memory that is left."""
     rows = queries * FIXED[distribution][1] if distribution in FIXED else queries
     load = workload(distribution, dataclasses.replace(case, queries=rows))
-    step.options = dataclasses.replace(step.options, micro_batch_size=micro_batch_size(load, parts))
+    step.micro_batch_size = micro_batch_size(load, parts)
     try:
         for batch, following in load.turns():
             step(batch, following)

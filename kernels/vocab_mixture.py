@@ -312,8 +312,8 @@ def _fused_rows(h: Tensor, width_in: int, is_tied: bool, is_backward: bool) -> i
 
 def _chunk(n_rows: int, n_entries: int) -> int:
     """Vocabulary entries a chunk: a multiple of BLOCK_V within CHUNK, CHUNK_ELEMENTS and the vocabulary."""
-    fitting = min(CHUNK, CHUNK_ELEMENTS // n_rows, triton.cdiv(n_entries, BLOCK_V) * BLOCK_V)
-    return max(BLOCK_V, fitting // BLOCK_V * BLOCK_V)
+    entries = min(CHUNK, CHUNK_ELEMENTS // n_rows, triton.cdiv(n_entries, BLOCK_V) * BLOCK_V)
+    return max(BLOCK_V, entries // BLOCK_V * BLOCK_V)
 
 
 def _splits(n_rows: int, width: int, n_tiles: int) -> int:
@@ -469,7 +469,7 @@ def _vocab_mixture_bwd(
     return dh if scale is None else dh * scale, de_out, de_in
 
 
-def _room(ds: Tensor) -> Tensor:
+def _gradient_scale(ds: Tensor) -> Tensor:
     """Power of two `[1]` float32 that brings the largest of ds into (4, 8], so that P (dP - delta) does not underflow.
 
     Not a scalar tensor, which a product on a GPU would take to ds's type, where it may be infinite.
@@ -492,7 +492,7 @@ class _VocabMixture(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         scale = None
         if ds.dtype == torch.float16 and ds.numel():
-            factor = _room(ds)
+            factor = _gradient_scale(ds)
             ds, scale = (ds.float() * factor).to(ds.dtype), 1 / factor
         own = ds.contiguous(), h, e_out, e_in, s, lse
         dh, de_out, de_in = _vocab_mixture_bwd(*own, ctx.temperature, ctx.is_tied, *needs, scale)

@@ -103,11 +103,11 @@ they are prompts of these names.
 
 
 def alike(spread: Spread | None) -> str:
-    """How far its instructions are apart, and a warning where they are not; nothing where it has but one."""
+    """How alike its instructions are, and a warning where they are alike; nothing where it has but one."""
     if spread is None:
         return ""
     warning = f" **Warning: {spread.warning}.**" if spread.is_alike else ""
-    return f"M{str(spread)[1:]} (1: alike).{warning}\n\n"
+    return f"{str(spread).capitalize()} (1: alike).{warning}\n\n"
 
 
 def model_card(
@@ -120,14 +120,14 @@ def model_card(
     steps: int | None = None,
     weights: str = "",
 ) -> str:
-    """What was trained on what, how to use it, what it scores and how far instructions are apart, as Markdown.
+    """What was trained on what, how to use it, what it scores and how alike its instructions are, as Markdown.
 
     Args:
         recipe: what it was made of.
         model: the embedder.
         seconds: training time.
         scores: by what was scored, the embedder itself last.
-        spread: how far apart instructions are; None of fewer than two.
+        spread: how alike instructions are; None of fewer than two.
         steps: those that were taken; None: the recipe's.
         weights: a sentence on which weights these are, where they are not the last.
     """

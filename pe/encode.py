@@ -15,7 +15,6 @@ or pattern of parquet, JSON Lines, csv, tsv or text at any address of fsspec; wh
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -28,7 +27,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from jsonargparse import Namespace
 
 from pe.bulk.columns import Embeddings, column_names, shortened, table_of, vectors
@@ -36,20 +34,14 @@ from pe.bulk.command import encode_folder
 from pe.bulk.engines import EngineName
 from pe.bulk.job import SHARD_ROWS
 from pe.config import Dtype
-from pe.data.records import (
-    DataError,
-    Record,
-    RecordError,
-    braced,
-    check_unicode,
-    read_lines,
-)
+from pe.data.records import DataError, Record, RecordError, braced, check_unicode, read_lines
 from pe.data.tables import records, text_under
 from pe.method.loading import quiet, usable_device
 from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
-from pe.runs.parsers import TypedParser
+from pe.runs.extras import extra
+from pe.runs.parsers import MODEL_OPTIONS, TypedParser
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 STANDARD_INPUT = "-"
@@ -127,21 +119,12 @@ def sentences(given: str) -> list[str]:
     return several
 
 
-def check_folder(store: str) -> str:
-    """The folder of `--store`.
-
-    Raises:
-        ValueError: it names none: what is kept in memory would be gone with the command.
-    """
-    if store.strip() in ("", "none", "memory"):
+def check_store(store: str | None, gib: float | None) -> None:
+    """Raise ValueError for a size without a store, and for one in memory, which would be gone with the command."""
+    if store is None and gib is not None:
+        raise ValueError(f"--store_gib: expected --store beside it, got {gib:g} alone")
+    if store is not None and store.strip() in ("", "none", "memory"):
         raise ValueError(f"--store: expected a folder, got {store!r}; give ./{store.strip()} for one of that name")
-    return store
-
-
-def needs_quantisation() -> None:
-    """Raise ValueError where sentence-transformers, which quantises, is not installed."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ValueError("--precision: sentence-transformers quantises: pip install 'promptembedder[export]'")
 
 
 def check_compression(width: int, texts: int, dimensions: int | None, precision: Precision) -> None:
@@ -220,7 +203,7 @@ def encode_file(
     device: str | None = None,
     overwrite: bool = False,
     store: str | None = None,
-    store_gib: float = DEFAULT_GIB,
+    store_gib: float | None = None,
 ) -> None:
     """Embed the texts of a file.
 
@@ -245,7 +228,7 @@ def encode_file(
         device: cpu, cuda, cuda:1; a GPU where there is one.
         overwrite: replace an existing output; a folder that goes on is not begun again.
         store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
-        store_gib: its size in GiB.
+        store_gib: its size in GiB; None: `DEFAULT_GIB`.
     """
     target = Path(output)
     suffix = target.suffix.lower()
@@ -262,22 +245,24 @@ def encode_file(
         raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
     if suffix == ".npy" and (keep or id_column is not None):
         raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
-    if precision not in ("float32", "float16"):
-        needs_quantisation()
+    check_store(store, store_gib)
     rows = read_rows(input, field, id_column)
     beside = written_beside(rows, field, id_column, keep)
     check_written(beside, suffix, column_names(instructions or [""]))
     texts = [row[field] for row in rows]
+    if precision not in ("float32", "float16"):
+        extra("sentence_transformers", "export")
     target.parent.mkdir(parents=True, exist_ok=True)
-    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device)
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=place)
     check_compression(embedder.dimensions, len(texts), dimensions, precision)
     if instructions is None:
         instructions = [embedder.default_instruction(side)]
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
+    gib = DEFAULT_GIB if store_gib is None else store_gib
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent))
-        kept = None if store is None else stack.enter_context(TextStore.open(check_folder(store), store_gib))
+        kept = None if store is None else stack.enter_context(TextStore.open(store, gib))
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True, store=kept
         )
@@ -301,32 +286,26 @@ def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = TypedParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    typed: set[str | int] = {"instruction", "backbone", "prompter", "dtype", "id_column", "device", "keep", "store"}
+    typed: set[str | int] = {"instruction", "id_column", "keep", "store", "store_gib", *MODEL_OPTIONS}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
-    # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
-    parser.add_argument(
-        "--instruction", type=str, default=None, help="a sentence, or a JSON list of them (default: that of training)"
-    )
-    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
-    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
+    parser.add_typed("instruction", str, "a sentence, or a JSON list of them (default: that of training)")
+    parser.add_model_options(*MODEL_OPTIONS)
     parser.add_argument(
         "--id-column", "--id_column", type=str, default=None, help="column that stands before the text in the output"
     )
     parser.add_argument("--keep", action="store_true", help="write all columns of the input before the embeddings")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
-    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
-    parser.add_argument("--store", type=str, default=None, help="folder that keeps the text pass (default: none)")
-    shards = parser.add_argument_group("OUTPUT is a folder")
-    shards.add_argument("--engine", type=EngineName, default=None, help="local, one process, or ray (default: local)")
-    shards.add_argument("--shard_rows", type=int, default=None, help=f"rows of a shard (default: {SHARD_ROWS})")
-    shards.add_argument("--workers", type=int, default=None, help="of ray (default: as many as its nodes hold)")
-    shards.add_argument("--worker_cores", type=int, default=None, help="of each (default: 1)")
-    shards.add_argument("--worker_gpus", type=float, default=None, help="of each, up to 1 (default: 1 if ray has any)")
+    parser.add_typed("store", str, "folder that keeps the text pass (default: none)")
+    parser.add_typed("store_gib", float, f"its size in GiB (default: {DEFAULT_GIB:g})")
+    parser.add_typed("engine", EngineName, "of a folder: local, one process, or ray (default: local)")
+    parser.add_typed("shard_rows", int, f"of a folder: rows of a shard (default: {SHARD_ROWS})")
+    parser.add_typed("workers", int, "of ray (default: as many as its nodes hold)")
+    parser.add_typed("worker_cores", int, "of each worker (default: 1)")
+    parser.add_typed("worker_gpus", float, "of each worker, up to 1 (default: 1 if ray has any)")
     return parser.parse_args(argv)
 
 
 OF_FOLDERS = ("engine", "shard_rows", "workers", "worker_cores", "worker_gpus")
-OF_FILES = ("id_column", "store")
+OF_FILES = ("id_column", "store", "store_gib")
 
 
 def is_folder(output: str) -> bool:
@@ -361,7 +340,7 @@ def encode(**given: Any) -> None:
             raise ValueError(f"output: expected a path, or a folder of shards at an address, got {given['output']}")
         encode_file(**given)
         return
-    del given["keep"], given["store_gib"]  # every column is kept, and nothing is stored
+    del given["keep"]  # every column is kept
     instruction = given.pop("instruction")
     chosen = {name: given.pop(name) for name in OF_FOLDERS}
     encode_folder(

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,11 +37,11 @@ from pe.data.instruct_score import (
     rights,
 )
 from pe.data.own_tasks import is_own, own_task
-from pe.data.records import DataError
 from pe.data.tasks import TASKS, EvaluationError, available, offline_task
-from pe.runs.cli import one_line
+from pe.runs.cli import user_errors
+from pe.runs.extras import extra
 from pe.runs.files import write_text
-from pe.runs.parsers import TypedParser
+from pe.runs.parsers import MODEL_OPTIONS, TypedParser
 
 if TYPE_CHECKING:  # mteb takes seconds to import and is optional: what runs tasks imports it
     from mteb.abstasks.abstask import AbsTask
@@ -236,7 +234,8 @@ def find_tasks(
     every offline task whose files are in `data`.
 
     Raises:
-        EvaluationError: an unknown name, missing files, or no mteb where a task is one of mteb's.
+        EvaluationError: an unknown name, or missing files.
+        MissingPackage: no mteb, where a task is one of mteb's.
         DataError: damaged files of a task of instructions.
     """
     if benchmark is not None:
@@ -254,19 +253,9 @@ def find_tasks(
     return found
 
 
-def _mteb() -> ModuleType:
-    try:
-        import mteb
-    except ModuleNotFoundError as error:
-        if error.name != "mteb":
-            raise
-        raise EvaluationError("evaluation needs mteb, which is not installed: pip install mteb") from error
-    return mteb
-
-
 def _benchmark_tasks(benchmark: str, names: Sequence[str]) -> dict[str, AbsTask | ContradictingTasks]:
     """Tasks of a benchmark of mteb with its languages and splits: all, or those of these names."""
-    mteb = _mteb()
+    mteb = extra("mteb", "eval")
     known = [found.name for found in mteb.get_benchmarks()]
     try:
         tasks = {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
@@ -280,7 +269,7 @@ def _benchmark_tasks(benchmark: str, names: Sequence[str]) -> dict[str, AbsTask 
 
 
 def _mteb_task(name: str, data: Path, offline: Sequence[str]) -> AbsTask:
-    mteb = _mteb()
+    mteb = extra("mteb", "eval")
     if name in TASKS:
         return offline_task(name, data)
     if is_own(name):
@@ -377,8 +366,8 @@ def load_encoder(
     from pe.method.loading import usable_device
     from pe.model import PromptEmbedder
 
-    found = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return PromptEmbedder.from_pretrained(path, backbone=backbone, prompter=prompter, dtype=dtype, device=found)
+    place = usable_device(device)
+    return PromptEmbedder.from_pretrained(path, backbone=backbone, prompter=prompter, dtype=dtype, device=place)
 
 
 def _parser() -> TypedParser:
@@ -400,10 +389,7 @@ def _parser() -> TypedParser:
         default=[],
         help="TASK=TEXT, or TASK-document=TEXT: a sentence in place of the task's own; may be given several times",
     )
-    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is, if it has moved")
-    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
-    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone (default: as trained)")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    parser.add_model_options(*MODEL_OPTIONS)
     return parser
 
 
@@ -417,10 +403,10 @@ def _instructions(options: Sequence[str]) -> dict[str, str]:
     return instructions
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with a message on stderr for input that cannot be used."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score as the command line says; bad input ends with one message and exit code 2."""
     options = _parser().parse_args(arguments)
-    try:
+    with user_errors("pe.evaluate"):
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         instructions = _instructions(options.instruction)
         check_instructions(instructions, list(find_tasks(names, options.data, options.benchmark)))
@@ -430,26 +416,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise EvaluationError(f"--output: expected a file, got the folder {options.output}")
             if options.output.exists() and not options.overwrite:
                 raise EvaluationError(f"--output: {options.output} exists already; give --overwrite, or another name")
-        moved = {"backbone": options.backbone, "prompter": options.prompter}
-        encoder = load_encoder(options.model, **moved, dtype=options.dtype, device=options.device)
-    except (ValueError, OSError) as error:
-        return _refuse(error)
-    try:
+        encoder = load_encoder(options.model, **{name: getattr(options, name) for name in MODEL_OPTIONS})
         keep = None if options.output is None else lambda scores: scores.write(options.output)
         asked = {"data": options.data, "benchmark": options.benchmark, "instructions": instructions}
         scores = score(encoder, names, **asked, progress=True, keep=keep)
-        Console().print(scores)
-        if options.output is not None:
-            print(f"Scores written to {options.output}")
-    except (EvaluationError, DataError, OSError) as error:
-        return _refuse(error)
-    return 0
-
-
-def _refuse(error: Exception) -> int:
-    print(f"pe.evaluate: {one_line(error)}", file=sys.stderr)
-    return 2
+    Console().print(scores)
+    if options.output is not None:
+        print(f"Scores written to {options.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

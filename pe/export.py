@@ -251,11 +251,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = TypedParser(prog="python -m pe.export", description="Write one instruction's prompt for a library.")
     typed: set[str | int] = {"to", "instruction", "backbone", "prompter"}
     parser.add_function_arguments(export, as_positional=True, skip=typed)
-    # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
     parser.add_argument("--to", type=Target, required=True, help=f"who will use it: {', '.join(get_args(Target))}")
-    parser.add_argument("--instruction", type=str, default=None, help="a sentence (default: that of training)")
-    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
-    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
+    parser.add_typed("instruction", str, "a sentence (default: that of training)")
+    parser.add_model_options("backbone", "prompter")
     return parser.parse_args(argv)
 
 

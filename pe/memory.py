@@ -58,6 +58,7 @@ from pe.measure.meters import (
 from pe.method.loading import quiet
 from pe.runs.cli import user_errors
 from pe.runs.extras import extra
+from pe.runs.files import write_text
 from pe.runs.parsers import Parser
 from pe.runs.recipes import load_recipe
 from pe.train import DEFAULT_RECIPE, build_accelerator
@@ -432,10 +433,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if recipe.train.text_store != "none":
         device = build_accelerator(recipe).device
         report["text_store"] = dict(zip(STORE, text_store_size(recipe, device), strict=True))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    write_text(arguments.output / FILES[0], json.dumps(report, indent=1) + "\n")
+    for name in FILES[1:]:
         (arguments.output / name).unlink(missing_ok=True)
-    (arguments.output / FILES[0]).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     charts = draw(report, [arguments.output / name for name in FILES[1:]])
     console = Console()
     for table in (peaks_table(report), categories_table(report), phases_table(report)):

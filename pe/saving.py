@@ -102,7 +102,8 @@ def summary(path: Path) -> Summary:
         FileNotFoundError, ValueError: none there, or of another format.
     """
     saved = read_config(path)
-    content = fingerprint(file for file in path.rglob("*") if file.name.endswith((".safetensors", "config.json")))
+    kept = (file for file in path.rglob("*") if file.name.endswith((".safetensors", "config.json")))
+    content = fingerprint(sorted(kept))  # of several files of one name the order would be the disk's
     return Summary(saved.get("dimensions"), _read_instructions(path, saved), content)
 
 

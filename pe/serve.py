@@ -6,28 +6,21 @@ whoever reaches the port may use it, and by default only this machine does.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 
-import torch
 from jsonargparse import Namespace
 
 from pe.config import Dtype
 from pe.method.loading import quiet, usable_device
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
-from pe.runs.parsers import TypedParser
+from pe.runs.extras import extra
+from pe.runs.parsers import MODEL_OPTIONS, TypedParser
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 LAST_PORT = 65535
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-def check_installed() -> None:
-    """Raise ValueError where a package of the extra is missing."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"expected {', '.join(missing)}, found none: pip install 'promptembedder[serve]'")
 
 
 def check_limits(**given: float) -> None:
@@ -75,7 +68,8 @@ def serve(
         dtype: type of the backbone's weights; as in training where it is not given.
         device: cpu, cuda, cuda:1; a GPU where there is one.
     """
-    check_installed()
+    for package in NEEDED:
+        extra(package, "serve")
     check_limits(
         port=port,
         window_ms=window_ms,
@@ -89,7 +83,7 @@ def serve(
 
     from pe.integrations.openai_server import Limits, build_app
 
-    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device)
     embedder = PromptEmbedder.from_pretrained(model, backbone=backbone, prompter=prompter, dtype=dtype, device=place)
     limits = Limits(
         window=window_ms / 1000,
@@ -107,14 +101,9 @@ def serve(
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `serve`; strings are as they are typed."""
     parser = TypedParser(prog="python -m pe.serve", description="Serve OpenAI's /v1/embeddings.")
-    typed: set[str | int] = {"name", "backbone", "prompter", "dtype", "device"}
-    parser.add_function_arguments(serve, as_positional=True, skip=typed)
-    # With None in a type the parser would read `null`, and what YAML takes for a comment, as None.
-    parser.add_argument("--name", type=str, default=None, help="what clients call the model (default: MODEL)")
-    parser.add_argument("--backbone", type=str, default=None, help="where the backbone is now, if not where it was")
-    parser.add_argument("--prompter", type=str, default=None, help="where the base of its adapters is, if moved")
-    parser.add_argument("--dtype", type=Dtype, default=None, help="of the backbone's weights (default: as in training)")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    parser.add_function_arguments(serve, as_positional=True, skip={"name", *MODEL_OPTIONS})
+    parser.add_typed("name", str, "what clients call the model (default: MODEL)")
+    parser.add_model_options(*MODEL_OPTIONS)
     return parser.parse_args(argv)
 
 

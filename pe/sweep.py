@@ -29,7 +29,7 @@ from pe.runs.files import write_text
 from pe.runs.folder import RunFolder, read_checkpoint
 from pe.runs.recipes import load_recipe
 from pe.step import TrainingError
-from pe.train import DEFAULT_RECIPE, train
+from pe.train import DEFAULT_RECIPE, build_plan, train
 
 Values = dict[str, str]
 """Option -> its value, such as `train.lr` -> `1e-3`."""
@@ -66,8 +66,9 @@ def split(arguments: Sequence[str]) -> tuple[Path, list[str], dict[str, list[str
         if not option.startswith("--") or not (equals or rest):
             raise RecipeError(f"{option}: expected the recipe first, then --option value,value")
         name, values = option.removeprefix("--"), values_of(value if equals else rest.pop(0))
-        if name in options or len(set(values)) < max(1, len(values)):
-            raise RecipeError(f"--{name}: expected it once, with each value once, got {', '.join(values) or 'nothing'}")
+        if name in options or len(set(map(plain, values))) < max(1, len(values)):
+            told = "expected it once, with each value once, where all but letters, digits, + - . and _ counts as _"
+            raise RecipeError(f"--{name}: {told}; got {', '.join(values) or 'nothing'}")
         options[name] = values
     varied = {name: values for name, values in options.items() if len(values) > 1}
     if not varied or {"output", "train.text_store", "train.text_store_gib"} & varied.keys():
@@ -87,8 +88,20 @@ def recipes_of(
 
 def name_of(values: Values) -> str:
     """A run's folder, such as `lr=1e-3,seed=0`."""
-    plain = {name: re.sub(r"[^-+.0-9A-Za-z_]", "_", value) for name, value in values.items()}
-    return ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in plain.items())
+    return ",".join(f"{name.rpartition('.')[2]}={plain(value)}" for name, value in values.items())
+
+
+def plain(value: str) -> str:
+    """A value as it stands in a folder's name."""
+    return re.sub(r"[^-+.0-9A-Za-z_]", "_", value)
+
+
+def with_steps(recipe: Recipe) -> Recipe:
+    """The recipe as a finished run has it, with steps in place of epochs."""
+    if recipe.train.epochs is None:
+        return recipe
+    steps = build_plan(recipe, Console(quiet=True)).steps
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps, epochs=None))
 
 
 def run(recipe: Recipe, values: Values, store: TextStore | None) -> Outcome:
@@ -98,7 +111,7 @@ def run(recipe: Recipe, values: Values, store: TextStore | None) -> Outcome:
         RunError: its folder holds a run of another recipe.
     """
     folder = RunFolder(recipe.output)
-    if not folder.is_finished(recipe):
+    if not (folder.checkpoints and folder.is_finished(with_steps(recipe))):
         train(recipe, resume=bool(folder.checkpoints), store=store)
     scores = json.loads((folder.path / "scores.json").read_text(encoding="utf-8"))["trained"]
     seconds = read_checkpoint(folder.checkpoints[-1], torch.device("cpu"), mmap=True)["history"]["seconds"]

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ from pe.evaluate import Scores, comparison
 from pe.losses import batch_requests
 from pe.method.alignment import build_alignment
 from pe.method.backbone import Backbone
-from pe.method.loading import quiet
+from pe.method.loading import quiet, usable_device
 from pe.method.skip_start import fit_skip
 from pe.model import PromptEmbedder
 from pe.runs.cli import user_errors
@@ -166,14 +165,13 @@ def transfer(
         raise RecipeError("evaluate.best_by: expected null, a move ends with its last weights, got a task")
     check_evaluation(recipe.evaluate)
     console = Console(stderr=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if texts is not None and texts < 0:
         raise RecipeError(f"--texts: expected at least 0, got {texts}")
     fits_skip = recipe.model.skip != "none" and (not recipe.train.total_steps if texts is None else texts > 0)
     at_least_one = dataclasses.replace(recipe.train, steps=max(1, recipe.train.total_steps))
     needs_data = recipe.train.total_steps or fits_skip
     plan = build_plan(dataclasses.replace(recipe, train=at_least_one), console) if needs_data else None
-    source = PromptEmbedder.from_pretrained(checkpoint, backbone=backbone, prompter=prompter, device=device)
+    source = PromptEmbedder.from_pretrained(checkpoint, backbone=backbone, prompter=prompter, device=usable_device())
     run = RunFolder(recipe.output)
     set_seed(recipe.train.seed)
     target = move(source, recipe.model)

@@ -55,7 +55,8 @@ def kill_after(words: Sequence[str], seconds: float) -> bool:
         process.communicate()
         return True
     if process.returncode:
-        raise RuntimeError(f"{' '.join(words)}: expected a training, got: {said.decode().strip().splitlines()[-1]}")
+        last = (said.decode().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise RuntimeError(f"{' '.join(words)}: expected a training, got: {last}")
     return False
 
 

@@ -792,7 +792,8 @@ def test_a_batch_that_does_not_fit_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert largest.batch_fits(taken, TOY, "fixed", 2)
     monkeypatch.setattr(taken.model, "forward", forward)
     assert not largest.batch_fits(taken, TOY, "long", 3)
-    assert sizes == [6]
+    assert not largest.batch_fits(taken, TOY, "long", 4, parts=2)
+    assert sizes == [6, 4]
 
 
 def test_largest_batch_is_rendered_and_needs_a_gpu(results: Path) -> None:

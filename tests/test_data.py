@@ -493,12 +493,13 @@ def test_a_further_column_is_refused_by_name_wherever_it_comes_from(
 def test_pairs_and_templates(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "set.jsonl", {"query": "{q} {text}", "positive": "p", "negatives": ["n0", "n1"]}, GOOD)
     dataset = load_dataset(config(path, query_template="query: {text}", document_template="{{doc}} {text}!"))
-    example = dataset.example(0, np.random.default_rng(0))
-    assert (example.query, example.positive) == ("query: {q} {text}", "{{doc}} p!")
-    assert (example.negatives, example.label) == (("{{doc}} n0!", "{{doc}} n1!"), -1)
-    assert dataset.example(1, np.random.default_rng(0)).negatives == ()
-    batch = BatchPlan([dataset], [1.0], steps=1, batch_size=2, seed=0).batch(0)
+    example = dataset.draw(0, np.random.default_rng(0))
+    assert (example.query, example.positive) == ("{q} {text}", "p")
+    assert (example.negatives, example.label) == (("n0", "n1"), -1)
+    assert dataset.draw(1, np.random.default_rng(0)).negatives == ()
+    batch = BatchPlan([dataset], [1.0], steps=1, batch_size=2, seed=0, hard_negatives=2).batch(0)
     assert "query: {q} {text}" in batch.queries
+    assert {"{{doc}} p!", "{{doc}} n0!", "{{doc}} n1!"} <= set(batch.documents)
     assert text_id("{q} {text}") in batch.query_ids
 
 
@@ -520,11 +521,11 @@ def test_labelled_positive_is_every_other_text_of_the_label(tmp_path: Path) -> N
     }
     assert report.rows == report.used + sum(count.rows for count in report.unused.values())
     rng = np.random.default_rng(0)
-    drawn = Counter(dataset.example(dataset.queries.index("a1"), rng).positive for _ in range(2000))
+    drawn = Counter(dataset.draw(dataset.queries.index("a1"), rng).positive for _ in range(2000))
     assert set(drawn) == {"a0", "a2"}
     assert abs(drawn["a0"] - 1000) < 5 * math.sqrt(2000 * 0.25)
     for index in range(len(dataset)):
-        example = dataset.example(index, rng)
+        example = dataset.draw(index, rng)
         assert example.positive != example.query
         assert example.positive[0] == example.query[0]
 
@@ -538,7 +539,7 @@ def test_scored_pairs(tmp_path: Path) -> None:
     rows = [("a", "low", 1), ("a", "high", 4), ("b", "low", 0.5), ("a", "edge", 3.5), ("c", "high", 5.0), ("b", "l", 3)]
     path = write_rows(tmp_path / "set.jsonl", *({"sentence1": a, "sentence2": b, "score": s} for a, b, s in rows))
     dataset = load_dataset(config(path, positive_from=3.5))
-    examples = [dataset.example(index, np.random.default_rng(0)) for index in range(len(dataset))]
+    examples = [dataset.draw(index, np.random.default_rng(0)) for index in range(len(dataset))]
     shown = [(example.query, example.positive, example.negatives) for example in examples]
     assert shown == [("a", "high", ("low",)), ("a", "edge", ("low",)), ("c", "high", ())]
     (reason,) = dataset.report.unused

@@ -67,7 +67,7 @@ def test_encode_refuses_bad_input(checkpoint: Path, tmp_path: Path, capsys: pyte
     for arguments, message in (
         ([model, str(source), str(tmp_path / "out.csv"), task], "a name ending in .npy, .jsonl, .parquet"),
         ([model, str(source), str(taken), task], "exists already"),
-        ([model, str(source), str(tmp_path), task], "expected a folder apart from the input"),
+        ([model, str(source), str(tmp_path), task], "expected a folder outside of the input"),
         ([model, str(source), str(folder), task, "--overwrite=true"], "expected a file, got the folder"),
         ([model, str(tmp_path / "absent.txt"), str(tmp_path / "o.npy"), task], "expected a file, found none"),
         ([model, str(source), str(source / "o.npy"), task], str(source)),

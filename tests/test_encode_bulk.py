@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pe import encode
-from pe.bulk.plan import Plan
+from pe.bulk.folder import Plan
 from pe.bulk.rows import BLOCK_ROWS, blocks, scan
 from pe.bulk.source import find
 from pe.model import PromptEmbedder
+from pe.saving import summary
 from tests.tiny import write_rows
 
 TASK = "Find the same thing"
@@ -142,7 +143,9 @@ def test_instructions_dimensions_and_precisions(checkpoint: Path, expected: np.n
     assert not np.array_equal(levels, vectors(tmp_path / "int8", "embedding_1"))
 
 
-def test_what_is_missing_or_damaged_is_done_again_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_is_missing_or_damaged_is_done_again_and_nothing_else(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     as_parquet(tmp_path / "in.parquet")
     out = tmp_path / "out"
     encoded(checkpoint, tmp_path / "in.parquet", out, "--shard_rows=2")
@@ -158,6 +161,25 @@ def test_what_is_missing_or_damaged_is_done_again_and_nothing_else(checkpoint: P
     assert [name for name in after if after[name] != before[name]] == ["part-000001.parquet", "part-000002.parquet"]
     assert pq.read_table(out).equals(first)
     assert not (out / "_writing").exists()
+    shard = '{"format": 1, "job": {"files": []}, "shards": [[0, 0, 0, 1]], "schema": ""}'
+    for name, content in (
+        ("_manifest.json", "{}"),
+        ("_manifest.json", '{"finished": [{}]}'),
+        ("_plan.json", '{"format": 1}'),
+        ("_plan.json", shard),
+    ):
+        whole = (out / name).read_text(encoding="utf-8")
+        (out / name).write_text(content, encoding="utf-8")
+        assert f"{name}: damaged" in refused(capsys, checkpoint, tmp_path / "in.parquet", out, "--shard_rows=2")
+        (out / name).write_text(whole, encoding="utf-8")
+
+
+def test_a_model_is_known_in_whatever_order_its_files_are_listed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, plain = summary(checkpoint).content, Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: reversed(list(plain(folder, pattern))))
+    assert summary(checkpoint).content == known
 
 
 def test_another_encoding_is_replaced_only_if_asked(
@@ -206,9 +228,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     for source, target, options, message in (
         (tmp_path / "none.jsonl", "o", [], "expected a file, a folder or a pattern of .parquet, or .jsonl, "),
         (tmp_path / "*.nothing", "o", [], "expected a file, a folder or a pattern of"),
-        (folder, "shards/o", [], "o: expected a folder apart from the input"),
-        (folder, "shards", [], "expected a folder apart from the input"),
-        (f"{folder}/*.parquet", "shards", [], "expected a folder apart from the input"),
+        (folder, "shards/o", [], "o: expected a folder outside of the input"),
+        (folder, "shards", [], "expected a folder outside of the input"),
+        (f"{folder}/*.parquet", "shards", [], "expected a folder outside of the input"),
         (good, "shards", [], "shards: holds other files, 'part-000000.parquet' first; name a folder of its own"),
         (good, "other", ["--overwrite=true"], "other: holds other files, 'mine.txt' first"),
         (f"{tmp_path}/*.jsonl*", "o", [], "damaged.jsonl.gz: the file cannot be read"),
@@ -238,6 +260,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         (good, "o", ["--batch_tokens=0"], "--batch_tokens: expected at least 1, got 0"),
         (good, "o", ["--workers=2"], "--workers: expected none without --engine ray, got 2"),
         (good, "o", ["--engine=ray", "--device=cpu"], "--device: expected none with --engine ray"),
+        (good, "o", ["--store_gib=1"], "--store_gib: expected none for a folder"),
+        (good, "o.npy", ["--field=body", "--store_gib=1"], "--store_gib: expected --store beside it, got 1 alone"),
         (good, "o.npy", ["--engine=ray"], "--engine: expected a folder as OUTPUT, got 'ray'"),
         (good, "o.jsonl", ["--shard_rows=5"], "--shard_rows: expected a folder as OUTPUT, got 5"),
     ):

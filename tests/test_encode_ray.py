@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from pe import encode
-from pe.bulk.engines import Workers, check_room, on_ray
+from pe.bulk.engines import Workers, check_workers, on_ray
 
 ROOT = Path(__file__).parent.parent
 BULK = runpy.run_path(str(ROOT / "scripts" / "bulk.py"))
@@ -77,10 +77,10 @@ def test_a_worker_that_dies_is_replaced_and_what_it_refuses_is_a_sentence(tmp_pa
 def test_workers_that_the_cluster_does_not_hold_are_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_room(Workers(count=2))
+    check_workers(Workers(count=2))
     source = BULK["write_rows"](tmp_path / "in", 4)
     for options, message in (
-        (["--workers=3"], "--workers: expected 1 to 2, the cluster's room for 1 cores each, got 3"),
+        (["--workers=3"], "--workers: expected 1 to 2, which the cluster holds with 1 cores each, got 3"),
         (["--worker_cores=3"], "--engine: expected a node with 3 cores for a worker, got none in the cluster"),
         (["--worker_gpus=1"], "--engine: expected a node with 1 cores and 1 GPUs for a worker, got none"),
         (["--worker_gpus=2"], "--worker_gpus: expected 0 to 1, since an embedder runs on one GPU, got 2"),

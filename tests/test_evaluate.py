@@ -19,8 +19,9 @@ import torch
 import pe.evaluate
 from pe.data.benchmarks import instructions_of, known
 from pe.data.records import DataError
-from pe.data.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task, offline_tasks
+from pe.data.tasks import MAIN_SCORES, PASSAGE, SIMILAR, TASKS, available, offline_task
 from pe.evaluate import EvaluationError, Scores, comparison, find_tasks, main, score
+from pe.runs.extras import MissingPackage
 from tests.embedders import with_reader
 from tests.tiny import VOCABULARY
 
@@ -178,7 +179,7 @@ def test_tasks_of_a_folder_are_those_whose_files_are_there(tmp_path: Path, tiny:
     write(tmp_path / "eval/trec_test.jsonl", tiny_rows("trec"))
     assert available(tmp_path) == []
     write(tmp_path / "train/trec.jsonl", tiny_rows("trec"), packed=True)
-    assert list(offline_tasks(tmp_path)) == ["PE-TREC"]
+    assert available(tmp_path) == ["PE-TREC"]
 
 
 def test_the_revision_of_a_task_follows_its_files(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_a_benchmark_by_the_command(
 
     monkeypatch.setattr(loaded, "encode", noting)
     options = ["model", "--benchmark", ENGLISH, "--data", str(tiny), "--output", str(output)]
-    assert main([*options, "--instruction", "MockSTSTask=Mine"]) == 0
+    main([*options, "--instruction", "MockSTSTask=Mine"])
     assert set(loaded.calls) == {("query", "Mine"), ("query", "Find"), ("document", "Be found")}
     assert list(json.loads(output.read_text())["tasks"]) == ["MockSTSTask", "MockRetrievalTask"]
     assert (written[0], written[-1]) == ([], ["MockSTSTask"])
@@ -469,7 +470,7 @@ def test_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None
 
 def test_evaluation_without_mteb(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(EvaluationError, match="pip install mteb"):
+    with pytest.raises(MissingPackage, match=r"pip install 'promptembedder\[eval\]'"):
         score(Trigrams(), data=tiny)
 
 
@@ -509,6 +510,13 @@ def test_scores_side_by_side(tiny: Path) -> None:
 # The command.
 
 
+def code_of(arguments: list[str]) -> object:
+    """What a command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return stopped.value.code
+
+
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Trigrams:
     encoder = Trigrams()
@@ -519,7 +527,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Trigrams:
 def test_the_command(loaded: Trigrams, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "scores.json"
     options = ["model", "--tasks", "PE-STS12,PE-XQuAD", "--data", str(tiny), "--output", str(output)]
-    assert main([*options, "--instruction", "PE-XQuAD=Find a = b", "--instruction", "PE-STS12=Compare"]) == 0
+    main([*options, "--instruction", "PE-XQuAD=Find a = b", "--instruction", "PE-STS12=Compare"])
     printed = capsys.readouterr().out
     assert "PE-STS12" in printed
     assert "ndcg_at_10" in printed
@@ -533,19 +541,30 @@ def test_scores_are_not_overwritten_unasked(
     output = tmp_path / "scores.json"
     output.write_text("precious")
     options = ["model", "--tasks", "PE-STS12", "--data", str(tiny), "--output", str(output)]
-    assert main(options) == 2
+    assert code_of(options) == 2
     assert f"--output: {output} exists already; give --overwrite" in capsys.readouterr().err
     assert output.read_text() == "precious"
     assert not loaded.calls
-    assert main([*options, "--overwrite"]) == 0
+    main([*options, "--overwrite"])
     assert "PE-STS12" in json.loads(output.read_text(encoding="utf-8"))["tasks"]
+
+
+def test_an_interrupt_ends_with_a_line(
+    loaded: Trigrams, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pe.evaluate, "score", interrupt)
+    assert code_of(["model", "--data", str(tiny), "--tasks", "PE-STS12"]) == 130
+    assert capsys.readouterr().err == "pe.evaluate: interrupted\n"
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
 def test_a_device_that_cannot_be_used(
     device: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path), "--data", str(tiny), "--device", device]) == 2
+    assert code_of([str(tmp_path), "--data", str(tiny), "--device", device]) == 2
     assert f"device: expected one that can be used here, such as cpu, got '{device}'" in capsys.readouterr().err
 
 
@@ -562,7 +581,7 @@ def test_a_device_that_cannot_be_used(
 def test_bad_options(
     options: list[str], message: str, loaded: Trigrams, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["model", "--data", str(tiny), *options]) == 2
+    assert code_of(["model", "--data", str(tiny), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -570,12 +589,10 @@ def test_bad_options(
 
 
 def test_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["model", "--taks", "PE-STS12"])
-    assert stopped.value.code == 2
+    assert code_of(["model", "--taks", "PE-STS12"]) == 2
     assert "--taks" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none"), "--data", str(tiny)]) == 2
+    assert code_of([str(tmp_path / "none"), "--data", str(tiny)]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err

@@ -105,6 +105,10 @@ def test_three_in_a_row_end_the_run(recipe: Recipe, tmp_path: Path, steps: Seque
     with pytest.raises(TrainingError, match=ends):
         fit(spoiling(new_model(recipe), steps, spoilt_loss), plan_of(recipe), recipe, accelerator(), run)
     assert [path.name for path in run.checkpoints] == ([] if steps[0] == 1 else ["step-000003.pt"])
+    if steps[0] == 1:
+        (run.path / "writing-abc").mkdir()  # of a process that was killed as it wrote
+        run.start(recipe, resume=False, fresh=False)
+        assert {path.name for path in run.path.iterdir()} == {"checkpoints", "recipe.yaml", "writing-abc"}
 
 
 def test_a_run_with_skipped_steps_resumes_to_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:

@@ -369,6 +369,9 @@ def test_only_files_that_were_written_are_listed(
     assert [file.name for file in output.iterdir()] == ["report.json"]
 
 
-def test_a_missing_package_names_its_command() -> None:
-    with pytest.raises(MissingPackage, match=r"pip install 'promptembedder\[bench\]'"):
-        extra("a_module_that_is_not_there", "bench")
+def test_a_missing_package_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import nowhere_too")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, missing in (("nowhere", "nowhere"), ("needy", "nowhere_too")):
+        with pytest.raises(MissingPackage, match=rf"^{missing} is .* pip install 'promptembedder\[bench\]'"):
+            extra(name, "bench")

@@ -86,7 +86,7 @@ def test_a_resumed_history_is_the_uninterrupted_one(recipe: Recipe, tmp_path: Pa
 def test_a_run_begun_anew_has_a_history_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "r")
     run.start(recipe, resume=False, fresh=False)
-    run.history.append({"step": 1})
+    run.history.append({"step": 1, "seconds": 1.0, "tokens": 9})
     run.start(recipe, resume=False, fresh=False)  # no checkpoint followed
     assert run.history.records() == []
 
@@ -95,12 +95,14 @@ def test_history_of_what_is_no_number_and_of_a_damaged_line(tmp_path: Path) -> N
     file = HistoryFile(tmp_path / "history.jsonl")
     file.append({"step": 1, "score": float("nan")})
     assert json.loads(file.path.read_text()) == {"step": 1, "score": None}
-    file.path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(HistoryError, match=r"history\.jsonl:2: expected an object with a `step`, got 'hello'"):
-        file.records()
-    with pytest.raises(HistoryError, match="remove the line"):
-        file.keep(1)
-    assert file.path.read_text() == '{"step": 1}\nhello\n{"step": 2}\n'
+    good = '{"step": 1, "seconds": 1, "tokens": 9}\n'
+    for bad in ("hello", '{"step": 2}', '{"step": 2, "seconds": "1", "tokens": 9}', "[1]"):
+        file.path.write_text(f"{good}{bad}\n{good}")
+        with pytest.raises(HistoryError, match=r"history\.jsonl:2: expected an object with numbers under step,"):
+            file.records()
+        with pytest.raises(HistoryError, match="remove the line"):
+            file.keep(1)
+        assert file.path.read_text() == f"{good}{bad}\n{good}"
 
 
 # Pictures.
@@ -233,9 +235,10 @@ def test_scores_of_a_move_and_a_task_that_one_lacks(tmp_path: Path) -> None:
     assert found
     assert found["columns"] == ["source", "moved"]
     assert found["rows"] == [("T", "m", ["50.00", "–"]), ("U", "m", ["–", "–"]), ("mean", "", ["50.00", "–"])]
-    (tmp_path / "transfer.json").write_text("{}")
-    with pytest.raises(report.ReportError, match=r"transfer\.json: expected scores as a run writes them"):
-        report.scores_of(RunFolder(tmp_path))
+    for damaged in ({}, {"scores": [1]}, {"scores": {"source": {}}}, {"scores": {"source": {"tasks": {"T": 1}}}}):
+        (tmp_path / "transfer.json").write_text(json.dumps(damaged))
+        with pytest.raises(report.ReportError, match=r"transfer\.json: expected scores as a run writes them"):
+            report.scores_of(RunFolder(tmp_path))
 
 
 def test_without_matplotlib_training_goes_on_and_the_report_names_the_extra(

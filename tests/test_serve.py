@@ -16,6 +16,7 @@ import torch
 from pe import serve
 from pe.model import Instruction, PromptEmbedder, Requests
 from pe.runs.batcher import Batcher, Busy
+from pe.runs.extras import MissingPackage
 from tests.embedders import build
 
 pytest.importorskip("fastapi")
@@ -146,6 +147,7 @@ def test_nothing_is_lost_under_64_clients(client: TestClient, model: PromptEmbed
         ({"input": "a", "dimensions": 33}, 400, "dimensions: expected 1 to 32, got 33"),
         ({"input": "a", "instruction": " "}, 400, "instructions: expected a sentence"),
         ({"input": "a", "instruction": "b", "prompt_name": "kind"}, 400, "prompt_name: expected none beside"),
+        ({"input": "a", "prompt_name": ""}, 400, "prompt_name: expected one of 'query', 'document', 'kind', got ''"),
         ({"input": "a", "prompt_name": "sort"}, 400, "prompt_name: expected one of 'query', 'document', 'kind'"),
         ({"input": "a", "model": "other"}, 404, "model: expected 'tiny', got 'other'"),
         ({"input": ["a"] * 5}, 413, "input: expected at most 4 texts, got 5"),
@@ -261,5 +263,5 @@ def test_command_ends_with_one_message(
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
     monkeypatch.setattr(serve, "NEEDED", ("no_such_package",))
-    with pytest.raises(ValueError, match=r"expected no_such_package, found none: pip install 'prompt"):
-        serve.check_installed()
+    with pytest.raises(MissingPackage, match=r"no_such_package is not installed: pip install 'prompt"):
+        serve.serve("./nowhere")

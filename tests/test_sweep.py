@@ -11,6 +11,7 @@ import pytest
 from pe import sweep
 from pe.config import Recipe, RecipeError
 from pe.evaluate import Scores, TaskScore
+from pe.runs.folder import RunFolder
 from tests.training import write_recipe
 
 
@@ -64,15 +65,18 @@ def test_every_combination_once_and_the_best_is_named(
 
 
 def test_an_unfinished_run_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, run = [str(path), "--train.lr=1e-3,3e-3"], tmp_path / "run" / "lr=3e-3"
+    """Beside a finished one, which is taken as it is: its recipe has steps where the sweep's has epochs."""
+    epochs = ["--train.steps=null", "--train.epochs=1", "--train.batch_size=40"]
+    arguments, run = [str(path), "--train.lr=1e-3,3e-3", *epochs], tmp_path / "run" / "lr=3e-3"
     sweep.main(arguments)
     (run / "model" / "recipe.yaml").unlink()
-    (run / "checkpoints" / "step-000002.pt").unlink()
+    last = RunFolder(run).checkpoints[-1]
+    last.unlink()
     resumed, plain = [], sweep.train
     monkeypatch.setattr(sweep, "train", lambda recipe, **how: resumed.append(how["resume"]) or plain(recipe, **how))
     sweep.main(arguments)
     assert resumed == [True]
-    assert (run / "checkpoints" / "step-000002.pt").exists()
+    assert last.exists()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,7 @@ def test_an_unfinished_run_goes_on(path: Path, tmp_path: Path, monkeypatch: pyte
         (["--train.rate=1e-3,2e-3"], "unknown option --train.rate"),
         (["--train.lr=1e-3,-1"], "train.lr"),
         (["--train.lr=1e-3,2e-3", "--evaluate.tasks=[]"], "evaluate.tasks: expected at least one"),
+        (["--evaluate.data=a/b,a_b"], "--evaluate.data: expected it once, with each value once, where all but"),
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(

@@ -19,20 +19,11 @@ Stored = Literal["float32", "float16", "int8"]
 """How an embedding stands in a column; int8 has a scale beside it, by which it is multiplied."""
 
 
-def schema_of(rows: Sequence[Record], where: str) -> pa.Schema:
-    """The types of the columns that any of the rows has.
-
-    Raises:
-        DataError: a column holds values of two types, or such as Arrow does not know.
-    """
-    return table_of(rows, where).schema
-
-
 def table_of(rows: Sequence[Record], where: str, schema: pa.Schema | None = None) -> pa.Table:
     """The rows as columns, those of `schema` or all that any row has; what a row lacks is null.
 
     Raises:
-        DataError: see `schema_of`; `where` says of which rows.
+        DataError: a column holds values of two types, or such as Arrow does not know; `where` says of which rows.
     """
     try:
         return pa.Table.from_struct_array(pa.array(rows, type=None if schema is None else pa.struct(list(schema))))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any, cast, get_args
 
 from pe.bulk.columns import Stored
-from pe.bulk.engines import Engine, EngineName, Workers, check_room, has_gpus, on_ray, on_this_process, start_ray
+from pe.bulk.engines import Engine, EngineName, Workers, check_workers, has_gpus, on_ray, on_this_process, start_ray
 from pe.bulk.job import SHARD_ROWS, encode_to_shards
 from pe.bulk.shard import Embedding
 from pe.config import Dtype
@@ -18,8 +16,6 @@ from pe.data.instructions import default_instruction
 from pe.method.loading import usable_device
 from pe.model import Side
 from pe.saving import find, summary
-
-STORED: tuple[str, ...] = ("float32", "float16", "int8")
 
 
 def encode_folder(
@@ -61,8 +57,8 @@ def encode_folder(
     Raises:
         OSError, ValueError: an option that has no use here, or that cannot be; see `encode_to_shards`.
     """
-    if precision not in STORED:
-        raise ValueError(f"--precision: expected {', '.join(STORED)} for a folder, got {precision}")
+    if precision not in get_args(Stored):
+        raise ValueError(f"--precision: expected {', '.join(get_args(Stored))} for a folder, got {precision}")
     for name, given in {"batch_tokens": batch_tokens, "shard_rows": shard_rows, "worker_cores": worker_cores}.items():
         if given is not None and given < 1:
             raise ValueError(f"--{name}: expected at least 1, got {given}")
@@ -89,18 +85,12 @@ def encode_folder(
         backbone=backbone and anywhere(backbone),
         prompter=prompter and anywhere(prompter),
         dtype=dtype,
-        device=("cuda" if each.gpus else "cpu") if engine == "ray" else device_here(device),
+        device=("cuda" if each.gpus else "cpu") if engine == "ray" else str(usable_device(device)),
         threads=each.cores if engine == "ray" else None,
     )
+    size = shard_rows or SHARD_ROWS
     said = encode_to_shards(
-        input,
-        output,
-        options,
-        saved,
-        engine=run,
-        workers=each,
-        shard_rows=shard_rows or SHARD_ROWS,
-        overwrite=overwrite,
+        input, output, options, saved, engine=run, workers=each, shard_rows=size, overwrite=overwrite
     )
     print(said, file=sys.stderr)
 
@@ -122,15 +112,10 @@ def chosen(
         raise ValueError(f"--device: expected none with --engine ray, whose workers have --worker_gpus, got {device!r}")
     start_ray()
     each = Workers(count=workers, cores=cores or 1, gpus=float(has_gpus()) if gpus is None else gpus)
-    check_room(each)
+    check_workers(each)
     return on_ray, each
 
 
-def device_here(name: str | None) -> str:
-    """A device that can be used, a GPU where there is one and none is named."""
-    return str(usable_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
-
-
 def anywhere(name: str) -> str:
-    """A model's name as it is understood from every folder: what is here by its whole path."""
+    """The whole path of a model that is here, else its name: workers have another working directory."""
     return str(Path(name).absolute()) if Path(name).exists() else name

@@ -1,11 +1,10 @@
-"""Where the pieces of a long piece of work are done: in this process, or by the workers of a Ray cluster.
+"""Where shards are encoded: in this process, or by the workers of a Ray cluster.
 
-An engine takes what makes a worker, a function of one item, and the items; it gives the results as they come.
+An engine is given `make`, which makes a worker (a function of one item), and the items; it yields results as they come.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import pickle
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from pe.runs.cli import USER_ERRORS
+from pe.runs.extras import extra
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ EngineName = Literal["local", "ray"]
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """What does the work on a cluster.
+    """The workers of a cluster.
 
     Attributes:
         count: how many; None: as many as the nodes hold.
@@ -35,7 +35,7 @@ class Workers:
 
 
 class Engine(Protocol):
-    """Does every item's work by workers that `make` makes, one of each place; results come in any order."""
+    """Calls `make` once in each worker, and what it made on every item; results come in any order."""
 
     def __call__(
         self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], workers: Workers
@@ -104,13 +104,10 @@ def start_ray() -> None:
     """Join the Ray cluster that RAY_ADDRESS or this machine has, or start one here.
 
     Raises:
-        ValueError: Ray is not installed.
+        MissingPackage: no Ray.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("--engine: Ray is not installed: pip install 'promptembedder[scale]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
+    ray = extra("ray", "scale")
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)
 
@@ -132,11 +129,13 @@ def places(workers: Workers) -> int:
     return int(sum(map(min, by_cores, by_gpus)))
 
 
-def check_room(workers: Workers) -> None:
+def check_workers(workers: Workers) -> None:
     """Raise ValueError for workers that the cluster does not hold."""
-    room = places(workers)
+    most = places(workers)
     each = f"{workers.cores} cores" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
-    if not room:
+    if not most:
         raise ValueError(f"--engine: expected a node with {each} for a worker, got none in the cluster")
-    if workers.count is not None and not 1 <= workers.count <= room:
-        raise ValueError(f"--workers: expected 1 to {room}, the cluster's room for {each} each, got {workers.count}")
+    if workers.count is not None and not 1 <= workers.count <= most:
+        raise ValueError(
+            f"--workers: expected 1 to {most}, which the cluster holds with {each} each, got {workers.count}"
+        )

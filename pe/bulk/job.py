@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import pyarrow as pa
@@ -12,8 +13,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from pe.bulk.engines import Engine, Workers, on_this_process
-from pe.bulk.folder import Finished, ShardFolder
-from pe.bulk.plan import Job, Plan, job_of
+from pe.bulk.folder import Finished, Job, Plan, ShardFolder
 from pe.bulk.rows import scan
 from pe.bulk.shard import Embedding, ShardEncoder
 from pe.bulk.source import SourceFile, find
@@ -21,8 +21,6 @@ from pe.runs.folder import differences, flatten
 from pe.saving import Summary
 
 SHARD_ROWS = 65_536
-SCANNERS = Workers(cores=1)
-"""Who reads the input before it is encoded: a core each."""
 SHOWN = 3
 """Differences that a message names."""
 
@@ -33,10 +31,10 @@ def encode_to_shards(
     options: Embedding,
     saved: Summary,
     *,
-    engine: Engine = on_this_process,
-    workers: Workers | None = None,
-    shard_rows: int = SHARD_ROWS,
-    overwrite: bool = False,
+    engine: Engine,
+    workers: Workers,
+    shard_rows: int,
+    overwrite: bool,
 ) -> str:
     """Encode what is missing of an input in the shards of a folder, and give a sentence on what is there then.
 
@@ -47,7 +45,7 @@ def encode_to_shards(
         saved: of the embedder that `options` names.
         engine: where the work is done.
         workers: by whom, on a cluster.
-        shard_rows: rows of a shard, the last of each file apart.
+        shard_rows: rows of a shard; the last of each file may have fewer.
         overwrite: replace an encoding of something else, or by something else.
 
     Raises:
@@ -58,7 +56,7 @@ def encode_to_shards(
     """
     files, folder = find(source), ShardFolder(output)
     folder.check(source, files)
-    job = job_of(files, {"shard_rows": shard_rows} | identity(options, saved))
+    job = job_of(files, options, saved, shard_rows)
     plan, finished = folder.plan(), folder.finished()
     if plan is None or plan.job != job:
         if plan is not None and finished and not overwrite:
@@ -70,7 +68,7 @@ def encode_to_shards(
     make = partial(ShardEncoder, options, plan.schema, folder.address)
     done = sum(shard.rows for shard in finished.values())
     with tqdm(total=plan.rows, initial=done, unit="text", desc=f"{len(plan.shards)} shards") as bar:
-        for shard in recorded(folder, finished, engine(make, missing, workers or Workers())):
+        for shard in recorded(folder, finished, engine(make, missing, workers)):
             bar.update(shard.rows)
     folder.clean()
     return report(folder, plan, finished, len(missing))
@@ -94,11 +92,12 @@ def recorded(folder: ShardFolder, finished: dict[str, Finished], new: Iterable[F
         folder.record(finished)
 
 
-def identity(options: Embedding, saved: Summary) -> Job:
-    """What of the options changes a result by more than rounding."""
+def job_of(files: Sequence[SourceFile], options: Embedding, saved: Summary, shard_rows: int) -> Job:
+    """What tells an encoding from another: whatever changes a result by more than rounding."""
     names = ("side", "field", "dimensions", "precision", "dtype")
     own = {name: getattr(options, name) for name in names}
-    return {"model": saved.content, "instructions": list(options.instructions)} | own
+    asked = {"shard_rows": shard_rows, "model": saved.content, "instructions": list(options.instructions)}
+    return asked | own | {"files": [asdict(file) for file in files]}
 
 
 def changes(before: Job, now: Job) -> str:
@@ -121,7 +120,7 @@ def planned(
         ValueError: the input has a column of an embedding's name, or one that parquet cannot hold.
     """
     read = engine if len(files) > 1 else on_this_process  # of one file a cluster reads no more at once
-    scans = read(lambda: partial(scan, field=options.field, shard_rows=shard_rows), files, SCANNERS)
+    scans = read(lambda: partial(scan, field=options.field, shard_rows=shard_rows), files, Workers())
     plan = Plan.of(job, files, scans)
     check_columns(plan.schema, options, saved)
     return plan

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pe.bulk.columns import schema_of, table_of
+from pe.bulk.columns import table_of
 from pe.bulk.source import BUFFER, SourceFile, opened
 from pe.data.records import BOM, DataError, Record, RecordError, decode, is_filled
 from pe.data.tables import Row, by_name, check_header, parsed, text_under
@@ -243,7 +243,7 @@ def _scan_lines(file: SourceFile, field: str, shard_rows: int) -> Scan:
         begin, count = (lines.start, lines.number), 0
         while part := list(islice(rows, min(BLOCK_ROWS, shard_rows - count))):
             where = f"{file.path}:{lines.number - 1}"
-            found = pa.schema([(name, pa.string()) for name in columns]) if columns else schema_of(part, where)
+            found = pa.schema([(name, pa.string()) for name in columns]) if columns else table_of(part, where).schema
             schema, count = joined([(where, schema), (where, found)]), count + len(part)
             if count == shard_rows:
                 cuts.append(Cut(*begin, count))

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pe.bulk.columns import Stored, column_names, shortened, stored, stored_fields
-from pe.bulk.folder import Finished, ShardFolder
-from pe.bulk.plan import Shard
+from pe.bulk.folder import Finished, Shard, ShardFolder
 from pe.bulk.rows import blocks
 from pe.config import Dtype
 from pe.method.loading import quiet, usable_device

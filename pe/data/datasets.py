@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pe.config import DatasetConfig
-from pe.data.layouts import Kind, Layout, detect, renamed
-from pe.data.layouts import unused as unused_column
+from pe.data.layouts import Kind, Layout, detect, left_out, renamed
 from pe.data.records import DataError, Record, RecordError, braced
 from pe.data.tables import rows
 
@@ -172,16 +171,6 @@ class Dataset:
         other = first + (index - first + rng.integers(1, end - first)) % (end - first)
         return Example(self.queries[index], self.queries[other], (), label, instruction)
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Row `index` in its templates."""
-        raw, of_documents = self.draw(index, rng), self.config.document_text
-        return replace(
-            raw,
-            query=self.config.query_text(raw.query),
-            positive=of_documents(raw.positive),
-            negatives=tuple(map(of_documents, raw.negatives)),
-        )
-
 
 class _Parts(NamedTuple):
     """What a data set is made of."""
@@ -336,8 +325,8 @@ def _instructed(record: Record, config: DatasetConfig) -> Record:
 def _used(columns: Iterable[str], config: DatasetConfig, layout: Layout | None) -> list[str]:
     """Columns of a file that the layout reads, by its names."""
     names = [config.columns.get(name, name) for name in columns]
-    return [name for name in names if name and layout and layout.reading(name) not in (None, unused_column)]
+    return [name for name in names if name and layout and layout.reading(name) not in (None, left_out)]
 
 
 def _is_left_out(name: str | None, layout: Layout | None) -> bool:
-    return name is None or (layout is not None and layout.reading(name) is unused_column)
+    return name is None or (layout is not None and layout.reading(name) is left_out)

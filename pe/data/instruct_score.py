@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from pe.data.instruct import InstructRow, InstructTask, Side, read_instructions, read_rows
 from pe.data.records import DataError
-from pe.data.tasks import EvaluationError, check_embeddings, locate
+from pe.data.tasks import EvaluationError, Floats, check_embeddings, locate
 
 if TYPE_CHECKING:
     from pe.integrations.mteb import TextEncoder
-
-Floats = npt.NDArray[np.float32]
 
 INSTRUCT = "Instruct"
 """Type of these tasks, beside those of mteb."""

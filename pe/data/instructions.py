@@ -8,6 +8,7 @@ training, and the one of its documents. A training set's own goes by the name of
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from pe.config import DatasetConfig
@@ -46,9 +47,9 @@ def as_prompts(instructions: Mapping[str, str]) -> dict[str, str]:
 
 def heaviest(weighted: Iterable[tuple[str, float]]) -> str:
     """The sentence with the largest sum of weights, the first on ties."""
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
     for sentence, weight in weighted:
-        sums[sentence] = sums.get(sentence, 0.0) + weight
+        sums[sentence] += weight
     return max(sums, key=sums.__getitem__)
 
 

@@ -82,7 +82,7 @@ def score(column: str, value: Any) -> Record:
     return {"score": value}
 
 
-def unused(column: str, value: Any) -> Record:
+def left_out(column: str, value: Any) -> Record:
     """An id, which training does not need."""
     return {}
 
@@ -210,7 +210,7 @@ LAYOUTS = (
         "Tevatron, MS MARCO",
         "pairs",
         {"query": text("query"), "positive_passages": passages("positives")},
-        {"negative_passages": passages("negatives"), "query_id": unused},
+        {"negative_passages": passages("negatives"), "query_id": left_out},
     ),
     Layout(
         "ms-swift",
@@ -248,12 +248,12 @@ def detect(row: Record) -> Layout:
     Raises:
         RecordError: none has its columns.
     """
-    fitting = [layout for layout in LAYOUTS if layout.needed.keys() <= row.keys()]
-    if fitting:
-        return min(fitting, key=lambda layout: len(layout.unknown(row)))
-    known = {name: None for layout in LAYOUTS for name in layout.needed}
-    other = next((column for column in row if column not in known), "")
-    hint = nearest(other, list(known))
+    known = [layout for layout in LAYOUTS if layout.needed.keys() <= row.keys()]
+    if known:
+        return min(known, key=lambda layout: len(layout.unknown(row)))
+    names = {name: None for layout in LAYOUTS for name in layout.needed}
+    other = next((column for column in row if column not in names), "")
+    hint = nearest(other, list(names))
     expected = " or ".join(dict.fromkeys(braced(layout.needed) for layout in LAYOUTS))
     cure = "say in the recipe what yours are, as `columns: {question: query, answer: positive, id: null}`"
     raise RecordError("unknown kind", f"expected the columns {expected}, got {braced(row)}{hint}; {cure}")

@@ -18,7 +18,7 @@ from typing import Any
 from pe.data.layouts import Layout, detect
 from pe.data.records import DataError, Record, RecordError, check_string, read_qrels
 from pe.data.tables import HUB, files, named, records
-from pe.data.tasks import Kind, TaskEntry, build_task, retrieval_part
+from pe.data.tasks import Kind, TaskEntry, build_task, by_id, retrieval_part
 
 Task = tuple[Kind, Callable[[], dict[str, Any]]]
 """What kind of task it is, and what gives its data in mteb's form."""
@@ -86,13 +86,13 @@ def _file_task(path: str) -> Task:
     sides = {side: [record[side] for record in rows] for side in ("sentence1", "sentence2")}
     judged = [int(record["score"]) if is_binary else float(record["score"]) for record in rows]
     column = {"label" if is_binary else "score": judged}
-    return "PairClassification" if is_binary else "STS", lambda: {SPLIT: _table(sides | column)}
 
+    def table() -> dict[str, Any]:
+        from datasets import Dataset
 
-def _table(columns: dict[str, list[Any]]) -> Any:
-    from datasets import Dataset
+        return {SPLIT: Dataset.from_dict(sides | column)}
 
-    return Dataset.from_dict(columns)
+    return "PairClassification" if is_binary else "STS", table
 
 
 def _retrieval(rows: list[Record]) -> dict[str, Any]:
@@ -103,10 +103,8 @@ def _retrieval(rows: list[Record]) -> dict[str, Any]:
     relevant: dict[str, dict[str, int]] = {}
     for row in rows:
         relevant.setdefault(queries[row["query"]], {}).update({documents[text]: 1 for text in row["positives"]})
-    corpus = {"id": list(documents.values()), "text": list(documents)}
-    return retrieval_part(
-        SPLIT, _table(corpus), _table({"id": list(queries.values()), "text": list(queries)}), relevant
-    )
+    corpus, asked = (by_id({name: text for text, name in names.items()}) for names in (documents, queries))
+    return retrieval_part(SPLIT, corpus, asked, relevant)
 
 
 def _folder_task(folder: Path) -> Task:
@@ -124,8 +122,7 @@ def _folder_task(folder: Path) -> Task:
         if missing := wanted - known.keys():
             raise DataError(f"{judged}: expected judgements of what is there, got the {what} {min(missing)!r}")
     asked = {name: text for name, text in queries.items() if name in relevant}
-    tables = [{"id": list(texts), "text": list(texts.values())} for texts in (corpus, asked)]
-    return "Retrieval", lambda: retrieval_part(SPLIT, _table(tables[0]), _table(tables[1]), relevant)
+    return "Retrieval", lambda: retrieval_part(SPLIT, by_id(corpus), by_id(asked), relevant)
 
 
 def _one(found: Iterable[Path], folder: Path, name: str) -> Path:

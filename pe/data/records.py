@@ -21,6 +21,9 @@ from typing import Any, BinaryIO, cast
 from pe.config import nearest
 
 Record = dict[str, Any]
+Check = Callable[[str, Any], None]
+"""Raises RecordError for a value that may not stand under a key."""
+Kind = dict[str, Check]
 
 JSONL = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 OPTIONAL = ("negatives", "shared_label", "other_label")
@@ -241,20 +244,17 @@ def check_unicode(key: str, value: str) -> None:
         raise RecordError("not Unicode", f"{key}: expected Unicode text, got half a surrogate pair") from error
 
 
+def _strings(key: str, value: Any, check_item: Check = check_string) -> None:
+    if not isinstance(value, list):
+        raise RecordError("wrong type", f"{key}: expected a list of strings, got {short(value)}")
+    for number, item in enumerate(value):
+        check_item(f"{key}[{number}]", item)
+
+
 def check_texts(key: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, list):
-        raise RecordError("wrong type", f"{key}: expected a list of strings, got {short(value)}")
-    for number, item in enumerate(value):
-        check_text(f"{key}[{number}]", item)
-
-
-def _strings(key: str, value: Any) -> None:
-    if not isinstance(value, list):
-        raise RecordError("wrong type", f"{key}: expected a list of strings, got {short(value)}")
-    for number, item in enumerate(value):
-        check_string(f"{key}[{number}]", item)
+    """Raise RecordError for what is neither null nor a list of texts."""
+    if value is not None:
+        _strings(key, value, check_text)
 
 
 def _integer(key: str, value: int) -> None:
@@ -278,7 +278,6 @@ def check_score(key: str, value: Any) -> None:
         raise RecordError("wrong type", f"{key}: expected a finite number, got {short(value)}")
 
 
-Kind = dict[str, Callable[[str, Any], None]]
 VALUES: Kind = {
     **dict.fromkeys(("_id", "title", "text", "sentence1", "sentence2", "query"), check_string),
     **dict.fromkeys(("positive", "negative"), _strings),

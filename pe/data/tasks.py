@@ -1,8 +1,8 @@
 """Tasks of mteb that read local files: no hub is needed.
 
 A data folder holds `eval/` and `train/` with one JSON object a line, in files that end in `.jsonl` or `.jsonl.xz`, and
-relevance judgements as `qrels.tsv`. `TASKS` says which files and instructions make a task; `offline_tasks` builds those
-whose files are there.
+relevance judgements as `qrels.tsv`. `TASKS` says which files and instructions make a task, `available` those whose
+files are there.
 
 Settings are chosen so that a score is cheap enough for a training run. Classification fits mteb's logistic regression
 on `samples_per_label` texts of each label, in `n_experiments` draws from a fixed seed (mteb's own default is 10 draws),
@@ -158,13 +158,8 @@ def available(data: Path) -> list[str]:
     return [name for name, entry in TASKS.items() if all(locate(data, file) for file in entry.files)]
 
 
-def offline_tasks(data: Path) -> dict[str, AbsTask]:
-    """Every task whose files are in `data`, by name; texts are read when a task is run."""
-    return {name: offline_task(name, data) for name in available(data)}
-
-
 def offline_task(name: str, data: Path) -> AbsTask:
-    """The task of this name, over the files in `data`.
+    """The task of this name, over the files in `data`, which are read when it is run.
 
     Creating a task of mteb seeds the random generators of Python, NumPy and torch.
 
@@ -264,16 +259,9 @@ def _columns(path: Path, *keys: str) -> Any:
     return Dataset.from_dict(columns)
 
 
-def _read_sts(paths: Sequence[Path], split: str) -> dict[str, Any]:
-    return {split: _columns(paths[0], "sentence1", "sentence2", "score")}
-
-
-def _read_pairs(paths: Sequence[Path], split: str) -> dict[str, Any]:
-    return {split: _columns(paths[0], "sentence1", "sentence2", "label")}
-
-
-def _read_clusters(paths: Sequence[Path], split: str) -> dict[str, Any]:
-    return {split: _columns(paths[0], "text", "label")}
+def _reader(*keys: str) -> Callable[[Sequence[Path], str], dict[str, Any]]:
+    """Reads a task of one file with these keys."""
+    return lambda paths, split: {split: _columns(paths[0], *keys)}
 
 
 def _read_classification(paths: Sequence[Path], split: str) -> dict[str, Any]:
@@ -290,6 +278,13 @@ def _read_retrieval(paths: Sequence[Path], split: str) -> dict[str, dict[str, Re
     )
 
 
+def by_id(texts: Mapping[str, str]) -> Any:
+    """A table of `id` and `text`."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+
+
 def retrieval_part(
     split: str,
     corpus: Any,
@@ -297,7 +292,7 @@ def retrieval_part(
     relevant: dict[str, dict[str, int]],
     candidates: dict[str, list[str]] | None = None,
 ) -> dict[str, dict[str, RetrievalSplitData]]:
-    """The data of a retrieval task: tables of `id` and `text`, judgements, and what is ranked where that is not all."""
+    """The data of a retrieval task: tables (see `by_id`), judgements, and what is ranked where that is not all."""
     part: RetrievalSplitData = {
         "corpus": corpus,
         "queries": queries,
@@ -309,8 +304,6 @@ def retrieval_part(
 
 def _read_reranking(paths: Sequence[Path], split: str) -> dict[str, dict[str, RetrievalSplitData]]:
     """Candidates of query i are documents `q{i}-0`, `q{i}-1`, ...; the relevant ones come last, so ties cost."""
-    from datasets import Dataset
-
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     relevant: dict[str, dict[str, int]] = {}
@@ -321,18 +314,14 @@ def _read_reranking(paths: Sequence[Path], split: str) -> dict[str, dict[str, Re
         candidates[query] = [f"{query}-{n}" for n in range(len(texts))]
         documents.update(zip(candidates[query], texts, strict=True))
         relevant[query] = dict.fromkeys(candidates[query][len(record["negative"]) :], 1)
-
-    def table(texts: Mapping[str, str]) -> Dataset:
-        return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
-
-    return retrieval_part(split, table(documents), table(queries), relevant, candidates)
+    return retrieval_part(split, by_id(documents), by_id(queries), relevant, candidates)
 
 
 READERS: dict[Kind, Callable[[Sequence[Path], str], dict[str, Any]]] = {
-    "STS": _read_sts,
+    "STS": _reader("sentence1", "sentence2", "score"),
     "Retrieval": _read_retrieval,
     "Reranking": _read_reranking,
     "Classification": _read_classification,
-    "PairClassification": _read_pairs,
-    "Clustering": _read_clusters,
+    "PairClassification": _reader("sentence1", "sentence2", "label"),
+    "Clustering": _reader("text", "label"),
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from mteb.abstasks.abstask import get_abstask_prompt
@@ -24,13 +24,12 @@ from torch import nn
 from pe.data.benchmarks import trained_tasks
 from pe.data.tasks import Floats, check_embeddings
 from pe.method.prompted import PromptedEmbedder
+from pe.method.requests import Side
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import Array, BatchedInput
     from torch.utils.data import DataLoader
-
-Side = Literal["query", "document"]
 
 
 class TextEncoder(Protocol):
@@ -58,7 +57,7 @@ class TextEncoder(Protocol):
 
 
 def details(encoder: TextEncoder) -> dict[str, Any]:
-    """What `ModelMeta` has room for and an embedder of ours knows of itself; nothing of any other."""
+    """Fields of `ModelMeta` that an embedder of ours knows; none of any other."""
     if not isinstance(encoder, PromptedEmbedder):
         return {}
     tables = [module.weight for module in encoder.modules() if isinstance(module, nn.Embedding)]

@@ -25,9 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pe.bulk.columns import Embeddings
+from pe.bulk.columns import Embeddings, shortened
 from pe.data.instructions import as_prompts
-from pe.encode import compressed
 from pe.method.requests import Instruction, Requests, Side, check_arguments
 from pe.model import PromptEmbedder
 from pe.runs.batcher import Batcher, Busy
@@ -188,7 +187,7 @@ class Service:
                 most = self.limits.instruction
                 raise Refused(413, f"instruction: expected at most {most} characters, got {len(given)}", "instruction")
             return Instruction(given, side)
-        found = self.prompts.get(name or side)
+        found = self.prompts.get(side if name is None else name)
         if found is None and name is not None:
             known = ", ".join(map(repr, self.prompts)) or "none, the model has no prompts"
             raise Refused(400, f"prompt_name: expected one of {known}, got {name!r:.80}", "prompt_name")
@@ -239,7 +238,7 @@ class Service:
 
     def rendered(self, body: EmbeddingsBody, done: Done) -> str:
         """OpenAI's list of embeddings, as JSON."""
-        (rows,) = compressed(done.embeddings[None], body.dimensions, "float32")
+        rows = shortened(done.embeddings, body.dimensions)
         as_text = body.encoding_format == "base64"
         shown = [base64.b64encode(row.astype("<f4").tobytes()).decode() if as_text else row.tolist() for row in rows]
         data = [{"object": "embedding", "index": place, "embedding": item} for place, item in enumerate(shown)]

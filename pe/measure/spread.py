@@ -59,7 +59,7 @@ def mean_cosine(rows: Tensor) -> float:
 
 @torch.no_grad()
 def spread(model: PromptedEmbedder, instructions: Sequence[str], texts: Sequence[str]) -> Spread | None:
-    """How far apart instructions are on the query side, of up to 16 of them and 32 texts; None of fewer than two."""
+    """How alike up to 16 instructions of queries are, on up to 32 texts; None of fewer than two."""
     wanted = list(dict.fromkeys(instructions))
     wanted = wanted[:: -(-len(wanted) // MOST_INSTRUCTIONS)] if wanted else []
     if len(wanted) < 2:

@@ -207,12 +207,13 @@ def warn_of_slow_products(option: str, dtype: torch.dtype, device: torch.device)
         )
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
+def usable_device(name: str | None = None) -> torch.device:
+    """The device of this name; without one a GPU where there is one, else the CPU.
 
     Raises:
         ValueError: torch knows no such device, or cannot use it here.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

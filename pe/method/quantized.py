@@ -84,9 +84,9 @@ def quantized_rows(x: Tensor, kind: Kind) -> Rows:
 
 def _quantize_into(values: Tensor, scale: Tensor, x: Tensor, largest: float) -> None:
     """Fill values `[T, K]` and scales `[T, 1]` with those of rows `[T, K]` float32."""
-    room = x.abs()
-    scale.copy_(room.amax(1, keepdim=True).clamp_min_(SMALLEST).div_(largest))
-    scaled = torch.mul(x, scale.reciprocal(), out=room)
+    sizes = x.abs()
+    scale.copy_(sizes.amax(1, keepdim=True).clamp_min_(SMALLEST).div_(largest))
+    scaled = torch.mul(x, scale.reciprocal(), out=sizes)
     if values.dtype == torch.uint8:
         scaled.add_(CENTRE + 0.5)  # the cast cuts off: this rounds, halves upwards
     elif values.dtype == torch.int8:

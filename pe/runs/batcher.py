@@ -112,10 +112,10 @@ class Batcher(Generic[Job, Result]):
     def _next(self) -> list[Call]:
         """The oldest calls, as many as fit, at least one where any waits."""
         batch: list[Call] = []
-        room = self._most
-        while self._calls and (not batch or self._size(self._calls[0].job) <= room):
+        left = self._most
+        while self._calls and (not batch or self._size(self._calls[0].job) <= left):
             batch.append(self._calls.popleft())
-            room -= self._size(batch[-1].job)
+            left -= self._size(batch[-1].job)
         return batch
 
     def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Result | Exception]:

@@ -14,9 +14,9 @@ def extra(name: str, group: str) -> ModuleType:
     """A module of the extra `group`.
 
     Raises:
-        MissingPackage: with the command that installs it.
+        MissingPackage: it, or a package that it needs, is missing; with the command that installs it.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise MissingPackage(f"{name} is not installed: pip install 'promptembedder[{group}]'") from error
+        raise MissingPackage(f"{error.name} is not installed: pip install 'promptembedder[{group}]'") from error

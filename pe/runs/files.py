@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WRITING = "writing-"
+"""How the folders begin that files are written in; a killed process leaves one."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux: paths are relative to the working directory; both exist and change places."""
 
@@ -26,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 def written_into(path: Path) -> Iterator[Path]:
     """A new folder, whose files go into the folder `path` once all of them are written."""
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="writing-", dir=path) as folder:
+    with tempfile.TemporaryDirectory(prefix=WRITING, dir=path) as folder:
         yield Path(folder)
         for file in Path(folder).iterdir():
             os.replace(file, path / file.name)

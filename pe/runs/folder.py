@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from pe.config import Recipe, to_dict
 from pe.data.tables import files
-from pe.runs.files import write_text
+from pe.runs.files import WRITING, write_text
 from pe.runs.history import HistoryFile
 from pe.runs.recipes import load_recipe, write_yaml
 
@@ -26,10 +27,8 @@ EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
 FREE = ("output", "license", "train.log_with", "train.text_store", "train.text_store_gib")
 """Options that may change when a run goes on: its folder may have been moved, and the others change no result."""
-LEFT_OVER = {"recipe.yaml", "checkpoints", "logs", "history.jsonl", "plots", "report.html"}
+LEFT_OVER = {"recipe.yaml", "checkpoints", "logs", "history.jsonl", "plots", "faults", "report.html"}
 """What a run that ended before its first checkpoint leaves."""
-
-
 FILE_WRITER = "inline_container"
 """In what torch's writer says of a full disk, for which it has no error of its own."""
 
@@ -132,6 +131,8 @@ class RunFolder:
             )
         else:
             self.history.path.unlink(missing_ok=True)
+            if self.faults.exists():
+                shutil.rmtree(self.faults)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for partial in (self.path / "checkpoints").glob("*.part"):
             partial.unlink()
@@ -139,8 +140,9 @@ class RunFolder:
         return notes
 
     def _may_start(self) -> bool:
-        """Whether the folder is absent, empty, or what `start` and a log made and no checkpoint followed."""
-        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        """Whether the folder is absent, empty, or holds what a run leaves that ended before its first checkpoint."""
+        found = (path.name for path in self.path.iterdir()) if self.path.exists() else ()
+        names = {name for name in found if not name.startswith(WRITING)}
         return not names or ("checkpoints" in names and names <= LEFT_OVER and not self.checkpoints)
 
     def _move_aside(self, recipe: Recipe) -> None:

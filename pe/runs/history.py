@@ -16,6 +16,8 @@ from typing import Any
 from pe.runs.files import write_text
 
 Record = dict[str, Any]
+NUMBERS = ("step", "seconds", "tokens")
+"""Of every record."""
 
 
 class HistoryError(ValueError):
@@ -54,12 +56,12 @@ class HistoryFile:
     def _parsed(self, line: bytes, number: int) -> Record:
         try:
             record: Record = json.loads(line)
-            if isinstance(record["step"], int):
+            if all(isinstance(record[name], int | float) for name in NUMBERS):
                 return record
         except (ValueError, KeyError, TypeError):
             pass
-        got = line[:40].decode(errors="replace")
-        raise HistoryError(f"{self.path}:{number}: expected an object with a `step`, got {got!r}; remove the line")
+        expected, got = f"an object with numbers under {', '.join(NUMBERS)}", line[:40].decode(errors="replace")
+        raise HistoryError(f"{self.path}:{number}: expected {expected}, got {got!r}; remove the line")
 
     def keep(self, last: int) -> None:
         """Drop what is behind step `last`, which a run that goes on from there logs again.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
+from pe.config import Dtype
 from pe.runs.cli import end, one_line
 
 TYPE = r"<class '([\w.]+)'>|(?:typing\.)?Literal\[([^]]*)\]"
@@ -41,8 +42,29 @@ class Parser(argparse.ArgumentParser):
         end(self.prog, f"{message}; --help lists what is expected")
 
 
+MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
+    "backbone": (str, "where the backbone is now, if not where it was"),
+    "prompter": (str, "where the base of its adapters is, if moved"),
+    "dtype": (Dtype, "of the backbone's weights (default: as in training)"),
+    "device": (str, "cpu, cuda, cuda:1 (default: a GPU if any)"),
+}
+"""Options of what loads an embedder: type and help."""
+
+
 class TypedParser(jsonargparse.ArgumentParser):
     """jsonargparse's."""
+
+    def add_typed(self, name: str, kind: Any, told: str) -> None:
+        """Add an option that is None where it is not given.
+
+        Of a function's `str | None` the parser would read `null`, and what YAML takes for a comment, as None.
+        """
+        self.add_argument(f"--{name}", type=kind, default=None, help=told)
+
+    def add_model_options(self, *names: str) -> None:
+        """Add these of `MODEL_OPTIONS`."""
+        for name in names:
+            self.add_typed(name, *MODEL_OPTIONS[name])
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a parser inside another
