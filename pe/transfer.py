@@ -242,8 +242,7 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(prog="python -m pe.transfer", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m pe.transfer", __doc__)
     parser.add_argument("checkpoint", help="the `model` folder of a run")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the new backbone")
     parser.add_argument("--source-backbone", help="where the source's own backbone is now, if it has moved")

@@ -1288,6 +1288,9 @@ STORES = (
 
 ENCODE = "encode run/model texts.txt out.npy --instruction=i"
 COMMANDS = (
+    Bad("report: no run", "report", ("the following arguments are required: run",)),
+    Bad("report: an unknown option", "report run --outptu=x", ("unrecognized arguments: --outptu=x",)),
+    Bad("report: a folder without a run", "report prompter", ("prompter: expected the folder of a run",)),
     Bad(
         "train: an unknown option",
         "train recipe.yaml --train.stps=2",

@@ -25,6 +25,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub and MkDocs both make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^):#]*\.md)?#([^)]+)\)", page.read_text(encoding="utf-8"))
+    targets = ((page.parent / name if name else page, anchor) for name, anchor in links)
+    assert [f"{target.name}#{anchor}" for target, anchor in targets if anchor not in anchors(target)] == []
+
+
+def test_site_has_every_page() -> None:
+    """Those that `scripts/site.py` takes; MkDocs looks at links and headings (`make docs`)."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    site = runpy.run_path(str(ROOT / "scripts" / "site.py"))
+    assert set(re.findall(r"\S+\.md", nav)) == {path for path in site["shown"]() if path.endswith(".md")}
+
+
 def test_readme_reaches_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in (ROOT / "docs").iterdir() if f"(docs/{path.name})" not in readme] == []

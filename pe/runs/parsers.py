@@ -36,7 +36,11 @@ def expected(kinds: str, given: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's."""
+    """argparse's, for a command whose module says what it does."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=kind, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         end(self.prog, f"{message}; --help lists what is expected")
