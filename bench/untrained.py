@@ -17,7 +17,8 @@ from pe.baselines.common import Templates
 from pe.baselines.frozen import FrozenEncoder
 from pe.config import Recipe
 from pe.data.tasks import Floats
-from pe.integrations.mteb import Side, TextEncoder
+from pe.integrations.mteb import TextEncoder
+from pe.method.requests import Side
 
 MINILM = ROOT / "models" / "minilm"
 """Where `python -m pe.models minilm` puts it."""
