@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def main() -> None:
         accelerator.wait_for_everyone()
         if accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        accelerator.wait_for_everyone()
+        time.sleep(300)  # as one that waits in a GPU
 
 
 if __name__ == "__main__":

@@ -43,12 +43,13 @@ class Watch(threading.Thread):
         self.place, self.count = accelerator.process_index, accelerator.num_processes
         self.command, self.advice = command, advice
         self.group = torch.distributed.new_group(backend="gloo", timeout=SILENCE)
-        self._state, self._over = RUNS, threading.Event()
+        self._state, self._follows, self._over = RUNS, False, threading.Event()
         self.start()
 
-    def leave(self, state: int) -> None:
+    def leave(self, error: BaseException | None = None) -> None:
         """Say that this process is done or has failed, and wait until all know and, if it is done, are done too."""
-        self._state = state
+        self._follows = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+        self._state = DONE if error is None else FAILED
         self._over.set()
         self.join()
 
@@ -75,8 +76,11 @@ class Watch(threading.Thread):
         return found
 
     def _fails_too(self) -> bool:
-        """Whether this process ends by an error of its own, such as one of the data that all have."""
-        return self._over.wait(GRACE) and self._state == FAILED
+        """Whether this process ends by an error of its own, such as one of the data that all have.
+
+        What gloo and NCCL raise follows from the other's end.
+        """
+        return self._over.wait(GRACE) and self._state == FAILED and not self._follows
 
     def _end(self, which: str) -> NoReturn:
         """End this process, whatever its main thread waits for."""
@@ -102,7 +106,7 @@ def watching(accelerator: Accelerator, command: str, advice: Callable[[], str]) 
     watch = Watch(accelerator, command, advice)
     try:
         yield
-    except BaseException:
-        watch.leave(FAILED)
+    except BaseException as error:
+        watch.leave(error)
         raise
-    watch.leave(DONE)
+    watch.leave()
