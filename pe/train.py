@@ -419,7 +419,7 @@ def restore(run: RunFolder, step: Step[Any], history: History) -> None:
     A process that the run did not have draws random numbers as at its start.
 
     Raises:
-        RunError: it cannot be read, or is not one of this model.
+        RunError: it cannot be read, is not one of this model, or takes a sharded backbone's queries a few at a time.
     """
     state = run.load_checkpoint(step.accelerator.device)
     try:
@@ -430,6 +430,11 @@ def restore(run: RunFolder, step: Step[Any], history: History) -> None:
             f"{run.checkpoints[-1]}: expected a checkpoint of this model, got another or a damaged one"
             f" ({type(error).__name__}: {error}); remove it, and --resume takes the one before"
         ) from error
+    if step.model.backbone.is_sharded and step.micro_batch_size is not None:
+        raise RunError(
+            f"{run.checkpoints[-1]}: expected a step of whole batches with train.shard_backbone, got micro batches of"
+            f" {step.micro_batch_size} queries, to which the run came when memory ran out; go on without the option"
+        )
     if step.accelerator.is_main_process:
         run.history.keep(step.done)
     if "random_states" in state:

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from pe.model import PromptEmbedder
-from pe.runs.folder import RunFolder
+from pe.runs.folder import RunError, RunFolder
 from pe.runs.recipes import load_recipe
+from pe.step import Step
 from pe.sweep import main as sweep
-from pe.train import train
+from pe.train import History, restore, train
 from pe.transfer import main as transfer
-from tests.training import accelerator, write_recipe
+from tests.training import accelerator, new_model, write_recipe
 from tests.two_processes import CASES, gradients, measuring
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,17 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert "the batches stay those of 2 processes, 12 queries a step, now on 1" in capsys.readouterr().err
     same(together.run(), here)
     assert here.began_with() == 2
+
+
+def test_micro_batches_of_a_checkpoint_do_not_reach_a_sharded_backbone(together: Together, tmp_path: Path) -> None:
+    here, recipe = RunFolder(tmp_path / "run"), load_recipe(together.recipe)
+    shutil.copytree(together.run().path, here.path)
+    state = here.load_checkpoint(torch.device("cpu"))
+    torch.save({**state, "micro_batch_size": 2}, here.checkpoints[-1])
+    model = new_model(recipe)
+    model.backbone.is_sharded = True
+    with pytest.raises(RunError, match=r"step-000004\.pt: expected a step of whole batches .* micro batches of 2"):
+        restore(here, Step(model, recipe.loss, recipe.train, accelerator()), History())
 
 
 def test_a_process_that_is_killed_ends_the_other(together: Together) -> None:

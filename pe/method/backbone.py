@@ -100,7 +100,7 @@ class Backbone(nn.Module):
 
         Raises:
             UnsupportedBackbone: the architecture keeps state outside attention, the parity probe found a difference, or
-                there is no list of layers to shard.
+                the layers cannot be sharded.
             ValueError: see `TextTokenizer` and `EightBitLinears`.
         """
         super().__init__()
@@ -119,7 +119,8 @@ class Backbone(nn.Module):
         self.eight_bits = None if quantize == "none" else EightBitLinears(self.model, quantize)
         self.is_sharded = mesh is not None
         if mesh is not None:
-            shard(self.model, self._layers(), mesh)
+            with probes.refused(probes.UnsupportedBackbone, f"{name}: it cannot be sharded", "; train it whole"):
+                shard(self.model, self._layers(), mesh)
         self.check_parity()
 
     @classmethod

@@ -52,6 +52,8 @@ class Watch(threading.Thread):
         self._state = DONE if error is None else FAILED
         self._over.set()
         self.join()
+        torch.distributed.destroy_process_group(self.group)
+        del self.group  # its threads end before the interpreter does
 
     def run(self) -> None:
         try:
