@@ -123,9 +123,7 @@ def test_only_a_skip_and_parts_need_the_layers(monkeypatch: pytest.MonkeyPatch) 
     assert build("qwen3")(REQUESTS).shape == (len(TEXTS), 32)
     with pytest.raises(UnsupportedBackbone, match=r"cannot be read \(ValueError: no list of 2 layers\)"):
         build("qwen3", skip="weighted")
-    with pytest.raises(
-        UnsupportedBackbone, match=r"x: it cannot be sharded \(ValueError: no list of 2 layers\)"
-    ):
+    with pytest.raises(UnsupportedBackbone, match=r"x: it cannot be sharded \(ValueError: no list of 2 layers\)"):
         Backbone(decoder("qwen3"), byte_tokenizer(), "x", mesh=cast(DeviceMesh, object()))
 
 
