@@ -311,6 +311,9 @@ class TrainConfig:
     """In the suffix layout: read the texts of the next batch while this one trains, on a GPU on a stream of its own.
     Takes the keys, values and states of up to two batches more, and a memory pool of its own for the text pass. Without
     effect in the prefix layout and with `micro_batch_size`."""
+    shard_backbone: bool = False
+    """Of several processes each holds a part of every weight in the frozen backbone's layers, and gathers a layer when
+    it runs (FSDP2): for one that does not fit a GPU (see `docs/several-gpus.md`)."""
     text_store: str = "none"
     """Where what the frozen text pass gives for a text is kept, so that it is read once: none; memory, for this run; or
     a folder, for later runs, transfers and encoding too. In the suffix layout (see `docs/text-store.md`)."""
@@ -345,6 +348,11 @@ class TrainConfig:
         _require(self.seed < 2**32, "train.seed", "less than 2^32", self.seed)
         _require(bool(self.text_store.strip()), "train.text_store", "none, memory or a folder", self.text_store)
         _require_positive("train.text_store_gib", self.text_store_gib)
+        if self.shard_backbone:
+            why = "with train.shard_backbone, whose processes run each layer at the same time"
+            _require(self.text_store == "none", "train.text_store", f"'none' {why}", self.text_store)
+            _require(self.micro_batch_size is None, "train.micro_batch_size", f"null {why}", self.micro_batch_size)
+            _require(not self.read_ahead, "train.read_ahead", f"false {why}", self.read_ahead)
         _require_positive("train.lr", self.lr)
         for name in ("alignment_lr", "reader_lr", "skip_lr", "lens_lr"):
             own = getattr(self, name)
@@ -417,6 +425,11 @@ class Recipe:
         _require(best is None or train.eval_every > 0, "train.eval_every", "1 or more with evaluate.best_by", 0)
         is_used = train.patience is None or best is not None
         _require(is_used, "train.patience", "null without evaluate.best_by", train.patience)
+        if train.shard_backbone:
+            quantize, layout = self.model.backbone.quantize, self.model.layout
+            _require(quantize == "none", "backbone.quantize", "'none' with train.shard_backbone", quantize)
+            why = "; in the prefix layout gradients reach a layer's keys past its output, while it is not whole"
+            _require(layout == "suffix", "layout", "'suffix' with train.shard_backbone", layout, why)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ from pe.data.tables import records, text_under
 from pe.method.loading import quiet, usable_device
 from pe.method.text_store import DEFAULT_GIB, TextStore
 from pe.model import PromptEmbedder
-from pe.runs.cli import user_errors
+from pe.runs.cli import check_alone, user_errors
 from pe.runs.extras import extra
 from pe.runs.parsers import MODEL_OPTIONS, TypedParser
 
@@ -314,22 +314,13 @@ def is_folder(output: str) -> bool:
     return suffix.lower() not in WRITERS and (Path(output).is_dir() or not FILE_SUFFIX.fullmatch(suffix))
 
 
-def check_alone() -> None:
-    """Raise ValueError where torch.distributed has started several processes: each would encode everything."""
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        raise ValueError(
-            f"expected one process, got {processes} of torch.distributed (WORLD_SIZE), each of which would encode"
-            " everything; start it once, and share the work by --engine ray and a folder as OUTPUT"
-        )
-
-
 def encode(**given: Any) -> None:
     """Embed the texts of a file into a file, or of any number of files into a folder of shards.
 
     Raises:
         OSError, ValueError: what is given cannot be used; see `encode_file` and `encode_folder`.
     """
-    check_alone()
+    check_alone("encode everything", "share the work by --engine ray and a folder as OUTPUT")
     folder = is_folder(given["output"])
     for name in OF_FILES if folder else OF_FOLDERS:
         if (value := given.pop(name)) is not None:

@@ -134,6 +134,17 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
     return together, sum(counts[: accelerator.process_index])
 
 
+def weight_of(queries: int, accelerator: Accelerator) -> float:
+    """What the loss of a process with so many queries counts for in the mean over processes: 1 where all have as many.
+
+    Of every side a process has as many queries as of another, so one weight is right for each side's mean.
+    """
+    if accelerator.num_processes == 1:
+        return 1.0
+    counts = accelerator.gather(torch.tensor([queries], device=accelerator.device))
+    return queries * len(counts) / int(counts.sum())
+
+
 class _Gather(torch.autograd.Function):
     """Equal shards of all processes, `[P, ...]`; a shard's gradient is the sum over the processes that used it."""
 
@@ -158,7 +169,7 @@ def backward(
     micro_batch_size: int | None = None,
     requests: Requests | None = None,
 ) -> Tensor:
-    """Loss of a batch, with its gradient added to the parameters.
+    """Loss of a batch, with its gradient added to the parameters; the processes' mean is that of all their queries.
 
     With a micro batch size the representations are cached (see `cached_backward`), so that memory holds one micro
     batch's activations while the negatives stay those of the whole batch.
@@ -177,7 +188,7 @@ def backward(
         loss = contrastive_loss(embeddings, batch, config, accelerator)
         if config.counterpart:
             loss = loss + config.counterpart * counterpart_loss(embeddings, batch, config.temperature)
-        return loss
+        return loss * weight_of(len(batch.queries), accelerator)
 
     if micro_batch_size is None or micro_batch_size >= len(batch.queries):
         with accelerator.autocast():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pe.config import Dtype, ModelConfig
 from pe.hub import CARD, Upload, card_data, loading, with_data
@@ -71,8 +72,12 @@ class PromptEmbedder(PromptedEmbedder):
         self._frozen: PromptBank[tuple[int, ...], SoftPrompts] = PromptBank(MOST_WRITTEN)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, device: torch.device | str = "cpu") -> PromptEmbedder:
+    def from_config(
+        cls, config: ModelConfig, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None
+    ) -> PromptEmbedder:
         """An untrained embedder of the models that `config` names.
+
+        With a mesh of processes each holds a part of the backbone (see `pe/method/sharded.py`).
 
         Raises:
             FileNotFoundError, UnsupportedBackbone, UnsupportedPrompter: see the parts.
@@ -80,7 +85,7 @@ class PromptEmbedder(PromptedEmbedder):
         """
         device = torch.device(device)
         prompter = PromptingLLM.from_pretrained(config.prompter, device)
-        backbone = Backbone.from_pretrained(config.backbone, device)
+        backbone = Backbone.from_pretrained(config.backbone, device, mesh)
         alignment = build_alignment(prompter, backbone, config.alignment)
         return cls(config, prompter, alignment, backbone)
 

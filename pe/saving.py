@@ -162,6 +162,11 @@ def _write_parts(parts: Parts, folder: Path, path: Path, told: Told, include_bac
     base = prompter.config
     has_base = base.trainable != "full" and (include_backbone or _is_inside(base.model, path))
     include_backbone |= _is_inside(backbone.name, path)
+    if include_backbone and backbone.is_sharded:
+        raise ValueError(
+            f"{path}: expected a backbone whose weights are whole to write them, got one of which each process holds a"
+            " part (train.shard_backbone); load the embedder in one process and save it there"
+        )
     if has_base:
         _write_checkpoint(AutoModelForCausalLM, base.model, base.revision, prompter.model, folder / "prompter-base")
     if include_backbone:

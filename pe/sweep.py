@@ -24,7 +24,7 @@ from rich.table import Table
 from pe.config import Recipe, RecipeError
 from pe.method.loading import quiet
 from pe.method.text_store import TextStore
-from pe.runs.cli import user_errors
+from pe.runs.cli import check_alone, user_errors
 from pe.runs.files import write_text
 from pe.runs.folder import RunFolder, read_checkpoint
 from pe.runs.recipes import load_recipe
@@ -159,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__)
         return
     with user_errors("pe.sweep", TrainingError):
+        check_alone("make every run", "share a run's batches by pe.train")
         path, overrides, varied = split(arguments)
         output = Path(load_recipe(path, overrides).output)
         outcomes = sweep(list(recipes_of(path, overrides, varied, output)), output)

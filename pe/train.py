@@ -26,6 +26,7 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -38,6 +39,7 @@ from pe.data.instructions import trained_instructions, training_sets
 from pe.data.tasks import TASKS
 from pe.evaluate import Scores, check_instructions, comparison, find_tasks, score
 from pe.losses import batch_requests, instructions_of, random_state, set_random_state
+from pe.measure.by_process import Held, table
 from pe.measure.spread import Spread, spread
 from pe.measure.words import Words, written_words
 from pe.method.loading import one_line, quiet, warn_of_slow_products
@@ -49,6 +51,7 @@ from pe.runs.extras import MissingPackage
 from pe.runs.files import write_text
 from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.history import HistoryError
+from pe.runs.peers import watching
 from pe.runs.plots import draw
 from pe.runs.recipes import build_parser, load_recipe, write_yaml
 from pe.step import Step, Taken, Trainable, TrainingError, not_finite
@@ -67,7 +70,7 @@ PACKAGES = {"mlflow": "mlflow-skinny"}
 MOST_SKIPPED = 3
 """Steps in a row that may be skipped, the last of which ends the run."""
 PATIENCE = timedelta(days=1)
-"""How long processes wait for the main one, which alone scores."""
+"""How long processes wait for the main one, which alone scores; one that has ended is noticed at once."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ class History:
         seconds: training time, evaluations left out.
         texts, truncated: texts read on this process, and how many of them were cut to the token limit.
         tokens, padded: their tokens, and the tokens of the same batches with padding.
+        most: tokens of the step that had the most of them.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -94,6 +98,7 @@ class History:
     truncated: int = 0
     tokens: int = 0
     padded: int = 0
+    most: int = 0
 
     @property
     def spread(self) -> Spread | None:
@@ -135,6 +140,7 @@ class History:
         self.truncated += taken.truncated
         self.tokens += taken.tokens
         self.padded += taken.padded
+        self.most = max(self.most, taken.tokens)
 
 
 @contextmanager
@@ -160,7 +166,8 @@ def stored_texts(
         with accelerator.autocast():  # which decides the types of what is kept
             stack.enter_context(model.reading_from(opened))
         if plan is not None:
-            first = model.tokenized(batch_requests(plan.batch(0))).read or ()
+            processes = accelerator.process_index, accelerator.num_processes
+            first = model.tokenized(batch_requests(plan.batch(0, *processes))).read or ()
             opened.check_room(sum(map(len, first)), "train.text_store_gib")
         yield opened
 
@@ -186,8 +193,9 @@ def fit(
         accelerator: device, precision, processes, trackers.
         run: where checkpoints go; None: nowhere.
         resume: start from the run's newest checkpoint.
-        evaluate: the score now; called every `eval_every` steps, on the main process alone. With `evaluate.best_by` and
-            a run also after the last step, and the model ends with the weights of its best score.
+        evaluate: the score now; called every `eval_every` steps, on the main process alone or, where the backbone is
+            sharded, on all. With `evaluate.best_by` and a run also after the last step, and the model ends with the
+            weights of its best score.
 
     Raises:
         TrainingError: a part without gradient, outputs that stay the same, embeddings that are not finite, too many
@@ -315,9 +323,14 @@ def note(step: Step[Any], history: History, run: RunFolder | None, values: Mappi
         run.history.append({"step": step.done, "seconds": history.seconds, "tokens": history.tokens, **values})
 
 
+def takes_part(accelerator: Accelerator, model: Trainable) -> bool:
+    """Whether this process runs the model outside the steps: the main one or, with a sharded backbone, every one."""
+    return accelerator.is_main_process or model.backbone.is_sharded
+
+
 def note_score(step: Step[Any], history: History, evaluate: Callable[[], float], run: RunFolder | None) -> None:
-    """Score on the main process, while the others wait, and write the score down on all of them."""
-    (found, *_) = gather_object([evaluate() if step.accelerator.is_main_process else 0.0])
+    """Score, where others have no part in it while they wait, and write the main process's score down on all."""
+    (found, *_) = gather_object([evaluate() if takes_part(step.accelerator, step.model) else 0.0])
     history.scores.append((step.done, history.seconds, found))
     write(step, history, run, {"score": found})
 
@@ -352,6 +365,14 @@ def words_of(model: PromptEmbedder, plan: BatchPlan) -> Words:
     return written_words(model, [item.text for item in instructions_of(plan) if item.side == "query"])
 
 
+def tell_memory(model: PromptEmbedder, history: History, accelerator: Accelerator, console: Console) -> None:
+    """Print what each of several processes held."""
+    if accelerator.num_processes > 1:
+        with accelerator.autocast():  # which decides the types of keys and values
+            own = Held.of(model, history.most)
+        console.print(table(gather_object([own])))
+
+
 def tell(found: Spread | None, console: Console) -> None:
     """Print how alike instructions are, and a warning where they are not followed."""
     if found is not None:
@@ -372,11 +393,14 @@ def checkpoint(run: RunFolder, step: Step[Any], history: History, plan: BatchPla
     Raises:
         RunError, HistoryError: it cannot be written.
     """
-    is_main = step.accelerator.is_main_process
-    if is_main and isinstance(step.model, PromptedEmbedder) and (found := spread_of(step.model, plan)):
+    is_main, model = step.accelerator.is_main_process, step.model
+    found = None
+    if takes_part(step.accelerator, model) and isinstance(model, PromptedEmbedder):
+        found = spread_of(model, plan)
+    if found is not None:
         history.spreads.append((step.done, asdict(found)))
         write(step, history, run, {"instructions_alike": found.embeddings})
-    if is_main and isinstance(step.model, PromptEmbedder) and (words := words_of(step.model, plan)):
+    if is_main and isinstance(model, PromptEmbedder) and (words := words_of(model, plan)):
         note(step, history, run, {"words": words})
     states = gather_object([random_state()])
     if is_main:
@@ -392,8 +416,10 @@ def save(run: RunFolder, step: Step[Any], history: History, random_states: list[
 def restore(run: RunFolder, step: Step[Any], history: History) -> None:
     """Put the newest checkpoint back; what the run logged behind it is dropped.
 
+    A process that the run did not have draws random numbers as at its start.
+
     Raises:
-        RunError: it cannot be read, or is not one of this model.
+        RunError: it cannot be read, is not one of this model, or takes a sharded backbone's queries a few at a time.
     """
     state = run.load_checkpoint(step.accelerator.device)
     try:
@@ -404,10 +430,16 @@ def restore(run: RunFolder, step: Step[Any], history: History) -> None:
             f"{run.checkpoints[-1]}: expected a checkpoint of this model, got another or a damaged one"
             f" ({type(error).__name__}: {error}); remove it, and --resume takes the one before"
         ) from error
+    if step.model.backbone.is_sharded and step.micro_batch_size is not None:
+        raise RunError(
+            f"{run.checkpoints[-1]}: expected a step of whole batches with train.shard_backbone, got micro batches of"
+            f" {step.micro_batch_size} queries, to which the run came when memory ran out; go on without the option"
+        )
     if step.accelerator.is_main_process:
         run.history.keep(step.done)
     if "random_states" in state:
-        set_random_state(state["random_states"][step.accelerator.process_index])
+        if (place := step.accelerator.process_index) < len(state["random_states"]):
+            set_random_state(state["random_states"][place])
     else:  # of a checkpoint that kept the main process's CPU state alone
         set_random_state([state["random_state"]])
 
@@ -518,6 +550,8 @@ def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
 def build_plan(recipe: Recipe, console: Console, processes: int = 1) -> BatchPlan:
     """Read the data sets, report what became of every row, and plan the batches, whose number `epochs` may say.
 
+    A batch has `train.batch_size` queries for each of so many processes.
+
     Raises:
         RecipeError: no data set, or no step.
         DataError: see `load_dataset` and `BatchPlan`.
@@ -530,13 +564,13 @@ def build_plan(recipe: Recipe, console: Console, processes: int = 1) -> BatchPla
     for dataset in datasets:
         console.print(str(dataset.report), highlight=False)
     train = recipe.train
-    weights = [item.weight for item in recipe.data]
+    weights, size = [item.weight for item in recipe.data], train.batch_size * processes
     if train.epochs is None:
         steps = train.total_steps
     else:
-        steps = steps_of(train.epochs, datasets, weights, train.batch_size * processes, train.seed)
+        steps = steps_of(train.epochs, datasets, weights, size, train.seed)
         console.print(f"train.epochs = {train.epochs}: {steps:,} steps", highlight=False)
-    return BatchPlan(datasets, weights, steps, train.batch_size, train.seed, recipe.loss.hard_negatives)
+    return BatchPlan(datasets, weights, steps, size, train.seed, recipe.loss.hard_negatives)
 
 
 def describe(model: PromptEmbedder) -> str:
@@ -547,7 +581,25 @@ def describe(model: PromptEmbedder) -> str:
     return f"trainable {sum(trained.values()):,} ({parts}), frozen {frozen:,}; alignment: {model.alignment.report}"
 
 
-def build_model(recipe: Recipe, plan: BatchPlan, device: torch.device) -> PromptEmbedder:
+def mesh_of(recipe: Recipe, accelerator: Accelerator) -> DeviceMesh | None:
+    """The processes of which each holds a part of the backbone; None: each holds the whole.
+
+    Raises:
+        RecipeError: there is one process alone.
+    """
+    if not recipe.train.shard_backbone:
+        return None
+    if accelerator.num_processes == 1:
+        raise RecipeError(
+            "train.shard_backbone: expected several processes, which share the backbone, got one; start them by"
+            " accelerate launch or torchrun, or give --train.shard_backbone=false"
+        )
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def build_model(
+    recipe: Recipe, plan: BatchPlan, device: torch.device, mesh: DeviceMesh | None = None
+) -> PromptEmbedder:
     """The untrained embedder under the recipe's seed, which knows the instructions it will be trained under.
 
     Raises:
@@ -555,7 +607,7 @@ def build_model(recipe: Recipe, plan: BatchPlan, device: torch.device) -> Prompt
         RecipeError: see `check_widths`.
     """
     set_seed(recipe.train.seed)
-    model = PromptEmbedder.from_config(recipe.model, device)
+    model = PromptEmbedder.from_config(recipe.model, device, mesh)
     model.instructions = trained_instructions(recipe.data) | first_wordings(plan.datasets)
     model.training_sets = training_sets(recipe.data)
     model.start(instructions_of(plan))
@@ -582,6 +634,8 @@ def train(
 ) -> dict[str, Scores]:
     """One whole run: data, model, scores before, training, scores after, saved model.
 
+    Of several processes each ends soon after one that ends before its time (see `pe/runs/peers.py`).
+
     Args:
         recipe: what it is made of.
         resume, fresh: see `RunFolder.start`.
@@ -595,17 +649,32 @@ def train(
         RecipeError, EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
         TrainingError: see `fit`.
     """
-    accelerator = build_accelerator(recipe)
-    is_main, run = accelerator.is_main_process, RunFolder(recipe.output)
+    accelerator, run = build_accelerator(recipe), RunFolder(recipe.output)
+    with watching(accelerator, "pe.train", lambda: run.going_on):
+        scores = train_on(accelerator, recipe, run, resume=resume, fresh=fresh, store=store)
+    accelerator.end_training()
+    return scores
+
+
+def train_on(
+    accelerator: Accelerator, recipe: Recipe, run: RunFolder, *, resume: bool, fresh: bool, store: TextStore | None
+) -> dict[str, Scores]:
+    """See `train`."""
+    is_main, count = accelerator.is_main_process, accelerator.num_processes
     console = Console(stderr=True, quiet=not is_main)
+    mesh = mesh_of(recipe, accelerator)
     check_evaluation(recipe.evaluate)
-    plan = build_plan(recipe, console, accelerator.num_processes)
+    planned = (run.began_with() if resume else None) or count
+    plan = build_plan(recipe, console, planned)
+    if planned != count:
+        queries = f"{plan.batch_size:,} queries a step"
+        console.print(f"the batches stay those of {planned} processes, {queries}, now on {count}", highlight=False)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=plan.steps, epochs=None))
-    model = build_model(recipe, plan, accelerator.device)
+    model = build_model(recipe, plan, accelerator.device, mesh)
     model.name = run.path.name
     with stored_texts(model, plan, recipe.train, accelerator, store) as texts:
         if is_main:
-            for note in start_run(run, recipe, model, accelerator.num_processes, resume=resume, fresh=fresh):
+            for note in start_run(run, recipe, model, planned, resume=resume, fresh=fresh):
                 console.print(note, highlight=False)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, recipe, run)
@@ -628,8 +697,9 @@ def run_training(
 ) -> dict[str, Scores]:
     """Of a run whose folder is there: scores before, training, scores after, saved model; the scores."""
     is_main, has_tasks = accelerator.is_main_process, bool(recipe.evaluate.tasks)
+    is_scoring = has_tasks and takes_part(accelerator, model)
     measure, scores = measurer(recipe), dict[str, Scores]()
-    if has_tasks and is_main and recipe.evaluate.before:
+    if is_scoring and recipe.evaluate.before:
         scores["frozen backbone, mean"] = measure(FrozenEncoder(model.backbone, max_length=recipe.model.max_length))
         scores["untrained prompt"] = measure(model)
     accelerator.wait_for_everyone()
@@ -637,27 +707,26 @@ def run_training(
     try:
         history = fit(model, plan, recipe, accelerator, run, resume=resume, evaluate=evaluate)
     except KeyboardInterrupt:
-        kept = f"--resume goes on from {run.checkpoints[-1].name}" if run.checkpoints else "no checkpoint was due yet"
-        console.print(f"interrupted; {kept}", highlight=False)
+        console.print(f"interrupted; {run.going_on}", highlight=False)
         raise
-    accelerator.end_training()
     console.print(history.summary, highlight=False)
+    tell_memory(model, history, accelerator, console)
     if early := early_end(history, recipe.train):
         console.print(early, highlight=False)
     weights = best_of(history, recipe.evaluate.best_by)
     if weights:
         console.print(weights, highlight=False)
     tell(history.spread, console)
+    if is_scoring:
+        scores["trained"] = measure(model)
     if is_main:
-        if has_tasks:
-            scores["trained"] = measure(model)
         write_scores(run.path / "scores.json", scores)
         taken = len(history.losses)
         card = model_card(recipe, model, history.seconds, scores, history.spread, steps=taken, weights=weights)
         model.save_pretrained(run.model, card=card)
         write_yaml(recipe, run.model / "recipe.yaml")
         console.print(f"saved {run.model}", highlight=False)
-    return scores
+    return scores if is_main else {}
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[Path, list[str], bool, bool]:

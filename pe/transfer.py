@@ -33,7 +33,7 @@ from pe.method.backbone import Backbone
 from pe.method.loading import quiet, usable_device
 from pe.method.skip_start import fit_skip
 from pe.model import PromptEmbedder
-from pe.runs.cli import user_errors
+from pe.runs.cli import check_alone, user_errors
 from pe.runs.files import write_text
 from pe.runs.folder import RunFolder, differences, flatten
 from pe.runs.parsers import Parser
@@ -161,6 +161,8 @@ def transfer(
         EvaluationError, DataError, RunError, FileNotFoundError: before the run's folder is touched.
         TrainingError: see `fit`.
     """
+    if recipe.train.shard_backbone:
+        raise RecipeError("train.shard_backbone: expected false, a move is of one process, got true")
     if recipe.evaluate.best_by is not None:
         raise RecipeError("evaluate.best_by: expected null, a move ends with its last weights, got a task")
     check_evaluation(recipe.evaluate)
@@ -237,7 +239,7 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     every = max(1, arguments.steps // 5)
     fixed = [f"--model.backbone.model={arguments.backbone}", f"--output={output}", f"--train.eval_every={every}"]
     fixed += [f"--train.steps={arguments.steps}", "--model.backbone.revision=null"]
-    fixed += ["--evaluate.best_by=null", "--train.patience=null"]
+    fixed += ["--evaluate.best_by=null", "--train.patience=null", "--train.shard_backbone=false"]
     return load_recipe(file, [*fixed, *overrides])
 
 
@@ -260,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     arguments, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     with user_errors("pe.transfer", TrainingError):
+        check_alone("make the whole move", "let it run on one GPU")
         recipe = transfer_recipe(arguments, overrides)
         moved = {"backbone": arguments.source_backbone, "prompter": arguments.prompter}
         result = transfer(Path(arguments.checkpoint), recipe, texts=arguments.texts, fresh=arguments.fresh, **moved)

@@ -372,6 +372,37 @@ RECIPES = (
         "train recipe.yaml --train.text_store_gib=0",
         ("train.text_store_gib: expected a positive number",),
     ),
+    Bad(
+        "a backbone shared by one process",
+        "train recipe.yaml --train.shard_backbone=true --output=new",
+        ("train.shard_backbone: expected several processes, which share the backbone, got one", "torchrun"),
+    ),
+    Bad(
+        "a shared backbone and a store",
+        "train recipe.yaml --train.shard_backbone=true --train.text_store=memory",
+        ("train.text_store: expected 'none' with train.shard_backbone",),
+    ),
+    Bad(
+        "a shared backbone and micro batches",
+        "train recipe.yaml --train.shard_backbone=true --train.micro_batch_size=2",
+        ("train.micro_batch_size: expected null with train.shard_backbone",),
+    ),
+    Bad(
+        "a shared backbone and texts read ahead",
+        "train recipe.yaml --train.shard_backbone=true --train.read_ahead=true",
+        ("train.read_ahead: expected false with train.shard_backbone",),
+    ),
+    Bad(
+        "a shared backbone in 8 bits",
+        "train recipe.yaml --train.shard_backbone=true --model.backbone.quantize=int8",
+        ("backbone.quantize: expected 'none' with train.shard_backbone, got 'int8'",),
+    ),
+    Bad(
+        "a shared backbone in the prefix layout",
+        "train recipe.yaml --train.shard_backbone=true --model.layout=prefix --model.pooling=last --model.reader=none"
+        " --model.skip=none",
+        ("layout: expected 'suffix' with train.shard_backbone",),
+    ),
     Bad("an empty output", "train recipe.yaml --output=", ("output: expected", "got ''")),
     Bad(
         "no soft token",

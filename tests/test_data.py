@@ -629,10 +629,10 @@ def test_plan_is_a_function_of_seed_and_step(three: list[Dataset]) -> None:
 
 
 @pytest.mark.parametrize("count", [8, 9, 11, 15, 16, 17, 20, 29, 100])
-@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("process_count", [1, 3])
 def test_no_row_twice_within_an_epoch_or_a_batch(tmp_path: Path, count: int, process_count: int) -> None:
     dataset = pairs(tmp_path / "set.jsonl", count)
-    plan = BatchPlan([dataset], [1.0], steps=97, batch_size=8 // process_count, seed=1)
+    plan = BatchPlan([dataset], [1.0], steps=97, batch_size=8, seed=1)
     stream = []
     for step in range(97):
         parts = [plan.batch(step, index, process_count).queries for index in range(process_count)]
@@ -665,18 +665,18 @@ def test_orders_of_a_later_epoch_stay_uniform(tmp_path: Path) -> None:
     assert sum((firsts[row] - 100) ** 2 / 100 for row in range(12)) < 40  # chi-square, 11 degrees: p < 4e-5
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_global_batch(three: list[Dataset], process_count: int) -> None:
-    whole, split = three_plan(three), three_plan(three, batch_size=8 // process_count)
-    size = 8 // process_count
+@pytest.mark.parametrize(("process_count", "sizes"), [(2, [4, 4]), (3, [2, 3, 3]), (8, [1] * 8)])
+def test_processes_share_the_global_batch(three: list[Dataset], process_count: int, sizes: list[int]) -> None:
+    plan = three_plan(three)
     for step in range(60):
-        batch = whole.batch(step)
-        parts = [split.batch(step, index, process_count) for index in range(process_count)]
+        batch = plan.batch(step)
+        parts = [plan.batch(step, index, process_count) for index in range(process_count)]
+        assert [len(part.queries) for part in parts] == sizes
         assert {part.dataset for part in parts} == {batch.dataset}
         for name in ("queries", "labels", "query_ids"):
             assert [item for part in parts for item in getattr(part, name)] == list(getattr(batch, name))
-        documents = [text for part in parts for text in part.documents[:size]]
-        documents += [text for part in parts for text in part.documents[size:]]
+        documents = [text for part in parts for text in part.documents[: len(part.queries)]]
+        documents += [text for part in parts for text in part.documents[len(part.queries) :]]
         assert documents == batch.documents
 
 
@@ -722,8 +722,8 @@ def test_plan_refuses_what_it_cannot_do(three: list[Dataset]) -> None:
     with pytest.raises(DataError, match=message):
         three_plan(three, batch_size=22)
     plan = three_plan(three)
-    with pytest.raises(DataError, match="expected at least 24 examples"):
-        [plan.batch(step, 0, 3) for step in range(60)]
+    with pytest.raises(DataError, match="expected a batch of at least 9 rows, one for each process, got 8"):
+        plan.batch(0, 3, 9)
     with pytest.raises(DataError, match="expected at least one data set, got none"):
         BatchPlan([], [], steps=1, batch_size=1, seed=0)
     for weights in ([1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, math.inf]):

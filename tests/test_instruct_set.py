@@ -78,13 +78,12 @@ def test_every_query_has_a_wording_of_its_own_and_the_seed_repeats_them(dataset:
 
 
 def test_processes_share_one_batch(dataset: InstructSet) -> None:
-    whole = BatchPlan([dataset], [1.0], 4, 8, 0)
-    half = BatchPlan([dataset], [1.0], 4, 4, 0)
+    plan = BatchPlan([dataset], [1.0], 4, 8, 0)
     for step in range(4):
-        parts = [half.batch(step, index, 2) for index in range(2)]
-        assert parts[0].queries + parts[1].queries == whole.batch(step).queries
+        batch, parts = plan.batch(step), [plan.batch(step, index, 3) for index in range(3)]
+        assert [len(part.queries) for part in parts] == [2, 2, 4], "no row is parted"
+        assert [query for part in parts for query in part.queries] == batch.queries
         asked = [part.instructions[place] for part in parts for place in part.asked]
-        batch = whole.batch(step)
         assert asked == [batch.instructions[place] for place in batch.asked]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 from pe.baselines.linear import LinearEmbedder
 from pe.method import backbone as backbone_module
@@ -115,11 +118,13 @@ def test_states_near_zero_are_read_too() -> None:
     Backbone(model, byte_tokenizer(), "small").check_states()
 
 
-def test_only_a_skip_needs_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_skip_and_parts_need_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone_module, "stacked_layers", lambda model: None)
     assert build("qwen3")(REQUESTS).shape == (len(TEXTS), 32)
     with pytest.raises(UnsupportedBackbone, match=r"cannot be read \(ValueError: no list of 2 layers\)"):
         build("qwen3", skip="weighted")
+    with pytest.raises(UnsupportedBackbone, match=r"x: it cannot be sharded \(ValueError: no list of 2 layers\)"):
+        Backbone(decoder("qwen3"), byte_tokenizer(), "x", mesh=cast(DeviceMesh, object()))
 
 
 def test_layers_are_found_in_one_list() -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -571,83 +567,6 @@ def test_rate_warms_up_and_decays(schedule: str, end: float) -> None:
     assert values[-1] > 0
 
 
-TWO_PROCESSES = """
-import sys, json, torch, dataclasses
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from accelerate import Accelerator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from pe.runs.recipes import load_recipe
-from pe.losses import backward
-from pe import step as stepping
-from pe.step import average
-from tests.training import new_model, plan_of
-recipe = load_recipe({recipe!r})
-accelerator = Accelerator(cpu=True)
-model = new_model(recipe).eval()
-batch = plan_of(recipe).batch(0, accelerator.process_index, accelerator.num_processes)
-loss = average(backward(model, batch, recipe.loss, accelerator), list(model.parameters()), accelerator)
-if accelerator.process_index == {saving}:
-    torch.save({{"loss": loss}} | {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, {out!r})
-accelerator.end_training()
-"""
-
-
-ONE_SCORES = """
-import sys, json, os
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from pe import train as training
-from pe.evaluate import Scores, TaskScore
-from pe.runs.recipes import load_recipe
-asked = []
-def measure(encoder):
-    asked.append(encoder.name)
-    score = 50.0 + len(asked)
-    sides = {{"instruction": "Find", "document_instruction": None}}
-    task = TaskScore(type="STS", metric="cosine_spearman", score=score, seconds=1.0, **sides)
-    return Scores(model=encoder.name, revision="", tasks={{"a task": task}})
-training.check_evaluation = lambda options: None
-training.measurer = lambda recipe: measure
-scores = training.train(load_recipe({recipe!r}))
-Path({out!r} + os.environ["RANK"]).write_text(json.dumps([asked, list(scores)]))
-"""
-
-
-def run_in_two_processes(folder: Path, script: str, **words: object) -> None:
-    """Run a script, with these words filled in, as both processes of a training."""
-    file = folder / "two.py"
-    file.write_text(script.format(root=str(Path(__file__).parent.parent), **words), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(file)], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=200) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-
-
-def test_one_process_of_two_scores(tiny_models: Path, tmp_path: Path) -> None:
-    changes = {"train__steps": 2, "train__eval_every": 1, "evaluate": {"tasks": ["a task"]}}
-    path = write_recipe(tiny_models, tmp_path, **changes)
-    run_in_two_processes(tmp_path, ONE_SCORES, recipe=str(path), out=str(tmp_path / "of-"))
-    (asked, scores), other = (json.loads((tmp_path / f"of-{rank}").read_text(encoding="utf-8")) for rank in range(2))
-    assert len(asked) == 2 + 2 + 1, "before training, after each of its steps, at its end"
-    assert scores == ["frozen backbone, mean", "untrained prompt", "trained"]
-    assert other == [[], []]
-    state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"))
-    assert [score[::2] for score in state["history"]["scores"]] == [(1, 53.0), (2, 54.0)]
-
-
 @pytest.mark.parametrize("before", [False, True])
 def test_scores_before_training_may_be_left_out(
     tiny_models: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
@@ -663,22 +582,6 @@ def test_scores_before_training_may_be_left_out(
     expected = ["frozen backbone, mean", "untrained prompt", "trained"] if before else ["trained"]
     assert list(train(load_recipe(recipe))) == expected
     assert list(json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))) == expected
-
-
-@pytest.mark.parametrize("saving", [0, 1])
-def test_two_processes_equal_one_of_twice_the_batch(tiny_models: Path, tmp_path: Path, saving: int) -> None:
-    path = write_recipe(tiny_models, tmp_path)
-    out = tmp_path / "gradients.pt"
-    run_in_two_processes(tmp_path, TWO_PROCESSES, recipe=str(path), out=str(out), saving=saving)
-    recipe = load_recipe(path, ["--train.batch_size=12"])
-    model = new_model(recipe).eval()
-    loss = backward(model, plan_of(recipe).batch(0), recipe.loss, accelerator())
-    together = torch.load(out, weights_only=True)
-    expected = gradients(model)
-    assert together.pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)
-    scale = max(g.norm().item() for g in expected.values())
-    assert together.keys() == expected.keys()
-    assert all((together[name] - expected[name]).norm().item() < 1e-4 * scale for name in expected)
 
 
 def test_a_whole_run_writes_what_it_promises(tiny_models: Path, tmp_path: Path) -> None:

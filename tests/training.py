@@ -8,6 +8,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
 
 from pe.config import Recipe
 from pe.data.batches import BatchPlan
@@ -44,9 +45,9 @@ def write_recipe(models: Path, folder: Path, **changes: object) -> Path:
     return path
 
 
-def new_model(recipe: Recipe) -> PromptEmbedder:
+def new_model(recipe: Recipe, mesh: DeviceMesh | None = None) -> PromptEmbedder:
     torch.manual_seed(recipe.train.seed)
-    model = PromptEmbedder.from_config(recipe.model)
+    model = PromptEmbedder.from_config(recipe.model, mesh=mesh)
     with torch.no_grad():
         for parameter in model.backbone.reader_parameters():  # the adapters start as the identity; let them act
             parameter += 0.05 * torch.randn(parameter.shape)

@@ -134,7 +134,8 @@ class BatchPlan:
 
     Each step's data set is drawn by weight. Within a data set the rows follow seeded permutations, one an epoch; the
     batch that ends an epoch is filled from the next one and holds no row twice. More steps or a later start change
-    nothing in the batches before, and the P batches of P processes are together the one batch of P times the size.
+    nothing in the batches before, and the parts of several processes are together the batch, whether or not they are of
+    one size.
 
     Raises:
         DataError: no data set, or one with fewer rows than a batch.
@@ -150,6 +151,7 @@ class BatchPlan:
         seed: int,
         hard_negatives: int = 1,
     ) -> None:
+        """Plan so many steps of `batch_size` queries, on all processes together."""
         if not datasets:
             raise DataError("data: expected at least one data set, got none")
         if len(weights) != len(datasets) or not all(0 < weight < math.inf for weight in weights):
@@ -159,23 +161,22 @@ class BatchPlan:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.datasets = tuple(datasets)
         self.steps, self.batch_size, self.seed, self.hard_negatives = steps, batch_size, seed, hard_negatives
-        for which in range(len(self.datasets)):
-            self._rows(which, batch_size)
+        self._rows: list[int] = [self._rows_of_a_batch(dataset) for dataset in self.datasets]
         self.sets: Ints = draws(weights, steps, seed)
         """Place of each step's data set, [steps]."""
         self._turns = np.zeros(steps, dtype=np.int64)  # how many earlier steps drew the same set
         for which in range(len(self.datasets)):
             mine = self.sets == which
             self._turns[mine] = np.arange(mine.sum())
-        self._orders: dict[tuple[int, int], dict[int, Ints]] = {}
+        self._orders: list[dict[int, Ints]] = [{} for _ in self.datasets]
 
-    def _rows(self, which: int, size: int) -> int:
-        """Rows of a data set that `size` queries are made of.
+    def _rows_of_a_batch(self, dataset: TrainingSet) -> int:
+        """Rows of a data set that the queries of a batch are made of.
 
         Raises:
             DataError: it has fewer, or a row's queries would be parted.
         """
-        dataset = self.datasets[which]
+        size = self.batch_size
         rows, left = divmod(size, dataset.queries_of_a_row)
         if left:
             raise DataError(
@@ -189,14 +190,13 @@ class BatchPlan:
             )
         return rows
 
-    def _order(self, which: int, epoch: int, size: int) -> Ints:
-        """Row order of an epoch for batches of `size`.
+    def _order(self, which: int, epoch: int) -> Ints:
+        """Row order of an epoch.
 
         It depends on the epoch before, with which it may share a batch, so orders are built from the first epoch on;
         the last two are kept.
         """
-        known = self._orders.setdefault((which, size), {})
-        rows = len(self.datasets[which])
+        known, rows, size = self._orders[which], len(self.datasets[which]), self._rows[which]
         start = max((built for built in known if built <= epoch), default=-1)
         if start < 0:
             known.clear()
@@ -209,23 +209,34 @@ class BatchPlan:
         return known[epoch]
 
     def rows(self, step: int, process_index: int = 0, process_count: int = 1) -> tuple[Ints, Ints]:
-        """Epochs and row numbers that one process's queries are made of, both [B], or fewer."""
+        """Epochs and row numbers that one process's part of a batch is made of, both [B], or fewer.
+
+        Raises:
+            DataError: there are fewer rows than processes.
+        """
         if not 0 <= step < self.steps:
             raise ValueError(f"step: expected a value in [0, {self.steps}), got {step}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index: expected a value in [0, {process_count}), got {process_index}")
         which = int(self.sets[step])
-        size, own = self._rows(which, self.batch_size * process_count), self._rows(which, self.batch_size)
-        start = int(self._turns[step]) * size + process_index * own
-        epochs, places = np.divmod(np.arange(start, start + own), len(self.datasets[which]))
-        chosen = [self._order(which, int(epoch), size)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        size = self._rows[which]
+        if size < process_count:
+            raise DataError(
+                f"{self.datasets[which].config.path}: expected a batch of at least {process_count} rows, one for each"
+                f" process, got {size}; give a larger batch_size, or start fewer processes"
+            )
+        first, end = (
+            int(self._turns[step]) * size + n * size // process_count for n in (process_index, process_index + 1)
+        )
+        epochs, places = np.divmod(np.arange(first, end), len(self.datasets[which]))
+        chosen = [self._order(which, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return epochs, np.concatenate(chosen)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The texts of a step on one of the processes, each with `batch_size` queries.
+        """The texts of a step on one of the processes, which share the rows as evenly as they can.
 
         Raises:
-            DataError: the data set has fewer rows than the batches of all processes together.
+            DataError: see `rows`.
         """
         epochs, rows = self.rows(step, process_index, process_count)
         which = int(self.sets[step])

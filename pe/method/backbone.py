@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe.config import BackboneConfig, LoraSettings, Quantize
@@ -35,6 +36,7 @@ from pe.method.loading import (
 from pe.method.packing import CPU_TOKENS, Segments, neighbours, pack, to_device
 from pe.method.quantized import EightBitLinears, usable
 from pe.method.rms_norm import fuse_norms, stock_norms
+from pe.method.sharded import shard
 from pe.method.text_store import TextStore
 from pe.method.turns import Turns
 
@@ -78,6 +80,7 @@ class Backbone(nn.Module):
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
         eight_bits: the linear layers that read texts in 8 bits, or None.
+        is_sharded: whether each process holds a part of its layers, and all run each at the same time.
         turns: what threads that share it wait for; whoever runs it holds it (see `pe/method/turns.py`).
         text_store: where texts that were read are kept, and looked for first; None: nowhere.
     """
@@ -89,11 +92,15 @@ class Backbone(nn.Module):
         name: str,
         revision: str | None = None,
         quantize: Quantize = "none",
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Take over `model`: freeze it, fuse its norms, switch it to packed attention, check that this changes nothing.
 
+        With a mesh of processes each keeps its part of the layers (see `pe/method/sharded.py`).
+
         Raises:
-            UnsupportedBackbone: the architecture keeps state outside attention, or the parity probe found a difference.
+            UnsupportedBackbone: the architecture keeps state outside attention, the parity probe found a difference, or
+                the layers cannot be sharded.
             ValueError: see `TextTokenizer` and `EightBitLinears`.
         """
         super().__init__()
@@ -110,11 +117,17 @@ class Backbone(nn.Module):
         fuse_norms(self.model)
         self.final_norm = find_final_norm(self.model)
         self.eight_bits = None if quantize == "none" else EightBitLinears(self.model, quantize)
+        self.is_sharded = mesh is not None
+        if mesh is not None:
+            with probes.refused(probes.UnsupportedBackbone, f"{name}: it cannot be sharded", "; train it whole"):
+                shard(self.model, self._layers(), mesh)
         self.check_parity()
 
     @classmethod
-    def from_pretrained(cls, config: BackboneConfig, device: torch.device) -> Backbone:
+    def from_pretrained(cls, config: BackboneConfig, device: torch.device, mesh: DeviceMesh | None = None) -> Backbone:
         """Load by folder or hub name; `trust_remote_code` stays off.
+
+        With a mesh (see `__init__`) each process loads the whole on the CPU, and its part goes to the device.
 
         Raises:
             FileNotFoundError: neither a folder nor a name that the hub or its cache has.
@@ -126,7 +139,9 @@ class Backbone(nn.Module):
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype or "auto")
         revision = content_of(model, config.model, config.revision)
         quantize = usable(config.quantize, device)
-        return cls(model.to(device), tokenizer, config.model, revision, quantize)  # type: ignore[arg-type]
+        if mesh is None:
+            model.to(device)  # type: ignore[arg-type]
+        return cls(model, tokenizer, config.model, revision, quantize, mesh)
 
     @property
     def device(self) -> torch.device:
@@ -229,11 +244,12 @@ class Backbone(nn.Module):
     def read(self, texts: Sequence[Sequence[int]], pool: Pool | None = None, *, exact: bool = False) -> KeyValues:
         """The frozen text pass: keys and values of every text, without gradient, without the reader.
 
-        The last layer stops at its keys and values: nothing behind them can reach a later token. The states that enter
-        it go through `pool`, which may have weights that train; `check_states` says whether they can be had. With
-        `exact`, and always with a text store, a small pass on a CPU is filled up to `EXACT_TOKENS`.
+        The last layer, unless it is sharded, stops at its keys and values: nothing behind them can reach a later token.
+        The states that enter it go through `pool`, which may have weights that train; `check_states` says whether they
+        can be had. With `exact`, and always with a text store, a small pass on a CPU is filled up to `EXACT_TOKENS`.
         """
-        parts = neighbours(texts, CPU_TOKENS) if self.device.type == "cpu" else [texts]
+        is_cut = self.device.type == "cpu" and not self.is_sharded
+        parts = neighbours(texts, CPU_TOKENS) if is_cut else [texts]
         return attention.joined([self._read(part, pool, exact) for part in parts])
 
     def _read(self, texts: Sequence[Sequence[int]], pool: Pool | None, exact: bool) -> KeyValues:
@@ -264,8 +280,9 @@ class Backbone(nn.Module):
         total = sum(map(len, texts))
         filler = max(0, EXACT_TOKENS - total) if exact and self.device.type == "cpu" else 0
         ids, segments = pack([*texts, *[[0]] * filler], self.device)
-        plan = AttentionPlan(segments, keep=True, filler=filler, stop_after=self.num_layers - 1)
-        with torch.no_grad(), self.as_texts_are_read(), self._entering_last_layer(with_states) as states:
+        last = None if self.is_sharded else self.num_layers - 1  # a sharded layer lets its weights go when it returns
+        plan = AttentionPlan(segments, keep=True, filler=filler, stop_after=last)
+        with torch.no_grad(), self.as_texts_are_read(), self.entering_last_layer(with_states) as states:
             with contextlib.suppress(LastLayerReached):
                 self._run(self.token_rows(ids), plan, (0,) * len(segments))
             kept = self._kept(plan)
@@ -274,7 +291,7 @@ class Backbone(nn.Module):
         return KeyValues(kept.layers, own, attention.compact(states[0][0][:total]) if with_states else None)
 
     @contextlib.contextmanager
-    def _entering_last_layer(self, wanted: bool) -> Iterator[list[Tensor]]:
+    def entering_last_layer(self, wanted: bool = True) -> Iterator[list[Tensor]]:
         """The states `[1, T, D]` that enter the last layer, in a list that is filled when it is called, if `wanted`."""
         states: list[Tensor] = []
         if not wanted:
@@ -284,14 +301,22 @@ class Backbone(nn.Module):
         def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             states.append(arguments[0] if arguments else options["hidden_states"])
 
-        layers = stacked_layers(self.model)
-        if layers is None:
-            raise ValueError(f"no list of {self.num_layers} layers")
-        handle = layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        handle = self._layers()[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield states
         finally:
             handle.remove()
+
+    def _layers(self) -> nn.ModuleList:
+        """The decoder's layers, first to last.
+
+        Raises:
+            ValueError: they do not stand in one list.
+        """
+        layers = stacked_layers(self.model)
+        if layers is None:
+            raise ValueError(f"no list of {self.num_layers} layers")
+        return layers
 
     def token_rows(self, ids: Tensor) -> Tensor:
         """Input embeddings `[T, D]` of token ids `[T]`."""

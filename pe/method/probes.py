@@ -139,11 +139,7 @@ def check_states(backbone: Backbone) -> None:
     with refused(UnsupportedBackbone, fault, cure):
         means = backbone.read([ids], mean_states).pooled
         with backbone.reader_off():
-            stock = sharing_weights(backbone.model)  # transformers leaves hooks in what it has asked for states
-            stock.set_attn_implementation(backbone.stock_attention)
-            tokens = torch.tensor([ids], device=backbone.device)
-            with backbone.eight_bits.acting(stock) if backbone.eight_bits else contextlib.nullcontext():
-                states = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0].float()
+            states = _stock_states(backbone, ids).float()
         expected = F.normalize(standardize(states).mean(0, keepdim=True), dim=-1)
         agree = (
             means is not None
@@ -152,6 +148,22 @@ def check_states(backbone: Backbone) -> None:
         )
     if not agree:
         raise UnsupportedBackbone(f"{fault} (they differ from the stock model's){cure}")
+
+
+def _stock_states(backbone: Backbone, ids: Sequence[int]) -> Tensor:
+    """What enters the stock model's last layer, `[L, D]`, as transformers says it or, of layers that are sharded and
+    cannot be copied, as it does.
+    """
+    if backbone.is_sharded:
+        with backbone.entering_last_layer() as states:
+            backbone.stock_forward(ids)
+        return states[0][0]
+    stock = sharing_weights(backbone.model)  # transformers leaves hooks in what it has asked for states
+    stock.set_attn_implementation(backbone.stock_attention)
+    tokens = torch.tensor([list(ids)], device=backbone.device)
+    with backbone.eight_bits.acting(stock) if backbone.eight_bits else contextlib.nullcontext():
+        found: Tensor = stock(tokens, use_cache=False, output_hidden_states=True).hidden_states[-2][0]
+    return found
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -445,10 +445,12 @@ class PromptedEmbedder(TrainableModule):
     def use_graphs(self, on: bool) -> None:
         """From now on run the small passes with gradient by CUDA graphs, or no longer.
 
-        That needs a GPU, the suffix layout and no dropout, whose random numbers a recording takes in another order;
-        prompts that depend on the text, too, are launched. Weights must stay where they are meanwhile.
+        That needs a GPU, the suffix layout, a backbone that is not sharded, and no dropout, whose random numbers a
+        recording takes in another order; prompts that depend on the text, too, are launched. Weights must stay where
+        they are meanwhile.
         """
-        is_possible = self.device.type == "cuda" and self.config.layout == "suffix" and not self.has_dropout
+        is_here = self.device.type == "cuda" and not self.backbone.is_sharded
+        is_possible = is_here and self.config.layout == "suffix" and not self.has_dropout
         self.captured = self._new_captured() if on and is_possible else None
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,15 @@ def end(command: str, message: str) -> NoReturn:
     """End the program with code 2 and one sentence on stderr."""
     print(f"{command.removeprefix('python -m ')}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_alone(deed: str, advice: str) -> None:
+    """Raise ValueError where torch.distributed has started several processes, each of which would do the same."""
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ValueError(
+            f"expected one process, got {processes} of torch.distributed (WORLD_SIZE), each of which would {deed};"
+            f" start it once, and {advice}"
+        )
 
 
 @contextmanager

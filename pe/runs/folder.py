@@ -6,6 +6,7 @@ A run's folder holds `recipe.yaml`, `checkpoints/step-000100.pt`, `logs/` (Tenso
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from pe.runs.recipes import load_recipe, write_yaml
 
 EXTENDED = ("train.steps", "train.patience")
 """What may be larger when a run goes on."""
-FREE = ("output", "license", "train.log_with", "train.text_store", "train.text_store_gib")
+FREE = ("output", "license", "train.log_with", "train.text_store", "train.text_store_gib", "train.shard_backbone")
 """Options that may change when a run goes on: its folder may have been moved, and the others change no result."""
 LEFT_OVER = {"recipe.yaml", "checkpoints", "logs", "history.jsonl", "plots", "faults", "report.html"}
 """What a run that ended before its first checkpoint leaves."""
@@ -72,6 +73,23 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         found = {path.stem.removeprefix("step-"): path for path in (self.path / "checkpoints").glob("step-*.pt")}
         return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+    @property
+    def going_on(self) -> str:
+        """What becomes of a run that is interrupted now."""
+        newest = self.checkpoints[-1:]
+        return f"--resume goes on from {newest[0].name}" if newest else "no checkpoint was due yet"
+
+    def began_with(self) -> int | None:
+        """Processes among which the batches of the run were planned, as its newest checkpoint says; None without one.
+
+        Damaged checkpoints, which `start` sets aside, are passed over.
+        """
+        for path in reversed(self.checkpoints):
+            with contextlib.suppress(RunError):
+                conditions = read_checkpoint(path, torch.device("cpu"), mmap=True).get("conditions") or {}
+                return conditions.get("processes")
+        return None
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether a run of the recipe was trained, scored and saved here.
@@ -292,7 +310,7 @@ def conditions_of(recipe: Recipe, processes: int, **contents: str | None) -> dic
 
     Args:
         recipe: whose local data files count by their content.
-        processes: how many train.
+        processes: how many the batches were planned for, each with `train.batch_size` queries.
         contents: what else counts, by name: the models' revisions.
     """
     found: dict[str, Any] = {"processes": processes}
