@@ -32,8 +32,9 @@ POINTS = {
     "lora-weighted-dropless-longer": "LoRA without dropout, 4 times the steps",
     "lora-last-layers": "LoRA without dropout, on the upper half of the layers",
 }
-REAL, FOLLOWED, UNSEEN = "smollm2-135m.yaml", "PE-Instruct-NLI", "right_unseen"
-"""The recipe of a real backbone, and what says whether instructions are followed."""
+REAL = ("smollm2-135m.yaml", "models/smollm2-135m")
+FOLLOWED, UNSEEN = "PE-Instruct-NLI", "right_unseen"
+"""The recipe and its real backbone, and what says whether instructions are followed."""
 PLOT = "summary.svg"
 LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")
@@ -84,7 +85,8 @@ def real_rows(folder: Path) -> list[list[str]]:
 
     Of LoRA's rates the one that scores highest on the plain tasks.
     """
-    timed_whole = (row for row in records.read("instruct", folder) if row["recipe"] == REAL and not row.get("stored"))
+    rows_of_it = (row for row in records.read("instruct", folder) if (row["recipe"], row["backbone"]) == REAL)
+    timed_whole = (row for row in rows_of_it if not row.get("stored"))
     newest = {(row["steps"], dtype_of(row), row["system"], row["rate"]): row for row in timed_whole}
     rows = []
     for steps, dtype in dict.fromkeys(key[:2] for key in newest):

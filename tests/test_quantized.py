@@ -7,6 +7,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,7 +239,8 @@ def test_a_saved_embedder_loads_as_it_was_trained(tiny_models: Path, tmp_path: P
     ours, theirs = (m.encode(texts, instruction="find") for m in (model, again))
     assert (ours == theirs).all()
     copied = copy.deepcopy(model)
-    assert (copied.encode(texts, instruction="find") == ours).all()
+    # Equal to rounding: where a copy's weights lie decides how some processors add up
+    np.testing.assert_allclose(copied.encode(texts, instruction="find"), ours, atol=1e-6)
 
 
 def test_a_device_without_instructions_reads_unquantised(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
