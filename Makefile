@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train train-tiny test lint docs bench audit oldest clean
+.PHONY: train train-tiny test pytest lint docs bench audit oldest clean
 
 train: .venv/ready
 	@if $(BIN)/python -m pe.models smollm2-135m; then set -x; \
@@ -12,8 +12,12 @@ train: .venv/ready
 train-tiny: .venv/ready
 	$(BIN)/python -m pe.train recipes/tiny.yaml --fresh
 
-test: .venv/ready lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Side by side: mypy has one thread
+test: .venv/ready
+	$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20
 
 lint: .venv/ready
 	$(BIN)/ruff check .

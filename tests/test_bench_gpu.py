@@ -176,18 +176,16 @@ def selection(stage: Stage) -> Sequence[str]:
 def test_every_gpu_test_belongs_to_one_stage() -> None:
     (*full, packed, sanitizer), (*quick, _, _) = gpu.tests(False), gpu.tests(True)
     everything = ["tests/kernels/test_gpu.py"]
-    every, *parts = collected(everything, *map(selection, [*full, sanitizer]), selection(quick[0]))
-    fewer = parts.pop()
+    chosen = [*full, sanitizer, quick[0], quick[OPS.index("prompt_rows")], packed]
+    every, *parts, fewer, of_rows, of_packed = collected(everything, *map(selection, chosen))
     assert all(parts)
     assert set.union(*parts) == every
     assert sum(map(len, parts)) == len(every)
     assert fewer < parts[0]
     assert not [test for test in fewer if "compiles" in test or "fp32" in test]
-    of_rows = collected(selection(quick[OPS.index("prompt_rows")]))[0]
     assert any("fp32" in test for test in of_rows)
     assert any("mixed" in test for test in of_rows)
     assert "-x" in quick[0].command
-    (of_packed,) = collected(selection(packed))
     assert of_packed
 
 

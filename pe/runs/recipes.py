@@ -128,16 +128,22 @@ def _line_of(node: yaml.Node, option: str) -> int | None:
     return line
 
 
-def build_parser(kind: type, **settings: Any) -> ArgumentParser:
+def build_parser(kind: type) -> ArgumentParser:
     """An argument parser with every field of `kind` as an option; errors are raised, not printed."""
-    parser = ArgumentParser(exit_on_error=False, **settings)
-    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     return parser
 
 
-_recipe_parser = functools.cache(lambda: build_parser(Recipe))
-"""Made once: most of the time of reading a recipe."""
+_model_parser = functools.cache(lambda: build_parser(ModelConfig))
+
+
+@functools.cache
+def _recipe_parser() -> ArgumentParser:
+    """Made once, as the model's: most of the time of reading a recipe or a saved configuration."""
+    parser = build_parser(Recipe)
+    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    return parser
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -201,8 +207,7 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     alignment = values.get("alignment")
     if isinstance(alignment, dict) and _removed(f"model.alignment.init: {alignment.get('init')}"):
         values = values | {"alignment": alignment | {"init": "least_squares"}}  # it told where training started
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModelConfig)
+    parser = _model_parser()
     try:
         return ModelConfig(**vars(parser.instantiate_classes(parser.parse_object(YOUNGER | values))))
     except (ArgumentError, TypeError, ValueError) as error:

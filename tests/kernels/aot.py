@@ -160,9 +160,11 @@ CASES: list[tuple[str, str, tuple[str, ...], Callable[..., None], tuple[Any, ...
     ("info_nce", "small", ("gfx942",), info_nce, (16, 48, 384, False)),
 ]
 FIRST = ("default", "few rows", "weighted")
+TESTED = {"sm_90": ("bf16", "fp32"), "sm_100": ("bf16", "fp16")}
+"""What the tests compile, where it is not every dtype: each for two generations of NVIDIA's chips and for AMD's."""
 
 
-def record(target: str, candidates: bool = False) -> Iterator[Launch]:
+def record(target: str, candidates: bool = False, dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Launch]:
     """Every distinct launch of the cases of `target`; or those of FIRST in bf16, with a tuning candidate each."""
     calls: list[tuple[JITFunction, dict[str, Any]]] = []
 
@@ -194,7 +196,7 @@ def record(target: str, candidates: bool = False) -> Iterator[Launch]:
         is_first = case in FIRST
         if target not in targets or (candidates and not is_first):
             continue
-        for dtype_name in DTYPES if is_first and not candidates else ("bf16",):
+        for dtype_name in dtypes if is_first and not candidates else ("bf16",):
             dtype = DTYPES[dtype_name]
             calls.clear()
             call(module, dtype, *arguments)
@@ -207,6 +209,19 @@ def record(target: str, candidates: bool = False) -> Iterator[Launch]:
                     name = f"{kernel.fn.__module__}:{kernel.__name__}"
                     what = "candidate" if candidates else case
                     yield Launch(op=op, case=what, kernel=name, target=target, dtype=dtype_name, arguments=kwargs)
+
+
+def in_graphs() -> list[Launch]:
+    """A launch for each way through a kernel, as torch.compile has it.
+
+    In which types a kernel computes is not its blocks' doing, nor its target's: the one that compiles in least time.
+    """
+    ways: dict[tuple[Any, ...], Launch] = {}
+    for launch in record("gfx942", dtypes=("bf16",)):
+        names = [name for name in launch.arguments if name.isupper() and len(name) > 1 and name[:6] != "BLOCK_"]
+        flags = [(name, launch.arguments[name]) for name in names]
+        ways.setdefault((launch.kernel, *flags), replace(launch, case=f"{launch.case}, in a graph", in_graph=True))
+    return list(ways.values())
 
 
 def compile_launch(launch: Launch) -> Result:
@@ -333,17 +348,15 @@ def _cell(variants: list[Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--op", help="only this op")
-    parser.add_argument("--more", action="store_true", help="also sm_90 with a tuning candidate, and in a graph")
+    parser.add_argument("--op", nargs="*", default=OPS, choices=OPS, help="only these ops")
+    parser.add_argument("--tested", action="store_true", help="TESTED, sm_90 with a tuning candidate, and graphs")
     arguments = parser.parse_args()
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET"
-    launches = [launch for target in TARGETS for launch in record(target)]
-    if arguments.more:
-        launches += record("sm_90", candidates=True)
-        in_half = [launch for launch in record("sm_90") if launch.dtype == "bf16"]
-        launches += [replace(launch, case=f"{launch.case}, in a graph", in_graph=True) for launch in in_half]
-    if arguments.op:
-        launches = [launch for launch in launches if launch.op == arguments.op]
+    dtypes = TESTED if arguments.tested else {}
+    launches = [launch for target in TARGETS for launch in record(target, dtypes=dtypes.get(target, tuple(DTYPES)))]
+    if arguments.tested:
+        launches += [*record("sm_90", candidates=True), *in_graphs()]
+    launches = [launch for launch in launches if launch.op in arguments.op]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:

@@ -229,8 +229,8 @@ def test_a_bad_sequence_stays_alone(impl: str) -> None:
 def test_a_window_of_everything_is_none(impl: str) -> None:
     """Near 2^31 it would wrap around where it is added to a position."""
     lengths, parts = [40, 5], [70, 9]
-    q, k, v = (torch.randn(45, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
-    context_k, context_v = (torch.randn(79, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    q, k, v = (torch.randn(45, heads, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1))
+    context_k, context_v = (torch.randn(79, 1, 16, device=DEVICE, requires_grad=True) for _ in range(2))
     leaves, results = (q, k, v, context_k, context_v), []
     for window in (None, 2**31 - 1, 110):
         out = context_attention(

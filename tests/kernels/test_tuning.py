@@ -105,10 +105,12 @@ def test_a_chip_that_fits_nothing_else_keeps_the_default(kernel: Kernel, monkeyp
 
 
 @pytest.mark.parametrize(
-    "name", ["mixture tied", "rows aligned", "attention shared", "pool mean rms", "contrast masked"]
+    "name",
+    ["rows aligned"]
+    + (["mixture tied", "attention shared", "pool mean rms", "contrast masked"] if DEVICE == "cuda" else []),
 )
 def test_a_tuned_op_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter nothing is tuned; on a GPU something is, and the result stands."""
+    """In the interpreter nothing is tuned, of whichever op; on a GPU something is, and the result stands."""
     problem: Any = PROBLEMS[name](torch.float32, DEVICE, DEVICE == "cuda")
     expected = forward_backward(problem.run, problem.inputs, "triton", torch.float32)
     monkeypatch.setenv("PE_AUTOTUNE", "1")

@@ -88,10 +88,10 @@ def test_no_buffer_grows_with_rows_times_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["fused", "chunked"])
-@pytest.mark.parametrize("upstream", [1e-6, 1e-5, 1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("upstream", [1e-6, 1e-4, 100.0])
 def test_half_precision_gradients_of_any_size(upstream: float, frozen: bool) -> None:
     """P (dP - delta) of an entry is far below fp16's smallest number where the upstream gradient is small."""
-    h, e, ds = (torch.randn(n, 32, device=DEVICE).half() for n in (3, 2000, 3))
+    h, e, ds = (torch.randn(n, 32, device=DEVICE).half() for n in (3, 1000, 3))
     e, ds = e / 4, ds * upstream
     got, wide = ([h.clone().requires_grad_(), e.clone().requires_grad_(not frozen)] for _ in range(2))
     vocab_mixture(*got, got[1], impl="triton").backward(ds)
@@ -133,10 +133,10 @@ def test_a_transposed_upstream(frozen: bool) -> None:
 
 def test_sums_over_rows_keep_their_room() -> None:
     """The gradient of an embedding is a sum over rows that fits fp16, but not at the scale of its summands."""
-    h, e_in = torch.zeros(1600, 16, device=DEVICE).half(), torch.randn(40, 16, device=DEVICE).half()
-    h[:, 0] = 60.0
-    e_out = (1e-3 * torch.randn(40, 16, device=DEVICE)).half().requires_grad_()
-    vocab_mixture(h, e_out, e_in, impl="triton").backward(torch.full((1600, 16), 1e-3, device=DEVICE).half())
+    h, e_in = torch.zeros(100, 16, device=DEVICE).half(), torch.randn(40, 16, device=DEVICE).half()
+    h[:, 0] = 960.0
+    e_out = (1e-4 * torch.randn(40, 16, device=DEVICE)).half().requires_grad_()
+    vocab_mixture(h, e_out, e_in, impl="triton").backward(torch.full((100, 16), 1e-3, device=DEVICE).half())
     assert e_out.grad is not None
     assert 8 < e_out.grad.abs().max() < 100
 
