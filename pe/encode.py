@@ -35,7 +35,7 @@ from pe.bulk.columns import Embeddings, column_names, shortened, table_of, vecto
 from pe.bulk.command import encode_folder
 from pe.bulk.engines import EngineName
 from pe.bulk.job import SHARD_ROWS
-from pe.config import Dtype
+from pe.config import Dtype, StoreDtype
 from pe.data.records import (
     DataError,
     Record,
@@ -221,6 +221,7 @@ def encode_file(
     overwrite: bool = False,
     store: str | None = None,
     store_gib: float = DEFAULT_GIB,
+    store_dtype: StoreDtype = "same",
 ) -> None:
     """Embed the texts of a file.
 
@@ -246,6 +247,7 @@ def encode_file(
         overwrite: replace an existing output; a folder that goes on is not begun again.
         store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
         store_gib: its size in GiB.
+        store_dtype: int8 keeps keys and values rounded, in about half of the bytes.
     """
     target = Path(output)
     suffix = target.suffix.lower()
@@ -277,7 +279,9 @@ def encode_file(
         print(f"no --instruction, so {side} texts go under {instructions[0]!r}", file=sys.stderr)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent))
-        kept = None if store is None else stack.enter_context(TextStore.open(check_folder(store), store_gib))
+        kept = None
+        if store is not None:
+            kept = stack.enter_context(TextStore.open(check_folder(store), store_gib, store_dtype))
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True, store=kept
         )
@@ -361,7 +365,7 @@ def encode(**given: Any) -> None:
             raise ValueError(f"output: expected a path, or a folder of shards at an address, got {given['output']}")
         encode_file(**given)
         return
-    del given["keep"], given["store_gib"]  # every column is kept, and nothing is stored
+    del given["keep"], given["store_gib"], given["store_dtype"]  # every column is kept, and nothing is stored
     instruction = given.pop("instruction")
     chosen = {name: given.pop(name) for name in OF_FOLDERS}
     encode_folder(

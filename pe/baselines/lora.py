@@ -28,8 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from pe.baselines.common import Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
 from pe.method.adapters import lora_config, prepare_adapters
-from pe.method.backbone import Backbone, stacked_layers
+from pe.method.backbone import Backbone
 from pe.method.encoder import Embed
+from pe.method.layers import stacked_layers
 from pe.method.packing import inverse, pack, to_device
 from pe.method.requests import Instruction, Requests, Side, Truncation
 from pe.method.rms_norm import restore_norms
