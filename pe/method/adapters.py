@@ -68,8 +68,8 @@ def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> N
     for layer in model.modules() if fused else ():
         if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
             layer.__class__ = FusedLinear
-            fused = cast(FusedLinear, layer)
-            fused.eight_bits = fused.shared_rows = None
+            own = cast(FusedLinear, layer)
+            own.eight_bits = own.shared_rows = None
 
 
 def quantize_adapted(model: nn.Module, kind: Kind) -> None:
