@@ -91,8 +91,9 @@ def results(layer: lora.Linear, x: Tensor) -> list[Tensor]:
 def test_a_weight_in_8_bits_has_the_gradient_of_what_it_stands_for(layers: Layers, bias: bool) -> None:
     """Against PEFT's layer with that weight; its output with the input rounded, too, on the way to that weight."""
     quantize_adapted(layers.ours, "int8")
-    assert layers.ours.eight_bits is not None
-    layers.stock.base_layer.weight = nn.Parameter(layers.ours.eight_bits.dequantized(torch.float32), False)
+    narrow = layers.ours.eight_bits
+    assert narrow is not None
+    layers.stock.base_layer.weight = nn.Parameter(narrow.plain() * narrow.scale[:, None], False)
     for layer in layers if bias else ():
         layer.base_layer.bias = nn.Parameter(torch.arange(48.0), requires_grad=False)
     x = torch.randn(2, 20, 32, requires_grad=True)

@@ -178,10 +178,11 @@ class LowRankSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
-        if ctx.eight_bits is not None:
-            weight = ctx.eight_bits.dequantized(x.dtype)
         of_low = scaled_product(upstream, up, ctx.scale)
-        of_x = (upstream @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_product = upstream @ weight if ctx.eight_bits is None else ctx.eight_bits.gradient(upstream)
+            of_x = of_product.addmm_(of_low, down)
         return of_x, None, None, of_low.T @ x, scaled_product(upstream.T, low, ctx.scale), None, None
 
 

@@ -161,12 +161,16 @@ class EightBitLinear(nn.Module):
 
     def plain(self) -> Tensor:
         """The values as `[N, K]`."""
-        values = self.values.to_dense() if self.values.is_mkldnn else self.values
-        return values.t().contiguous()
+        return self._unpacked().t().contiguous()
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight `[N, K]` that it stands for."""
-        return (self.plain().float() * self.scale[:, None]).to(dtype)
+    def _unpacked(self) -> Tensor:
+        """The values as `[K, N]`."""
+        return self.values.to_dense() if self.values.is_mkldnn else self.values
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """Gradient `[T, K]` of the input, as if that had not been rounded, of the output's `[T, N]`; in its type."""
+        scaled = (upstream.float() * self.scale).to(upstream.dtype)
+        return scaled @ self._unpacked().t().to(upstream.dtype)
 
     def forward(self, rows: Rows) -> Tensor:
         """`[T, K]` -> `[T, N]`."""
