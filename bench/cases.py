@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from pe.baselines.lora import Form, LoraBaselineConfig, LoraEmbedder
 from pe.config import LoraSettings, ModelConfig, PrompterConfig, Quantize
 from pe.method.alignment import AlignmentReport, LinearAlignment
 from pe.method.backbone import Backbone
+from pe.method.layers import keep_first_layers
 from pe.method.loading import DTYPES
 from pe.method.prompting import PromptingLLM
 from pe.model import PromptEmbedder
@@ -229,13 +230,16 @@ class Variant:
         return self.graphs and not (self.ahead or self.compiled)
 
 
-def load_backbone(case: Case, setting: Setting, quantize: Quantize = "none") -> Backbone:
+def load_backbone(case: Case, setting: Setting, quantize: Quantize = "none", *, half: bool = False) -> Backbone:
+    """The case's backbone, or with `half` the lower half of its layers."""
     tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
     model = case.backbone.load(AutoModel, setting.dtype, setting.device)
+    if half:
+        keep_first_layers(model, model.config.num_hidden_layers // 2, case.name)
     return Backbone(model, tokenizer, case.name, quantize=quantize)
 
 
-def prompt_embedder(quantize: Quantize = "none", **options: Any) -> Build:
+def prompt_embedder(quantize: Quantize = "none", *, half: bool = False, **options: Any) -> Build:
     """PromptEmbedder as its `from_config` builds it, with reader and skip only where the options name them."""
 
     def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
@@ -248,7 +252,7 @@ def prompt_embedder(quantize: Quantize = "none", **options: Any) -> Build:
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
         language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, setting.device)
         prompter = PromptingLLM(language_model, tokenizer, config.prompter)
-        backbone = load_backbone(case, setting, quantize)
+        backbone = load_backbone(case, setting, quantize, half=half)
         weight = (
             torch.randn(prompter.hidden_size, backbone.hidden_size, device=setting.device) / prompter.hidden_size**0.5
         )
@@ -257,17 +261,18 @@ def prompt_embedder(quantize: Quantize = "none", **options: Any) -> Build:
     return build
 
 
-def lora(form: Form, dropout: float = 0.0) -> Build:
+def lora(form: Form, dropout: float = 0.0, quantize: Literal["none", "int8"] = "none", *, half: bool = False) -> Build:
     """The peer in one of its forms; it reads the instruction before queries where the batch is instructed."""
 
     def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
         config = LoraBaselineConfig(
             lora=LoraSettings(rank=case.rank, alpha=64, dropout=dropout),
             form=form,
+            quantize=quantize,
             templates=Templates() if instructed else Templates(query=BARE),
             max_length=MAX_LENGTH,
         )
-        return LoraEmbedder(config, load_backbone(case, setting))
+        return LoraEmbedder(config, load_backbone(case, setting, half=half))
 
     return build
 
@@ -285,6 +290,12 @@ VARIANTS = {
     ),
     "lora-packed": Variant(title="(c) LoRA, packed, no padding", build=lora("packed")),
     "lora-packed-compiled": Variant(title="(c) LoRA, packed, compiled", build=lora("packed"), compiled=True),
+    "lora-packed-int8": Variant(
+        title="(c) LoRA, packed, frozen weights in int8 forward", build=lora("packed", quantize="int8")
+    ),
+    "lora-packed-half": Variant(
+        title="(c) LoRA, packed, the lower half of the layers", build=lora("packed", half=True)
+    ),
     "lora-cached": Variant(title="(c) LoRA, packed, representations cached in 4 parts", build=lora("packed"), parts=4),
     "pe-suffix": Variant(title="PE, suffix", build=prompt_embedder()),
     "pe-suffix-reader": Variant(title="PE, suffix, reader", build=prompt_embedder(reader="activated_lora")),
@@ -301,6 +312,10 @@ VARIANTS = {
     ),
     "pe-suffix-weighted-stored": Variant(
         title="PE, suffix, reader, weighted skip, texts read before (store)", build=WEIGHTED, stored=True
+    ),
+    "pe-suffix-weighted-half": Variant(
+        title="PE, suffix, reader, weighted skip, the lower half of the layers",
+        build=prompt_embedder(half=True, reader="activated_lora", skip="weighted"),
     ),
     "pe-suffix-text": Variant(title="PE, suffix, text read", build=prompt_embedder(conditioning=BOTH)),
     "pe-prefix": Variant(title="PE, prefix", build=prompt_embedder(**PREFIX)),

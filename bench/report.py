@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     aot,
+    breakdown,
     encoding,
     instruct,
     kernels,
@@ -34,6 +35,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "summary": summary.render,
     "losses": summary.render_losses,
     "step": step_tables.render_step,
+    "breakdown": breakdown.render,
     "shares": step_tables.render_shares,
     "memory": step_tables.render_memory,
     "largest": largest.render,

@@ -32,7 +32,7 @@ def context_attention_ref(
     i = torch.arange(max_seqlen, device=q.device)
     begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     own = torch.minimum(begin + i, end - 1).clamp(min=0)  # [B, Lq], past the end the sequence's last token again
-    keys, values = [_padded(k, own).transpose(1, 2)], [_padded(v, own).transpose(1, 2)]  # [B, Hkv, Lq, D]
+    keys, values = [_padded_heads(k, own)], [_padded_heads(v, own)]  # [B, Hkv, Lq, D]
     visible, position = (i <= i[:, None]).expand(B, -1, -1), i.expand(B, -1)
     key_position = position
     if context_k is not None and context_v is not None and cu_context is not None and context_k.shape[0] > 0:
@@ -41,8 +41,8 @@ def context_attention_ref(
         c = torch.arange(max_context, device=q.device)
         context = torch.minimum(begin + c, end - 1).clamp(min=0)  # [B, Lc]
         dtype = torch.promote_types(q.dtype, torch.float32)  # gradients of a shared segment add up in it
-        keys.insert(0, _padded(context_k.to(dtype), context).transpose(1, 2))
-        values.insert(0, _padded(context_v.to(dtype), context).transpose(1, 2))
+        keys.insert(0, _padded_heads(context_k.to(dtype), context))
+        values.insert(0, _padded_heads(context_v.to(dtype), context))
         visible = torch.cat([(c < end - begin)[:, None, :].expand(-1, max_seqlen, -1), visible], dim=2)
         position = position + (end - begin)
         key_position = torch.cat([c.expand(B, -1), position], dim=1)
@@ -56,8 +56,15 @@ def context_attention_ref(
 
 
 def _padded(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [T, H, D] at index [B, L] -> [B, L, H, D]; whole rows are copied, twice as fast as by `rows[index]`."""
+    """rows [T, ...] at index [B, ...] -> [B, ..., ...]; whole rows are copied, twice as fast as by `rows[index]`."""
     return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _padded_heads(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [T, H, D] at index [B, L] -> [B, H, L, D], contiguous: a product would copy a transposed one again."""
+    heads = rows.shape[1]
+    place = index[:, None] * heads + torch.arange(heads, device=rows.device)[:, None]  # [B, H, L]
+    return _padded(rows.flatten(0, 1), place)
 
 
 def _attend_ref(

@@ -26,6 +26,7 @@ def _require_positive(name: str, value: float) -> None:
 Dtype = Literal["auto", "fastest", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "float8"]
 Skip = Literal["none", "weighted"]
+StoreDtype = Literal["same", "int8"]
 DEFAULT_STEPS = 200
 PREFIX_CURE = "; in the prefix layout give pooling: mean_text or last, reader: none and skip: none"
 
@@ -84,8 +85,11 @@ class BackboneConfig:
     quantize: Quantize = "none"
     """Type of the products in the text pass, which takes no gradient (suffix layout, see `pe/method/quantized.py`); the
     soft tokens behind it run in `dtype`. A device without instructions for it reads unquantised, with a warning."""
+    layers: int | None = None
+    """N: its first N layers alone, behind them its final norm; null: all."""
 
     def __post_init__(self) -> None:
+        _require(self.layers is None or self.layers >= 1, "backbone.layers", "at least 1, or null", self.layers)
         _require(self.dtype in get_args(Dtype), "backbone.dtype", f"one of {', '.join(get_args(Dtype))}", self.dtype)
         kinds = get_args(Quantize)
         _require(self.quantize in kinds, "backbone.quantize", f"one of {', '.join(kinds)}", self.quantize)
@@ -319,6 +323,9 @@ class TrainConfig:
     a folder, for later runs, transfers and encoding too. In the suffix layout (see `docs/text-store.md`)."""
     text_store_gib: float = 8.0
     """Size of the store, in GiB; a full one keeps what it has."""
+    text_store_dtype: StoreDtype = "same"
+    """same: what is found is what was read. int8: keys and values are rounded, each head of a token with a scale of its
+    own, so that a store takes about half of the bytes in bfloat16, a third in float32."""
     seed: int = 0
     """Of fresh weights, batches and dropout."""
     eval_every: int = 0
@@ -353,6 +360,13 @@ class TrainConfig:
             _require(self.text_store == "none", "train.text_store", f"'none' {why}", self.text_store)
             _require(self.micro_batch_size is None, "train.micro_batch_size", f"null {why}", self.micro_batch_size)
             _require(not self.read_ahead, "train.read_ahead", f"false {why}", self.read_ahead)
+        kinds = get_args(StoreDtype)
+        _require(
+            self.text_store_dtype in kinds,
+            "train.text_store_dtype",
+            f"one of {', '.join(kinds)}",
+            self.text_store_dtype,
+        )
         _require_positive("train.lr", self.lr)
         for name in ("alignment_lr", "reader_lr", "skip_lr", "lens_lr"):
             own = getattr(self, name)

@@ -33,7 +33,7 @@ from pe.bulk.columns import Embeddings, column_names, shortened, table_of, vecto
 from pe.bulk.command import encode_folder
 from pe.bulk.engines import EngineName
 from pe.bulk.job import SHARD_ROWS
-from pe.config import Dtype
+from pe.config import Dtype, StoreDtype
 from pe.data.records import DataError, Record, RecordError, braced, check_unicode, read_lines
 from pe.data.tables import records, text_under
 from pe.method.loading import quiet, usable_device
@@ -119,10 +119,11 @@ def sentences(given: str) -> list[str]:
     return several
 
 
-def check_store(store: str | None, gib: float | None) -> None:
-    """Raise ValueError for a size without a store, and for one in memory, which would be gone with the command."""
-    if store is None and gib is not None:
-        raise ValueError(f"--store_gib: expected --store beside it, got {gib:g} alone")
+def check_store(store: str | None, gib: float | None, dtype: StoreDtype | None) -> None:
+    """Raise ValueError for options without a store, and for one in memory, which would be gone with the command."""
+    for name, value in (("store_gib", gib), ("store_dtype", dtype)):
+        if store is None and value is not None:
+            raise ValueError(f"--{name}: expected --store beside it, got {value} alone")
     if store is not None and store.strip() in ("", "none", "memory"):
         raise ValueError(f"--store: expected a folder, got {store!r}; give ./{store.strip()} for one of that name")
 
@@ -204,6 +205,7 @@ def encode_file(
     overwrite: bool = False,
     store: str | None = None,
     store_gib: float | None = None,
+    store_dtype: StoreDtype | None = None,
 ) -> None:
     """Embed the texts of a file.
 
@@ -229,6 +231,7 @@ def encode_file(
         overwrite: replace an existing output; a folder that goes on is not begun again.
         store: folder where the text pass is kept and looked for first (see `docs/text-store.md`).
         store_gib: its size in GiB; None: `DEFAULT_GIB`.
+        store_dtype: int8 keeps keys and values rounded, in about half of the bytes; None: as they are.
     """
     target = Path(output)
     suffix = target.suffix.lower()
@@ -245,7 +248,7 @@ def encode_file(
         raise ValueError(f"--id-column: expected another column than that of the texts, got {id_column!r}")
     if suffix == ".npy" and (keep or id_column is not None):
         raise ValueError(f"output: expected .jsonl or .parquet, which hold further columns, got {output}")
-    check_store(store, store_gib)
+    check_store(store, store_gib, store_dtype)
     rows = read_rows(input, field, id_column)
     beside = written_beside(rows, field, id_column, keep)
     check_written(beside, suffix, column_names(instructions or [""]))
@@ -262,7 +265,9 @@ def encode_file(
     gib = DEFAULT_GIB if store_gib is None else store_gib
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent))
-        kept = None if store is None else stack.enter_context(TextStore.open(store, gib))
+        kept = None
+        if store is not None:
+            kept = stack.enter_context(TextStore.open(store, gib, store_dtype or "same"))
         embeddings = embedder.encode_many(
             texts, instructions=instructions, side=side, batch_tokens=batch_tokens, progress=True, store=kept
         )
@@ -286,7 +291,7 @@ def shape_of(embeddings: Embeddings, suffix: str, instructions: Sequence[str]) -
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The arguments of `encode_file`; strings are as they are typed."""
     parser = TypedParser(prog="python -m pe.encode", description="Embed the texts of a file.")
-    typed: set[str | int] = {"instruction", "id_column", "keep", "store", "store_gib", *MODEL_OPTIONS}
+    typed: set[str | int] = {"instruction", "id_column", "keep", "store", "store_gib", "store_dtype", *MODEL_OPTIONS}
     parser.add_function_arguments(encode_file, as_positional=True, skip=typed)
     parser.add_typed("instruction", str, "a sentence, or a JSON list of them (default: that of training)")
     parser.add_model_options(*MODEL_OPTIONS)
@@ -296,6 +301,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--keep", action="store_true", help="write all columns of the input before the embeddings")
     parser.add_typed("store", str, "folder that keeps the text pass (default: none)")
     parser.add_typed("store_gib", float, f"its size in GiB (default: {DEFAULT_GIB:g})")
+    parser.add_typed("store_dtype", StoreDtype, "same, or int8 for about half of the bytes (default: same)")
     parser.add_typed("engine", EngineName, "of a folder: local, one process, or ray (default: local)")
     parser.add_typed("shard_rows", int, f"of a folder: rows of a shard (default: {SHARD_ROWS})")
     parser.add_typed("workers", int, "of ray (default: as many as its nodes hold)")
@@ -305,7 +311,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 OF_FOLDERS = ("engine", "shard_rows", "workers", "worker_cores", "worker_gpus")
-OF_FILES = ("id_column", "store", "store_gib")
+OF_FILES = ("id_column", "store", "store_gib", "store_dtype")
 
 
 def is_folder(output: str) -> bool:

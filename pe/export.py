@@ -42,7 +42,7 @@ from pe.runs.parsers import TypedParser
 Target = Literal["safetensors", "peft", "vllm", "sentence-transformers"]
 SERVED: dict[Target, dict[str, tuple[object, ...]]] = {
     "safetensors": {"conditioning": ("instruction",)},
-    "peft": {"conditioning": ("instruction",), "layout": ("prefix",)},
+    "peft": {"conditioning": ("instruction",), "layout": ("prefix",), "layers": (None,)},
     "vllm": {
         "conditioning": ("instruction",),
         "pooling": ("last",),
@@ -50,6 +50,7 @@ SERVED: dict[Target, dict[str, tuple[object, ...]]] = {
         "skip": ("none",),
         "lens_rank": (0,),
         "quantize": ("none",),
+        "layers": (None,),
     },
     "sentence-transformers": {},
 }
@@ -62,6 +63,7 @@ WHY = {
     "skip": "it is added behind the last pass, from states in the middle of the model",
     "lens_rank": "it scales the embedding behind the last pass",
     "quantize": "the text was read in 8 bits, the prompt was not",
+    "layers": "it runs all layers of the backbone",
 }
 RECIPE = {"peft": "recipes/tiny-paper.yaml", "vllm": "recipes/servable.yaml"}
 """A recipe of what a target serves."""
@@ -117,6 +119,7 @@ def entry_of(model: PromptEmbedder, instruction: Instruction) -> Entry:
         "skip": config.skip,
         "lens_rank": config.lens_rank,
         "quantize": config.backbone.quantize,
+        "layers": config.backbone.layers,
         **reading_of(model, instruction.side),
     }
     gates = model.write_prompts(Requests([""], [instruction], [0]))[0].gates if model.lens is not None else None
@@ -142,7 +145,7 @@ def check_served(model: PromptEmbedder, side: Side, target: Target) -> None:
             otherwise.
     """
     config = model.config
-    found = vars(config) | {"quantize": config.backbone.quantize}
+    found = vars(config) | {"quantize": config.backbone.quantize, "layers": config.backbone.layers}
     wrong = [
         f"{name}: expected {' or '.join(map(repr, allowed))}, got {found[name]!r} ({WHY[name]})"
         for name, allowed in SERVED[target].items()

@@ -34,6 +34,8 @@ from pe.train import DEFAULT_RECIPE, build_plan, train
 Values = dict[str, str]
 """Option -> its value, such as `train.lr` -> `1e-3`."""
 REPORT = "sweep.json"
+STORE = {"train.text_store", "train.text_store_gib", "train.text_store_dtype"}
+"""Options of what the runs share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def split(arguments: Sequence[str]) -> tuple[Path, list[str], dict[str, list[str
             raise RecipeError(f"--{name}: {told}; got {', '.join(values) or 'nothing'}")
         options[name] = values
     varied = {name: values for name, values in options.items() if len(values) > 1}
-    if not varied or {"output", "train.text_store", "train.text_store_gib"} & varied.keys():
+    if not varied or (STORE | {"output"}) & varied.keys():
         raise RecipeError("expected options of the runs with several values, such as --train.lr 1e-3,3e-3")
     return recipe, [f"--{name}={values[0]}" for name, values in options.items() if name not in varied], varied
 
@@ -134,7 +136,8 @@ def sweep(recipes: Sequence[tuple[Recipe, Values]], output: Path) -> list[Outcom
         store = None
         if all(recipe.model.layout == "suffix" for recipe, _ in recipes):
             where = str(output / "texts") if first.train.text_store == "none" else first.train.text_store
-            store = stack.enter_context(TextStore.open(where, first.train.text_store_gib))
+            size, dtype = first.train.text_store_gib, first.train.text_store_dtype
+            store = stack.enter_context(TextStore.open(where, size, dtype))
         for recipe, values in recipes:
             outcomes.append(run(recipe, values, store))
             write_text(output / REPORT, json.dumps([dataclasses.asdict(item) for item in outcomes], indent=2))

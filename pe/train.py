@@ -162,7 +162,8 @@ def stored_texts(
             f" train, got {options.text_store!r}"
         )
     with ExitStack() as stack:
-        opened = store or stack.enter_context(TextStore.open(options.text_store, options.text_store_gib))
+        size, dtype = options.text_store_gib, options.text_store_dtype
+        opened = store or stack.enter_context(TextStore.open(options.text_store, size, dtype))
         with accelerator.autocast():  # which decides the types of what is kept
             stack.enter_context(model.reading_from(opened))
         if plan is not None:

@@ -403,6 +403,11 @@ RECIPES = (
         " --model.skip=none",
         ("layout: expected 'suffix' with train.shard_backbone",),
     ),
+    Bad(
+        "a store of an unknown type",
+        "train recipe.yaml --train.text_store_dtype=int4",
+        ("train.text_store_dtype: expected 'same' or 'int8', got 'int4'",),
+    ),
     Bad("an empty output", "train recipe.yaml --output=", ("output: expected", "got ''")),
     Bad(
         "no soft token",
@@ -803,6 +808,16 @@ MODELS = (
     model("a width that does not fit", {CONFIG: values(hidden_size=40)}, "backbone"),
     model("a width in letters", {CONFIG: values(hidden_size="wide")}, "backbone", "hidden_size"),
     model("no layer", {CONFIG: values(num_hidden_layers=0)}, "backbone"),
+    Bad(
+        "none of its layers",
+        "train recipe.yaml --model.backbone.layers=0",
+        ("backbone.layers: expected at least 1, or null, got 0",),
+    ),
+    Bad(
+        "more layers than it has",
+        "train recipe.yaml --output=new --model.backbone.layers=9",
+        ("backbone.layers: expected 1 to 2, the layers of", "got 9"),
+    ),
     model(
         "code of its own",
         {CONFIG: values(auto_map={"AutoModel": "m.M"}, model_type="own")},

@@ -11,7 +11,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from pe.config import LoraSettings
-from pe.method.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters
+from pe.method.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters, quantize_adapted
+from pe.method.quantized import CENTRE, quantized_rows
 from tests.embedders import with_reader
 from tests.tiny import decoder
 
@@ -84,6 +85,28 @@ def results(layer: lora.Linear, x: Tensor) -> list[Tensor]:
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
     trained = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
     return [out, *torch.autograd.grad(out, [x, *trained] if x.requires_grad else trained, upstream)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_in_8_bits_has_the_gradient_of_what_it_stands_for(layers: Layers, bias: bool) -> None:
+    """Against PEFT's layer with that weight; its output with the input rounded, too, on the way to that weight."""
+    quantize_adapted(layers.ours, "int8")
+    narrow = layers.ours.eight_bits
+    assert narrow is not None
+    layers.stock.base_layer.weight = nn.Parameter(narrow.plain() * narrow.scale[:, None], False)
+    for layer in layers if bias else ():
+        layer.base_layer.bias = nn.Parameter(torch.arange(48.0), requires_grad=False)
+    x = torch.randn(2, 20, 32, requires_grad=True)
+    (out, *ours), (plain, *theirs) = (results(layer, x) for layer in (layers.ours, layers.stock))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    rows = quantized_rows(x.detach().flatten(0, 1), "int8")
+    rounded = ((rows.values.float() - CENTRE) * rows.scale).unflatten(0, (2, 20))
+    with torch.no_grad():
+        expected = plain - layers.stock.base_layer(x) + layers.stock.base_layer(rounded)
+        torch.testing.assert_close(layers.ours(x), out, rtol=1e-4, atol=1e-4)  # in evaluation, too
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert (out - plain).norm() > 0.1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -23,6 +23,7 @@ from triton.errors import TritonError
 from bench import (
     aot,
     bfloat16,
+    breakdown,
     cases,
     largest,
     lengths,
@@ -45,12 +46,13 @@ from bench.untrained import UNTRAINED
 from pe import losses
 from pe import step as stepping
 from pe.baselines.lora import LoraEmbedder
+from pe.config import Recipe
 from pe.model import PromptEmbedder, Requests
 from pe.runs.recipes import load_recipe
 from pe.step import Step
-from pe.train import build_plan, train
+from pe.train import build_accelerator, build_plan, train
 from tests.benchmarks import FakeBenchmark
-from tests.training import write_recipe
+from tests.training import new_model, write_recipe
 
 CPU = Setting.of("cpu")
 TOY = CASES["toy"]
@@ -275,6 +277,34 @@ def test_step_command_records_and_prints(results: Path, capsys: pytest.CaptureFi
     assert len(records.read("step", results)) == len(found)
 
 
+def test_every_part_of_a_step_has_its_time(recipe: Recipe, results: Path) -> None:
+    """With the texts found next to nothing is left of reading them, and the step is as it was before."""
+    few = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2))
+    read, found = breakdown.measure("tiny", few, 1)
+    records.append("breakdown", [read, found])
+    for record in (read, found):
+        assert list(record["ms"]) == list(breakdown.PARTS)
+        assert all(part["median"] > 0 for part in record["ms"].values())
+        assert sum(part["median"] for part in record["ms"].values()) == pytest.approx(
+            record["total"]["median"], abs=0.1
+        )
+    page = breakdown.render(results)
+    assert "| texts read, ms | share | texts found, ms | share |" in page
+    assert len([line for line in page.splitlines() if line.startswith("| ")]) == 3 + len(breakdown.PARTS)
+
+
+def test_a_charged_step_is_left_as_it_was(recipe: Recipe) -> None:
+    model = new_model(recipe)
+    taken = Step(model, recipe.loss, recipe.train, build_accelerator(recipe))
+    owners = (model, model.backbone, model.skip, taken, taken.accelerator)
+    before, clock = [dict(vars(owner)) for owner in owners], breakdown.Clock()
+    with breakdown.charging(taken, clock), clock.part("outer"), clock.part("inner"):
+        clock.go_on("after")
+        assert [dict(vars(owner)) for owner in owners] != before
+    assert [dict(vars(owner)) for owner in owners] == before
+    assert list(clock.take()) == [breakdown.REST, "outer", "inner", "after"]
+
+
 def test_sampler_sees_the_highest_value() -> None:
     values = iter([1, 7, 3])
     with memory.Sampler(lambda: next(values, 2), 0.001) as sampler:
@@ -461,7 +491,7 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], pages=[page], folder=results) == 1
     assert report.main([], pages=[page], folder=results) == 0
     assert report.main(["--check"], pages=[page], folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 12
+    assert page.read_text().count("Not yet measured.") == 13
     assert "GPU: not yet measured." in page.read_text()
 
     times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "lora-packed": 200.0}

@@ -261,7 +261,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         (good, "o", ["--workers=2"], "--workers: expected none without --engine ray, got 2"),
         (good, "o", ["--engine=ray", "--device=cpu"], "--device: expected none with --engine ray"),
         (good, "o", ["--store_gib=1"], "--store_gib: expected none for a folder"),
-        (good, "o.npy", ["--field=body", "--store_gib=1"], "--store_gib: expected --store beside it, got 1 alone"),
+        (good, "o.npy", ["--field=body", "--store_gib=1"], "--store_gib: expected --store beside it, got 1.0 alone"),
         (good, "o.npy", ["--engine=ray"], "--engine: expected a folder as OUTPUT, got 'ray'"),
         (good, "o.jsonl", ["--shard_rows=5"], "--shard_rows: expected a folder as OUTPUT, got 5"),
     ):

@@ -26,7 +26,7 @@ from pe.model import PromptEmbedder
 from pe.runs.recipes import load_recipe
 from pe.step import Step
 from pe.train import build_accelerator
-from tests.embedders import gradients, relative_error
+from tests.embedders import REQUESTS, gradients, lora, relative_error
 from tests.tiny import byte_tokenizer, decoder
 from tests.training import new_model, plan_of, write_recipe
 
@@ -278,8 +278,17 @@ def test_who_reads_with_gradient_refuses() -> None:
         ValueError, match=r"expected 'none' for LoRA, which reads texts with gradient, got 'int8'; give"
     ):
         LoraBaselineConfig(backbone=config)
+    with pytest.raises(
+        ValueError, match=r"^quantize: 'int8' needs form 'packed' without dropout, got 'packed' with 0\.1"
+    ):
+        LoraBaselineConfig(form="packed", quantize="int8")
     with pytest.raises(RecipeError, match=r"backbone\.quantize: expected one of none, int8, float8, got 'int4'"):
         BackboneConfig(quantize="int4")  # type: ignore[arg-type]
+
+
+def test_lora_reads_near_what_it_would_read_unquantised() -> None:
+    ours, theirs = (lora("packed", "gemma3", quantize=kind)(REQUESTS) for kind in ("int8", "none"))
+    assert 0.99 < F.cosine_similarity(ours, theirs).min() < 1 - 1e-6
 
 
 def test_the_frozen_baseline_reads_so_too(tiny_models: Path) -> None:

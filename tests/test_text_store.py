@@ -127,6 +127,31 @@ def test_texts_longer_than_a_sliding_window_are_found_to_rounding(store: TextSto
             assert torch.allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_int8_rounds_heads_and_takes_half(kind: torch.dtype, store: TextStore) -> None:
+    """Found, read, or both: always the same, near what was read, and in entries of its own."""
+    model = loaded()
+    model.model.to(kind)
+    narrow = TextStore(store.entries, "narrow", "int8")
+    expected = model.read(IDS, unpooled, exact=True)
+    with model.reading_from(store):
+        model.read(IDS)
+    with model.reading_from(narrow):
+        read, again = (model.read(IDS, unpooled) for _ in range(2))
+        assert_same(model.read(IDS[:2], unpooled), model.read(IDS[:2], unpooled))
+    assert_same(again, read)
+    assert (narrow.read.texts, narrow.kept.texts) == (4, 4)
+    assert torch.equal(read.pooled, expected.pooled)  # the states are not rounded
+    for got, wanted in zip(tensors_of(read)[:-1], tensors_of(expected)[:-1], strict=True):
+        assert got.dtype == kind
+        error, largest = (got - wanted).abs().float(), wanted.abs().float().amax(-1, keepdim=True)
+        allowed = largest * (0.5 / 127 + torch.finfo(kind).eps)
+        assert error.max() > 0
+        assert bool((error <= allowed).all())
+    heads, numbers, states = 2 * 2 * 2, 2 * 2 * 2 * 8, 32  # layers, keys and values, heads of eight numbers
+    assert narrow.bytes_a_token == numbers + 4 * heads + states * kind.itemsize
+
+
 def test_half_precision_weights_are_kept_as_they_are(store: TextStore) -> None:
     model = loaded()
     model.model.bfloat16()
@@ -167,9 +192,10 @@ def test_a_run_says_what_the_store_was_good_for(
 
 
 def test_the_size_of_a_runs_store_is_known_before_anything_is_loaded(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, text_store_dtype="int8"))
     texts, tokens, size = text_store_size(recipe, torch.device("cpu"))
     model, plan = new_model(recipe), plan_of(recipe)
-    with TextStore.open("memory") as store, model.reading_from(store):
+    with TextStore.open("memory", dtype="int8") as store, model.reading_from(store):
         fit(model, plan, recipe, accelerator())
         assert (store.read.texts, store.bytes_a_token, store.entries.used) == (texts, size, tokens * size)
 
@@ -338,6 +364,9 @@ def test_a_second_encoding_reads_no_text(checkpoint: Path, tmp_path: Path, monke
     model.encode(texts, instruction="Find it")
     assert counted == [1, 3]
     assert np.allclose(first, plain, atol=1e-6)
+    for name in ("read.npy", "found.npy"):
+        rounded = encoded(name, f"--store={tmp_path / 'texts'}", "--store_dtype=int8")
+        assert 1e-5 < np.abs(rounded - plain).max() < 0.02
 
 
 def test_encode_refuses_a_store_that_would_be_gone(

@@ -59,7 +59,7 @@ class FrozenEncoder(Encoder):
 
     @property
     def revision(self) -> str:
-        read = (self.backbone.revision, self.backbone.quantize)
+        read = (self.backbone.revision, self.backbone.num_layers, self.backbone.quantize)
         return content_hash({}, *read, self.pooling, self.templates, self.max_length)
 
     @in_turn

@@ -44,7 +44,7 @@ class LinearEmbedder(TrainableModule):
 
     @property
     def revision(self) -> str:
-        read = (self.backbone.revision, self.backbone.quantize)
+        read = (self.backbone.revision, self.backbone.num_layers, self.backbone.quantize)
         return content_hash(self.trainable_state(), *read, self.max_length)
 
     @in_turn

@@ -27,10 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pe.baselines.common import Pooling, Reading, Templates, content_hash, pool, short_name
 from pe.config import BackboneConfig, LoraSettings
-from pe.method.adapters import lora_config, prepare_adapters
-from pe.method.backbone import Backbone, stacked_layers
+from pe.method.adapters import lora_config, prepare_adapters, quantize_adapted
+from pe.method.backbone import Backbone
 from pe.method.encoder import Embed
+from pe.method.layers import stacked_layers
 from pe.method.packing import inverse, pack, to_device
+from pe.method.quantized import usable
 from pe.method.requests import Instruction, Requests, Side, Truncation
 from pe.method.rms_norm import restore_norms
 from pe.method.token_weights import TokenWeights
@@ -52,6 +54,9 @@ class LoraBaselineConfig:
     pooling: Pooling = "mean"
     """mean: over the text's tokens, the instruction left out; last: the last token; weighted: the mean with a learned
     weight for each token, as in PromptEmbedder's `skip: weighted` (packed alone)."""
+    quantize: Literal["none", "int8"] = "none"
+    """Type of the frozen weights' products, forward; their gradient is that of the rounded weights (packed alone, and
+    without dropout). A device without instructions for it takes none, with a warning."""
     upper_layers: int | None = None
     """Adapters on this many of the last layers alone: those below run without gradient; None: on all."""
     max_length: int = 256
@@ -61,6 +66,11 @@ class LoraBaselineConfig:
     def __post_init__(self) -> None:
         if self.pooling == "weighted" and self.form != "packed":
             raise ValueError(f"pooling: 'weighted' needs form 'packed', got {self.form!r}")
+        if self.quantize != "none" and (self.form != "packed" or self.lora.dropout):
+            raise ValueError(
+                f"quantize: {self.quantize!r} needs form 'packed' without dropout, got {self.form!r} with"
+                f" {self.lora.dropout:g}"
+            )
         if self.backbone.quantize != "none":
             raise ValueError(
                 f"backbone.quantize: expected 'none' for LoRA, which reads texts with gradient, got"
@@ -92,6 +102,8 @@ class LoraEmbedder(TrainableModule):
         exclude = [] if config.upper_layers is None else linear_layers_below(backbone, config.upper_layers)
         backbone.model.add_adapter(lora_config(config.lora, exclude=exclude), ADAPTER)
         prepare_adapters(backbone.model, ADAPTER, fused=config.form == "packed")
+        if (kind := usable(config.quantize, backbone.device)) != "none":
+            quantize_adapted(backbone.model, kind)
         if config.form != "packed":
             restore_norms(backbone.model)
         if config.form == "checkpointed":

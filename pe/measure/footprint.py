@@ -29,11 +29,12 @@ from pe.losses import batch_requests
 from pe.measure.meters import FROZEN, KEY_VALUES, OPTIMISER, TRAINABLE, Footprint, LiveTensors, Phases
 from pe.method.alignment import Alignment, AlignmentReport, LinearAlignment, VocabularyAlignment
 from pe.method.backbone import Backbone
+from pe.method.layers import keep_first_layers
 from pe.method.loading import TextTokenizer, dtype_on, load_config, load_tokenizer
 from pe.method.prompting import PromptingLLM
 from pe.method.quantized import usable
 from pe.method.skip import unpooled
-from pe.method.text_store import tensors_of
+from pe.method.text_store import columns_of
 from pe.model import PromptEmbedder
 from pe.step import Step, StepTexts, Taken
 from pe.train import build_accelerator, build_plan
@@ -225,6 +226,8 @@ def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedd
     model: Embedder
     with torch.device("meta"):
         decoder = AutoModel.from_config(config, dtype=dtype)
+    if options.backbone.layers is not None:
+        keep_first_layers(decoder, options.backbone.layers, options.backbone.model)
     give_norms_values(decoder)
     quantize = usable(options.backbone.quantize, device) if system == "pe" else "none"
     backbone = _UnprobedBackbone(decoder, tokenizer, options.backbone.model, quantize=quantize)
@@ -291,8 +294,8 @@ def text_store_size(recipe: Recipe, device: torch.device) -> tuple[int, int, int
     batches = (batch_requests(plan.batch(step)) for step in range(plan.steps))
     texts = {tuple(ids) for requests in batches for ids in model.readings(requests)}
     with _UnknownNumbers(), build_accelerator(recipe).autocast():
-        entry = tensors_of(model.backbone.read([[0]], unpooled))
-    return len(texts), sum(map(len, texts)), sum(x.nbytes for x in entry)
+        entry = columns_of(model.backbone.read([[0]], unpooled), recipe.train.text_store_dtype)
+    return len(texts), sum(map(len, texts)), sum(column.width for column in entry)
 
 
 def estimate(recipe: Recipe, system: System, batch: Batch, device: torch.device) -> Footprint:

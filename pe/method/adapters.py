@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from pe.config import LoraSettings
+from pe.method.quantized import EightBitLinear, Kind, LastRows, Rows, fits
 
 
 def lora_config(settings: LoraSettings, *, exclude: Sequence[str] = ()) -> LoraConfig:
@@ -67,6 +68,16 @@ def prepare_adapters(model: nn.Module, adapter: str, *, fused: bool = True) -> N
     for layer in model.modules() if fused else ():
         if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
             layer.__class__ = FusedLinear
+            own = cast(FusedLinear, layer)
+            own.eight_bits = own.shared_rows = None
+
+
+def quantize_adapted(model: nn.Module, kind: Kind) -> None:
+    """Have fused layers take the products of their frozen weights in 8 bits, forward, with gradient to their input."""
+    shared = LastRows(kind)
+    for layer in model.modules():
+        if isinstance(layer, FusedLinear) and fits(base := cast(nn.Linear, layer.base_layer)):
+            layer.eight_bits, layer.shared_rows = EightBitLinear.of(base.weight, kind), shared
 
 
 class FusedLinear(lora.Linear):
@@ -74,7 +85,14 @@ class FusedLinear(lora.Linear):
 
     The second product is added to the first as it is taken, in the type of x and W, or autocast's. In evaluation, in
     float32, many rows take one product, x (W + s B A)ᵀ; the merged weight is made for the call, and W never changes.
+
+    Attributes:
+        eight_bits: W in 8 bits, which is then what the products are taken with; or None.
+        shared_rows: what quantises their inputs, the same for all layers.
     """
+
+    eight_bits: EightBitLinear | None
+    shared_rows: LastRows | None
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """x `[..., D]` -> `[..., E]`."""
@@ -89,8 +107,11 @@ class FusedLinear(lora.Linear):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             bias = None if base.bias is None else base.bias.to(dtype)
+            narrow = None
+            if self.eight_bits is not None and self.shared_rows is not None:
+                narrow = Narrow(self.shared_rows.of(x), self.eight_bits)
             x, weight, down, up = (each.to(dtype) for each in (x, base.weight, down, up))
-            added: Tensor = LowRankSum.apply(x.flatten(0, -2), weight, bias, down, up, scale)
+            added: Tensor = LowRankSum.apply(x.flatten(0, -2), weight, bias, down, up, scale, narrow)
             return added.unflatten(0, x.shape[:-1])
         return super().forward(x, *arguments, **options)
 
@@ -100,7 +121,8 @@ class FusedLinear(lora.Linear):
         Only in float32: in a half type the sum would round the adapter away.
         """
         return (
-            not (torch.is_grad_enabled() or self.training)
+            self.eight_bits is None
+            and not (torch.is_grad_enabled() or self.training)
             and x.dtype == self.base_layer.weight.dtype == torch.float32
             and not torch.is_autocast_enabled(x.device.type)
             and x.shape[:-1].numel() >= x.shape[-1]
@@ -117,28 +139,51 @@ def drops(module: nn.Module) -> bool:
     return isinstance(module, nn.Dropout) and module.p > 0
 
 
+class Narrow(NamedTuple):
+    """An input `[T, D]` and a weight `[E, D]` in 8 bits."""
+
+    rows: Rows
+    layer: EightBitLinear
+
+
 class LowRankSum(torch.autograd.Function):
     """x Wᵀ + b + s (x Aᵀ) Bᵀ `[T, E]` of x `[T, D]`, A `[r, D]`, B `[E, r]`, and frozen W `[E, D]` and b `[E]` or None.
 
-    All of one type.
+    All of one type. With x and W in 8 bits the first product is theirs; x then gets the gradient of that W, as if x had
+    not been rounded.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        narrow: Narrow | None = None,
     ) -> Tensor:
         low = x @ down.T
         ctx.save_for_backward(x, low, weight, down, up)
-        ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scale)
+        ctx.scale, ctx.eight_bits = scale, narrow and narrow.layer
+        if narrow is None:
+            product = F.linear(x, weight, bias)
+        else:
+            product = narrow.layer(narrow.rows).to(x.dtype)
+            product = product if bias is None else product.add_(bias)
+        return product.addmm_(low, up.T, alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
         of_low = scaled_product(upstream, up, ctx.scale)
-        of_x = (upstream @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_low.T @ x, scaled_product(upstream.T, low, ctx.scale), None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_product = upstream @ weight if ctx.eight_bits is None else ctx.eight_bits.gradient(upstream)
+            of_x = of_product.addmm_(of_low, down)
+        return of_x, None, None, of_low.T @ x, scaled_product(upstream.T, low, ctx.scale), None, None
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

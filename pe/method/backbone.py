@@ -25,6 +25,7 @@ from pe.method import attention, probes
 from pe.method.adapters import drops, load_saved, lora_config, prepare_adapters
 from pe.method.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.method.final_norm import NormOptions, find_final_norm
+from pe.method.layers import keep_first_layers, stacked_layers
 from pe.method.loading import (
     TextTokenizer,
     content_of,
@@ -63,13 +64,6 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
     return min((kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in changing),
                default=None)  # fmt: skip
-
-
-def stacked_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """A decoder's layers, first to last; None where they do not stand in one list."""
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-    return next(stacks, None)
 
 
 class Backbone(nn.Module):
@@ -138,6 +132,8 @@ class Backbone(nn.Module):
             warn_of_slow_products("backbone.dtype", dtype, device)
         model, tokenizer = load_pretrained(AutoModel, config.model, config.revision, dtype or "auto")
         revision = content_of(model, config.model, config.revision)
+        if config.layers is not None:
+            keep_first_layers(model, config.layers, config.model)
         quantize = usable(config.quantize, device)
         if mesh is None:
             model.to(device)  # type: ignore[arg-type]

@@ -161,8 +161,16 @@ class EightBitLinear(nn.Module):
 
     def plain(self) -> Tensor:
         """The values as `[N, K]`."""
-        values = self.values.to_dense() if self.values.is_mkldnn else self.values
-        return values.t().contiguous()
+        return self._unpacked().t().contiguous()
+
+    def _unpacked(self) -> Tensor:
+        """The values as `[K, N]`."""
+        return self.values.to_dense() if self.values.is_mkldnn else self.values
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """Gradient `[T, K]` of the input, as if that had not been rounded, of the output's `[T, N]`; in its type."""
+        scaled = (upstream.float() * self.scale).to(upstream.dtype)
+        return scaled @ self._unpacked().t().to(upstream.dtype)
 
     def forward(self, rows: Rows) -> Tensor:
         """`[T, K]` -> `[T, N]`."""
@@ -181,7 +189,7 @@ class EightBitLinears(nn.Module):
         super().__init__()
         self.kind = kind
         found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self.names = [name for name, module in found.items() if _fits(module)]
+        self.names = [name for name, module in found.items() if fits(module)]
         if not self.names:
             raise ValueError(
                 f"backbone.quantize: expected a decoder with linear layers (torch.nn.Linear) to read in {kind}, got"
@@ -197,7 +205,7 @@ class EightBitLinears(nn.Module):
             model: adapters on it do not act in 8 bits; switch them off.
             first: the first so many rows of a sequence alone; None: all.
         """
-        shared = _LastRows(self.kind)
+        shared = LastRows(self.kind)
         linears = [_plain_linear(model.get_submodule(name)) for name in self.names]
         for linear, layer in zip(linears, self.layers, strict=True):
             run = functools.partial(_forward, linear, layer, shared)
@@ -209,7 +217,7 @@ class EightBitLinears(nn.Module):
                 del linear.forward
 
 
-class _LastRows:
+class LastRows:
     """The rows that were quantised last: queries, keys and values are made of the same ones, and gate and up."""
 
     def __init__(self, kind: Kind) -> None:
@@ -217,12 +225,13 @@ class _LastRows:
         self._made: tuple[Tensor, Rows] | None = None
 
     def of(self, x: Tensor) -> Rows:
+        """Those of x `[..., K]`, without gradient."""
         if self._made is None or self._made[0] is not x:
-            self._made = x, quantized_rows(x.flatten(0, -2), self.kind)
+            self._made = x, quantized_rows(x.detach().flatten(0, -2), self.kind)
         return self._made[1]
 
 
-def _forward(linear: nn.Linear, layer: nn.Module, shared: _LastRows, x: Tensor) -> Tensor:
+def _forward(linear: nn.Linear, layer: nn.Module, shared: LastRows, x: Tensor) -> Tensor:
     """x `[..., K]` -> `[..., N]` in the type that the layer itself would give."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -244,6 +253,6 @@ def _plain_linear(module: nn.Module) -> nn.Linear:
     return plain
 
 
-def _fits(linear: nn.Linear) -> bool:
+def fits(linear: nn.Linear) -> bool:
     """Whether the device's products take a layer of this size."""
     return linear.weight.device.type == "cpu" or not (linear.in_features % MULTIPLE or linear.out_features % MULTIPLE)
