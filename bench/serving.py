@@ -58,7 +58,8 @@ PLAIN = "Embed the text"
 """What every server embeds under by default; the peers read nothing before a text for it."""
 INSTRUCTIONS = tuple(f"Given a medical question, retrieve passages that answer it, in form {n}" for n in range(8))
 MINILM = ROOT / "models" / "minilm"
-DOCUMENTS = 12
+DOCUMENTS = 8
+LEAST_REQUESTS = 12
 LIMITS = Limits(seconds=900.0)
 FAR = 0.05
 """Between an embedding, of length one, and that of the same text among others: more than bfloat16 rounds."""
@@ -81,11 +82,12 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Texts under instructions, and in how many at a time they are asked for."""
+    """Texts under instructions, how many at a time are asked for, and how many requests a client has in the mean."""
 
     texts: Sequence[str]
     instructions: Sequence[str]
     request_texts: int
+    requests_each: int = 1
 
     def requests(self, most: int | None = None, instruction: int = 0) -> list[Asked]:
         """All texts under one instruction, or the first `most` requests for them."""
@@ -96,12 +98,12 @@ class Task:
         """For each client what it asks for: its own instruction's requests, or whichever is next of one queue."""
         if len(self.instructions) > 1:
             return [iter(self.requests(instruction=place)) for place in range(len(self.instructions))]
-        return [iter(self.requests(most_requests(clients)))] * clients
+        return [iter(self.requests(round_of(clients, self.requests_each)))] * clients
 
 
-def most_requests(clients: int) -> int:
-    """In a round."""
-    return max(12, 2 * clients)
+def round_of(clients: int, each: int) -> int:
+    """Requests of a round: enough for a time to be told where the clients are few."""
+    return max(LEAST_REQUESTS, each * clients)
 
 
 class Peer:
@@ -401,13 +403,13 @@ def render(folder: Path) -> str:
     return "\n\n".join([*(parts or [NOT_YET]), *gpu_line("serving", folder)])
 
 
-def tasks_of(clients: Sequence[int], texts: int) -> list[Task]:
+def tasks_of(clients: Sequence[int], texts: int, each: int) -> list[Task]:
     """Texts enough for the most clients, and documents under several instructions; none comes twice in a task."""
-    wanted = texts * most_requests(max(clients))
+    wanted = texts * round_of(max(clients), each)
     drawn = list(dict.fromkeys(sample(2 * wanted, "all")))[:wanted]
     documents = list(dict.fromkeys(sample(2 * DOCUMENTS, "documents")))[:DOCUMENTS]
     return [
-        Task(texts=drawn, instructions=[PLAIN], request_texts=texts),
+        Task(texts=drawn, instructions=[PLAIN], request_texts=texts, requests_each=each),
         Task(texts=documents, instructions=INSTRUCTIONS, request_texts=texts),
     ]
 
@@ -418,13 +420,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     options.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     options.add_argument("--texts", type=int, default=3, help="of a request")
+    options.add_argument("--requests", type=int, default=2, help="of a client in a round, in the mean")
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dry", action="store_true", help="print only, add no records")
     given = options.parse_args(argv)
     quiet()
     config = load_recipe(given.recipe).model
-    tasks = tasks_of(given.clients, given.texts)
+    tasks = tasks_of(given.clients, given.texts, given.requests)
     found = measure(config, given.systems, tasks, given.clients, given.rounds, given.device)
     shape = AutoConfig.from_pretrained(config.backbone.model, revision=config.backbone.revision)
     common = {
