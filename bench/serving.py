@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import signal
 import socket
 import statistics
@@ -394,7 +395,7 @@ def render(folder: Path) -> str:
         sizes = first["sizes"]
         texts = f"{sizes['request_texts']} texts a request, {sizes['characters']:.0f} characters in the mean"
         heading = f"**{first['recipe']}, {first['device']}** ({sizes['backbone']}; {texts}, cut at"
-        heading += f" {sizes['max_length']} tokens)"
+        heading += f" {sizes['max_length']} tokens; {sizes['load']:.1f} other processes ran on the machine)"
         order = sorted(found, key=lambda r: (r["task"] == "instructions", [*TITLES].index(r["system"]), r["clients"]))
         furthest = max(record.get("furthest", 0.0) for record in found)
         sent = sum(record.get("requests", 0) for record in found)
@@ -426,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--dry", action="store_true", help="print only, add no records")
     given = options.parse_args(argv)
     quiet()
-    config = load_recipe(given.recipe).model
+    config, load = load_recipe(given.recipe).model, os.getloadavg()[0]
     tasks = tasks_of(given.clients, given.texts, given.requests)
     found = measure(config, given.systems, tasks, given.clients, given.rounds, given.device)
     shape = AutoConfig.from_pretrained(config.backbone.model, revision=config.backbone.revision)
@@ -439,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "request_texts": given.texts,
             "characters": statistics.fmean(map(len, tasks[0].texts)),
             "instructions": len(INSTRUCTIONS),
+            "load": round(load, 1),
             "soft_tokens": config.prompter.soft_tokens,
             "backbone": f"{shape.model_type}, {shape.num_hidden_layers} layers, width {shape.hidden_size}",
         },

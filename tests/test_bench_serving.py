@@ -103,7 +103,7 @@ def test_page_says_what_was_measured(tmp_path: Path) -> None:
          "wrong": 0, "furthest": 2e-3}
         for rate, ms, lost in ((10.0, [100.0, 200.0], 0), (20.0, [300.0, 1400.0], 1))
     ]  # fmt: skip
-    sizes = {"request_texts": 3, "characters": 99.6, "max_length": 128, "backbone": "llama"}
+    sizes = {"request_texts": 3, "characters": 99.6, "max_length": 128, "backbone": "llama", "load": 2.04}
     common = {"recipe": "smollm2", "device": "cpu", "dtype": "bfloat16", "sizes": sizes, "system": "pe"}
     load = {"task": "load", "clients": 8, **serving.summed(rounds)}
     alone = {"task": "alone", "clients": 0, **serving.told(serving.Alone([], 2.0, 1.0), 40)}
@@ -112,6 +112,6 @@ def test_page_says_what_was_measured(tmp_path: Path) -> None:
     alone_row, row = text.splitlines()[4:6]
     assert alone_row == "| PE | no server | 20.0 |  |  | 25 |  |  |  |"
     assert row == "| PE | 8 | 15.0 | 250 | 1,367 | 9.0 | 3.0 | 90% | 1, 0 |"
-    assert "3 texts a request, 100 characters in the mean, cut at 128 tokens" in text
+    assert "3 texts a request, 100 characters in the mean, cut at 128 tokens; 2.0 other processes ran" in text
     assert "4 requests; an embedding was at most 0.002" in text
     assert "Not yet measured." in serving.render(tmp_path / "none")
