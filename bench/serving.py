@@ -395,7 +395,7 @@ def render(folder: Path) -> str:
         sizes = first["sizes"]
         texts = f"{sizes['request_texts']} texts a request, {sizes['characters']:.0f} characters in the mean"
         heading = f"**{first['recipe']}, {first['device']}** ({sizes['backbone']}; {texts}, cut at"
-        heading += f" {sizes['max_length']} tokens; {sizes['load']:.1f} other processes ran on the machine)"
+        heading += f" {sizes['max_length']} tokens; load average {sizes['load']:.1f} when it began)"
         order = sorted(found, key=lambda r: (r["task"] == "instructions", [*TITLES].index(r["system"]), r["clients"]))
         furthest = max(record.get("furthest", 0.0) for record in found)
         sent = sum(record.get("requests", 0) for record in found)

@@ -112,6 +112,6 @@ def test_page_says_what_was_measured(tmp_path: Path) -> None:
     alone_row, row = text.splitlines()[4:6]
     assert alone_row == "| PE | no server | 20.0 |  |  | 25 |  |  |  |"
     assert row == "| PE | 8 | 15.0 | 250 | 1,367 | 9.0 | 3.0 | 90% | 1, 0 |"
-    assert "3 texts a request, 100 characters in the mean, cut at 128 tokens; 2.0 other processes ran" in text
+    assert "3 texts a request, 100 characters in the mean, cut at 128 tokens; load average 2.0" in text
     assert "4 requests; an embedding was at most 0.002" in text
     assert "Not yet measured." in serving.render(tmp_path / "none")
