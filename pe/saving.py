@@ -407,7 +407,7 @@ def _locate(saved: Mapping[str, Any], path: Path) -> str:
     """
     name, starts = saved["name"], (path.absolute(), path.resolve())
     above = [folder / name for start in starts for folder in (start, *start.parents)]
-    places = [Path(name), path.resolve() / (saved.get("path") or name), *above]
+    places = [Path(name), (path.resolve() / (saved.get("path") or name)).resolve(), *above]
     here = (str(place) for place in places if any(os.access(file, os.R_OK) for file in _first_files(place)))
     return next((place for place in here if fingerprint(checkpoint_files(place, None)) == saved["revision"]), name)
 

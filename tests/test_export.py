@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from pe.integrations import vllm_client
 from pe.model import Instruction, PromptEmbedder
 from pe.runs.recipes import load_recipe
 
+SCRIPT = str(Path(__file__).parent.parent / "scripts" / "check_vllm.py")
+CHECK = runpy.run_path(SCRIPT)
 TEXTS = ["the river", "a longer text about bread and honey by the other bank", "<|end|> is text", ""]
 TASK = "Find the same thing"
 VLLM = {"pooling": "last", "reader": "none", "skip": "none"}
@@ -74,20 +78,45 @@ def test_vllm_rows_in_one_pass_of_transformers(
     folder = run(saved, tmp_path / "vllm", "vllm", "--side=document", "--instruction=any thing")
     client = runpy.run_path(str(folder / "client.py"))
     prompt = client["load_prompt"](folder / "prompt.safetensors")
-    stock = AutoModel.from_pretrained(prompt.about["backbone"])
-    tokenizer = AutoTokenizer.from_pretrained(prompt.about["backbone"])
+    tokenizer, stock = client["stock"](prompt.about)
     rows = client["prompt_embeds"](TEXTS, prompt, tokenizer, stock.get_input_embeddings())
-    with torch.no_grad():
-        got = torch.stack([stock(inputs_embeds=item[None]).last_hidden_state[0, -1] for item in rows])
+    got = CHECK["one_pass"](stock, rows)
     assert close(got, model.encode(TEXTS, instruction="any thing", side="document"))
     assert not close(got, model.encode(TEXTS, instruction=TASK, side="document"))
 
 
-def test_client_needs_nothing_of_this_library() -> None:
-    tree = ast.parse(Path(vllm_client.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("pooling", "code"), [("LAST", 0), ("MEAN", 1)])
+def test_the_check_of_vllm_sees_another_pooling(
+    pooling: str, code: int, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what stands for vLLM here: a stock model that takes the rows as vLLM does."""
+    _, saved = save("one", **VLLM)
+    folder = run(saved, tmp_path / "vllm", "vllm")
+
+    class LLM:
+        def __init__(self, *, model: str, pooler_config: Any, dtype: str, **options: Any) -> None:
+            assert options == {"revision": None, "runner": "pooling", "enable_prompt_embeds": True}
+            assert pooler_config.pooling_type == "LAST"
+            self.model = AutoModel.from_pretrained(model, dtype=dtype)
+
+        def embed(self, prompts: list[dict[str, Tensor]]) -> list[Any]:
+            rows = [prompt["prompt_embeds"] for prompt in prompts]
+            states = [self.model(inputs_embeds=item[None]).last_hidden_state[0] for item in rows]
+            found = [state[-1] if pooling == "LAST" else state.mean(0) for state in states]
+            return [SimpleNamespace(outputs=SimpleNamespace(embedding=row.tolist())) for row in found]
+
+    config = SimpleNamespace(PoolerConfig=lambda pooling_type: SimpleNamespace(pooling_type=pooling_type))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+    assert CHECK["main"]([str(folder), *TEXTS]) == code
+
+
+@pytest.mark.parametrize("file", [vllm_client.__file__, SCRIPT], ids=["client", "check"])
+def test_what_runs_beside_vllm_needs_nothing_of_this_library(file: str) -> None:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {item.name for node in ast.walk(tree) if isinstance(node, ast.Import) for item in node.names}
-    assert "transformers" in modules
+    assert "torch" in modules
     assert not [name for name in modules if name.split(".")[0] == "pe"]
 
 

@@ -421,7 +421,7 @@ def test_the_model_with_the_right_content_is_taken(
     shutil.copytree(models / "two", tmp_path / "models" / "one")
     monkeypatch.chdir(tmp_path)
     loaded = PromptEmbedder.from_pretrained("project/runs/model")
-    assert Path(loaded.backbone.name).resolve() == models / "one"
+    assert loaded.backbone.name == str(models / "one")
     shutil.rmtree(models)
     with pytest.raises(ValueError, match="trained on backbone models/one with content"):
         PromptEmbedder.from_pretrained("project/runs/model")

@@ -84,6 +84,28 @@ def test_each_text_under_its_own_instruction(options: dict[str, Any], monkeypatc
     assert model.encode_each(Requests([], [], [])).shape == (0, model.dimensions)
 
 
+def test_a_call_at_rest_walks_through_no_modules_to_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, requests = embedder(), Requests(TEXTS, [Instruction("any thing")], [0] * len(TEXTS))
+    expected = model.encode_each(requests)
+    walked: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: walked.append("train"))
+    monkeypatch.setattr(model.backbone.model, "set_attn_implementation", walked.append)
+    assert np.array_equal(model.encode_each(requests), expected)
+    assert walked == []
+
+
+def test_a_call_leaves_each_module_in_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder().train()
+    model.prompter.eval()
+    modes, seen = [module.training for module in model.modules()], list[bool]()
+    assert {*modes} == {False, True}
+    plain = model.backbone.read
+    monkeypatch.setattr(model.backbone, "read", lambda *a, **o: seen.append(model.training) or plain(*a, **o))
+    model.encode(TEXTS, instruction="any thing")
+    assert seen == [False]
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_answers_are_those_of_encode(client: TestClient, model: PromptEmbedder) -> None:
     query, document = (model.encode(TEXTS, instruction=PROMPTS[side], side=side) for side in ("query", "document"))
     assert np.allclose(post(client, input=TEXTS, model="tiny"), query, atol=2e-6)

@@ -14,10 +14,10 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,8 +27,8 @@ from starlette.requests import ClientDisconnect
 
 from pe.bulk.columns import Embeddings, shortened
 from pe.data.instructions import as_prompts
-from pe.method.requests import Instruction, Requests, Side, check_arguments
-from pe.model import PromptEmbedder
+from pe.method.encoder import Floats
+from pe.method.requests import Instruction, Requests, Side, Truncation, check_arguments
 from pe.runs.batcher import Batcher, Busy
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,28 @@ class Limits:
     instruction: int = 4096
     waiting: int = 256
     seconds: float = 60.0
+
+
+class Served(Protocol):
+    """What is served: all that a server asks of an embedder."""
+
+    @property
+    def instructions(self) -> Mapping[str, str]:
+        """The instructions of training, by name."""
+
+    @property
+    def truncation(self) -> Truncation:
+        """How many texts were cut."""
+
+    @property
+    def dimensions(self) -> int:
+        """Size of an embedding."""
+
+    def tokenized(self, requests: Requests) -> Requests:
+        """The requests with what is read of each text, whose length counts as its tokens."""
+
+    def encode_each(self, requests: Requests) -> Floats:
+        """Embeddings `[N, D]`, each text under its own instruction."""
 
 
 class Refused(Exception):
@@ -126,6 +148,7 @@ class Meters:
         self.cut = Counter("pe_truncated_texts", "Texts cut to the model's max_length.", registry=self.registry)
         sizes = [2**n for n in range(12)]
         self.batch = Histogram("pe_batch_texts", "Texts of a batch.", buckets=sizes, registry=self.registry)
+        self.running = Histogram("pe_batch_seconds", "Time of a batch.", registry=self.registry)
         gauge = Gauge("pe_waiting_requests", "Requests that wait for a batch.", registry=self.registry)
         gauge.set_function(waiting)
 
@@ -138,7 +161,7 @@ class Service:
         prompts: the instructions of training, by name.
     """
 
-    def __init__(self, model: PromptEmbedder, name: str, limits: Limits) -> None:
+    def __init__(self, model: Served, name: str, limits: Limits) -> None:
         self.model, self.name, self.limits = model, name, limits
         self.prompts = as_prompts(model.instructions)
         self.started = int(time.time())
@@ -156,11 +179,11 @@ class Service:
         wanted = {found: place for place, found in enumerate(dict.fromkeys(job.instruction for job in jobs))}
         texts = [text for job in jobs for text in job.texts]
         index = [wanted[job.instruction] for job in jobs for _ in job.texts]
-        cut = self.model.truncation.cut
-        requests = self.model.tokenized(Requests(texts, list(wanted), index))
-        embeddings = self.model.encode_each(requests)
+        cut, meters = self.model.truncation.cut, self.meters
+        with meters.running.time():
+            requests = self.model.tokenized(Requests(texts, list(wanted), index))
+            embeddings = self.model.encode_each(requests)
         lengths = [len(read) for read in requests.read or ()]
-        meters = self.meters
         meters.batch.observe(len(texts))
         meters.texts.inc(len(texts))
         meters.tokens.inc(sum(lengths))
@@ -288,7 +311,7 @@ def error_response(refused: Refused) -> Response:
     return Response(json.dumps({"error": error}), refused.status, headers, media_type=JSON)
 
 
-def build_app(model: PromptEmbedder, name: str, limits: Limits | None = None) -> FastAPI:
+def build_app(model: Served, name: str, limits: Limits | None = None) -> FastAPI:
     """The server of one embedder, which clients call `name`."""
     service = Service(model, name, limits or Limits())
 

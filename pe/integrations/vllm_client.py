@@ -55,26 +55,38 @@ def prompt_embeds(texts: Sequence[str], prompt: Prompt, tokenizer: Any, embeddin
     return found
 
 
-def main() -> None:
-    """Embed the arguments and print a line of JSON for each."""
+def embed(rows: Sequence[Tensor], about: dict[str, Any], **options: Any) -> list[list[float]]:
+    """The embedding of each `[L + R, D]` by vLLM; `options` are those of its `LLM`, such as `dtype`."""
     from vllm import LLM
     from vllm.config import PoolerConfig
 
-    prompt = load_prompt(Path(__file__).parent / "prompt.safetensors")
-    name, revision = prompt.about["backbone"], prompt.about["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    backbone = AutoModel.from_pretrained(name, revision=revision, dtype="auto", trust_remote_code=False)
-    embedding = backbone.get_input_embeddings()
-    rows = prompt_embeds(sys.argv[1:], prompt, tokenizer, embedding)
     llm = LLM(
-        model=name,
-        revision=revision,
+        model=about["backbone"],
+        revision=about["revision"],
         runner="pooling",
         enable_prompt_embeds=True,
         pooler_config=PoolerConfig(pooling_type="LAST"),
+        **options,
     )
-    for output in llm.embed([{"prompt_embeds": found} for found in rows]):
-        print(json.dumps(output.outputs.embedding))
+    return [output.outputs.embedding for output in llm.embed([{"prompt_embeds": found} for found in rows])]
+
+
+def stock(about: dict[str, Any], dtype: str = "auto") -> tuple[Any, Any]:
+    """Tokenizer and model of a prompt's backbone, as transformers loads them."""
+    name, revision = about["backbone"], about["revision"]
+    return (
+        AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False),
+        AutoModel.from_pretrained(name, revision=revision, dtype=dtype, trust_remote_code=False),
+    )
+
+
+def main() -> None:
+    """Embed the arguments and print a line of JSON for each."""
+    prompt = load_prompt(Path(__file__).parent / "prompt.safetensors")
+    tokenizer, backbone = stock(prompt.about)
+    rows = prompt_embeds(sys.argv[1:], prompt, tokenizer, backbone.get_input_embeddings())
+    for embedding in embed(rows, prompt.about):
+        print(json.dumps(embedding))
 
 
 if __name__ == "__main__":

@@ -348,7 +348,8 @@ class Backbone(nn.Module):
 
     def decode(self, rows: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
         """States `[T, D]` of a packed row under a plan; nothing in it waits for the device."""
-        self.model.set_attn_implementation(attention.NAME)
+        if self.model.config._attn_implementation != attention.NAME:  # setting it walks through all modules
+            self.model.set_attn_implementation(attention.NAME)
         with self.final_norm.left_out() if self.final_norm else contextlib.nullcontext():
             output = self.model(inputs_embeds=rows[None], position_ids=positions[None], use_cache=False, plan=plan)
         return output.last_hidden_state[0]

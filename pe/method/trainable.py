@@ -25,12 +25,14 @@ class TrainableModule(Encoder, nn.Module):
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
+        in_training = [module for module in self.modules() if module.training]
+        for module in in_training:
+            module.training = False
         try:
             yield
         finally:
-            self.train(was_training)
+            for module in in_training:
+                module.training = True
 
     @in_turn
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
