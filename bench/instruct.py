@@ -22,6 +22,7 @@ from rich.console import Console
 
 from bench import records
 from bench.cases import ROOT
+from bench.device import frozen_dtype
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.quality import evaluate, with_train
 from bench.systems import INSTRUCTED, System
@@ -32,7 +33,7 @@ from pe.data.instruct_score import INSTRUCT_TASKS
 from pe.evaluate import Scores
 from pe.losses import instructions_of
 from pe.measure.spread import spread
-from pe.method.loading import dtype_on, quiet
+from pe.method.loading import quiet
 from pe.method.prompted import PromptedEmbedder
 from pe.runs.cli import user_errors
 from pe.runs.recipes import load_recipe
@@ -78,7 +79,7 @@ def trained_and_scored(
     title, started = INSTRUCTED[name].title, time.process_time()
     history = fit(model, plan, recipe, accelerator)
     known: dict[str, Any] = {"seconds": history.seconds, "cpu_seconds": time.process_time() - started}
-    known["dtype"] = str(dtype_on(accelerator.device, recipe.model.backbone.dtype) or "auto").removeprefix("torch.")
+    known["dtype"] = frozen_dtype(recipe.model.backbone, accelerator.device)
     if isinstance(model, PromptedEmbedder):
         wanted = [item.text for item in instructions_of(plan) if item.side == "query"]
         found = spread(model, wanted, plan.batch(0).queries)

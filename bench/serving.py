@@ -42,6 +42,7 @@ from transformers import AutoConfig
 
 from bench import records
 from bench.cases import ROOT
+from bench.device import frozen_dtype
 from bench.encoding import SentenceEncoder, sample
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.records import Record
@@ -50,7 +51,7 @@ from pe.config import ModelConfig
 from pe.integrations.openai_server import Limits, Served, build_app
 from pe.method.backbone import Backbone
 from pe.method.encoder import Floats
-from pe.method.loading import dtype_on, quiet
+from pe.method.loading import quiet
 from pe.method.requests import Instruction, Requests, Truncation
 from pe.model import PromptEmbedder
 from pe.runs.recipes import load_recipe
@@ -434,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = {
         "recipe": given.recipe.stem,
         "device": torch.device(given.device).type,
-        "dtype": str(dtype_on(torch.device(given.device), config.backbone.dtype) or "auto").removeprefix("torch."),
+        "dtype": frozen_dtype(config.backbone, torch.device(given.device)),
         "sizes": {
             "max_length": config.max_length,
             "request_texts": given.texts,

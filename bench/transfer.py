@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import plots, records
+from bench.device import frozen_dtype
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.plots import Panel, Series
 from bench.quality import with_train
@@ -45,7 +46,7 @@ def record(
         "variant": variant,
         "seed": recipe.train.seed,
         "rate": recipe.train.lr,
-        "dtype": recipe.model.backbone.dtype,
+        "dtype": frozen_dtype(recipe.model.backbone, build_accelerator(recipe).device),
         "source_score": level,
         "start_score": curve[0][2],
         "end_score": curve[-1][2],
