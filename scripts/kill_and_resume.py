@@ -8,15 +8,16 @@ models of this repository, with a checkpoint every fourth step.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -30,6 +31,8 @@ TINY = [
     *("--train.patience=null", "--evaluate.tasks=[]", "--evaluate.best_by=null"),
 ]
 """Of a training without a recipe."""
+BEGINS = b"train: "
+"""What stands before the progress of the steps."""
 
 
 def command(recipe: Path, overrides: Sequence[str], output: Path, *, resume: bool) -> list[str]:
@@ -38,24 +41,25 @@ def command(recipe: Path, overrides: Sequence[str], output: Path, *, resume: boo
     return [*words, "--resume"] if resume else words
 
 
-def finish(words: Sequence[str], run: RunFolder) -> tuple[float, float]:
-    """Train to the end; the seconds after which the run's folder was begun, and after which all was done."""
-    started = time.time()
+def finish(words: Sequence[str]) -> None:
+    """Train to the end."""
     subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return (run.path / "recipe.yaml").stat().st_mtime - started, time.time() - started
 
 
 def kill_after(words: Sequence[str], seconds: float) -> bool:
-    """Begin to train, and kill the process; whether it was still at it."""
+    """Begin to train, and kill the process so many seconds after its first step began; whether it was still at it."""
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = b""
+    while BEGINS not in said and (more := cast(io.BufferedReader, process.stderr).read1()):
+        said += more
     try:
-        _, said = process.communicate(timeout=seconds)
+        _, rest = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         return True
     if process.returncode:
-        last = (said.decode().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        last = ((said + rest).decode().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise RuntimeError(f"{' '.join(words)}: expected a training, got: {last}")
     return False
 
@@ -74,23 +78,23 @@ def kill_and_resume(recipe: Path, overrides: Sequence[str], folder: Path, kills:
     Args:
         recipe, overrides: what is trained.
         folder: where both runs go.
-        kills: how often the second run is killed, at moments between where an undisturbed one begins its folder and its
-            end.
+        kills: how often the second run is killed, each time within `2 / (kills + 1)` of all steps.
         seed: of the moments.
 
     Raises:
         RuntimeError: the runs differ, or one failed.
     """
     whole, other = RunFolder(folder / "whole"), RunFolder(folder / "killed")
-    begin, end = finish(command(recipe, overrides, whole.path, resume=False), whole)
-    moments, lines = random.Random(seed), [f"in peace: training from second {begin:.1f} to {end:.1f}"]
+    finish(command(recipe, overrides, whole.path, resume=False))
+    seconds = float(whole.load_checkpoint(torch.device("cpu"))["history"]["seconds"])
+    moments, lines = random.Random(seed), [f"in peace: steps of {seconds:.1f} s"]
     for number in range(1, kills + 1):
-        after = moments.uniform(begin, end)
+        after = moments.uniform(0, 2 * seconds / (kills + 1))
         resume = bool(other.checkpoints)
         was_killed = kill_after(command(recipe, overrides, other.path, resume=resume), after)
         at = other.checkpoints[-1].stem if other.checkpoints else "no checkpoint"
         lines.append(f"kill {number}: after {after:.1f} s, {at}{'' if was_killed else ', it had ended'}")
-    finish(command(recipe, overrides, other.path, resume=bool(other.checkpoints)), other)
+    finish(command(recipe, overrides, other.path, resume=bool(other.checkpoints)))
     expected, got = outcome(whole), outcome(other)
     if different := sorted(name for name in expected | got if expected.get(name) != got.get(name)):
         raise RuntimeError(f"{folder}: expected the same bytes in both runs, got others in {', '.join(different)}")
