@@ -2,7 +2,7 @@
 
 Trains a recipe twice: once in peace, and once killed by SIGKILL at random moments and resumed each time. Both must end
 in the same bytes: the saved model's tensors and the losses of every step. Without a recipe a tiny one is trained on the
-models of this repository, with a checkpoint every fourth step.
+models of this repository, with a checkpoint every second step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pe.train import DEFAULT_RECIPE
 
 ROOT = Path(__file__).parent.parent
 TINY = [
-    *("--train.steps=40", "--train.save_every=4", "--train.batch_size=8", "--train.eval_every=0"),
+    *("--train.steps=80", "--train.save_every=2", "--train.batch_size=8", "--train.eval_every=0"),
     *("--train.patience=null", "--evaluate.tasks=[]", "--evaluate.best_by=null"),
 ]
 """Of a training without a recipe."""
