@@ -22,10 +22,9 @@ from rich.console import Console
 
 from bench import records
 from bench.cases import ROOT
-from bench.device import frozen_dtype
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.quality import evaluate, with_train
-from bench.systems import INSTRUCTED, System
+from bench.systems import INSTRUCTED, System, frozen_dtype
 from pe.baselines.static import StaticPromptEmbedder
 from pe.config import Recipe
 from pe.data.batches import BatchPlan

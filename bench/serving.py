@@ -42,10 +42,10 @@ from transformers import AutoConfig
 
 from bench import records
 from bench.cases import ROOT
-from bench.device import frozen_dtype
 from bench.encoding import SentenceEncoder, sample
 from bench.markdown import NOT_YET, gpu_line, grid, where
 from bench.records import Record
+from bench.systems import frozen_dtype
 from pe.baselines.common import INSTRUCT
 from pe.config import ModelConfig
 from pe.integrations.openai_server import Limits, Served, build_app
@@ -431,7 +431,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, load = load_recipe(given.recipe).model, os.getloadavg()[0]
     tasks = tasks_of(given.clients, given.texts, given.requests)
     found = measure(config, given.systems, tasks, given.clients, given.rounds, given.device)
-    shape = AutoConfig.from_pretrained(config.backbone.model, revision=config.backbone.revision)
+    shape = AutoConfig.from_pretrained(
+        config.backbone.model, revision=config.backbone.revision, trust_remote_code=False
+    )
     common = {
         "recipe": given.recipe.stem,
         "device": torch.device(given.device).type,

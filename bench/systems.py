@@ -18,11 +18,12 @@ from pe.baselines.common import Pooling
 from pe.baselines.linear import LinearEmbedder
 from pe.baselines.lora import LoraBaselineConfig, LoraEmbedder
 from pe.baselines.static import StaticPromptEmbedder
-from pe.config import AlignmentConfig, LoraSettings, PrompterConfig, Recipe, TemplatesConfig
+from pe.config import AlignmentConfig, BackboneConfig, LoraSettings, PrompterConfig, Recipe, TemplatesConfig
 from pe.data.batches import BatchPlan
 from pe.integrations.mteb import TextEncoder
 from pe.losses import instructions_of
 from pe.method.backbone import Backbone
+from pe.method.loading import dtype_on
 from pe.model import PromptEmbedder
 from pe.step import Trainable
 
@@ -41,6 +42,11 @@ class Entry:
     title: str
     build: Build
     times: int = 1
+
+
+def frozen_dtype(config: BackboneConfig, device: torch.device) -> str:
+    """Type of a backbone's weights on a device, `auto` where the checkpoint decides."""
+    return str(dtype_on(device, config.dtype) or "auto").removeprefix("torch.")
 
 
 def build_pe(**changes: Any) -> Build:

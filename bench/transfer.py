@@ -16,12 +16,11 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from bench import plots, records
-from bench.device import frozen_dtype
 from bench.markdown import NOT_YET, dtype_of, grid, origins
 from bench.plots import Panel, Series
 from bench.quality import with_train
 from bench.records import Record
-from bench.systems import SYSTEMS
+from bench.systems import SYSTEMS, frozen_dtype
 from pe.config import Recipe
 from pe.evaluate import Scores
 from pe.method.loading import quiet

@@ -491,7 +491,7 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], pages=[page], folder=results) == 1
     assert report.main([], pages=[page], folder=results) == 0
     assert report.main(["--check"], pages=[page], folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 13
+    assert page.read_text().count("Not yet measured.") == 14
     assert "GPU: not yet measured." in page.read_text()
 
     times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "lora-packed": 200.0}
@@ -640,9 +640,19 @@ def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fi
 
 
 def test_a_real_training_stands_beside_lora_unless_its_texts_were_stored(results: Path) -> None:
-    def trained(system: str, seconds: float, stored: bool = False, plain: float = 80.0, rate: float = 1e-3) -> None:
+    recipe, smollm2 = summary.REAL
+
+    def trained(
+        system: str,
+        seconds: float,
+        stored: bool = False,
+        plain: float = 80.0,
+        rate: float = 1e-3,
+        backbone: str = smollm2,
+    ) -> None:
         row = {
-            "recipe": summary.REAL,
+            "recipe": recipe,
+            "backbone": backbone,
             "steps": 80,
             "system": system,
             "cpu_seconds": seconds,
@@ -656,6 +666,7 @@ def test_a_real_training_stands_beside_lora_unless_its_texts_were_stored(results
     assert summary.real_rows(results) == [], "no LoRA yet"
     trained("lora", 250.0)
     trained("pe", 40.0, stored=True)
+    trained("pe", 30.0, backbone="models/another")
     (row,) = summary.real_rows(results)
     said = "s, score 80.0, follows 70.0"
     assert row[2:] == [f"100 {said}", f"250 {said}", "2.50", "", "100% of 80.0"]

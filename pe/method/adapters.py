@@ -47,7 +47,9 @@ def load_saved(model: PreTrainedModel, folder: Path, adapter: str) -> None:
     with safe_open(file, "pt") as saved:
         shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     found = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
-    loaded = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # PEFT saves embeddings, too, where it takes a vocabulary for another
+    has_embeddings = any("lora_" not in name for name in found)
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=has_embeddings)
     expected = {name: list(tensor.shape) for name, tensor in loaded.items()}
     if other := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
         raise ValueError(
