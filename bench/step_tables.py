@@ -21,7 +21,8 @@ CLAIMED = {"pe-suffix": "suffix alone", "pe-suffix-weighted": "default"}
 def measured(kind: str, folder: Path) -> list[list[Record]]:
     """Of every case, distribution, hardware and type the newest of the fullest runs, in the order of the page.
 
-    The fullest is the one with the most ways to train: a run that was cut short takes no row away.
+    The fullest is, of those of the latest protocol, the one with the most ways to train: a run that was cut short takes
+    no row away.
     """
     runs: dict[tuple[str | None, ...], dict[str, list[Record]]] = {}
     for record in records.read(kind, folder):
@@ -29,11 +30,16 @@ def measured(kind: str, folder: Path) -> list[list[Record]]:
             hardware = record["hardware"]["gpu"] if record["device"] != "cpu" else None
             key = (record["case"], record["distribution"], hardware, record["dtype"])
             runs.setdefault(key, {}).setdefault(record["run"], []).append(record)
-    groups = [max(reversed(group.values()), key=lambda run: len(in_order(run))) for group in runs.values()]
+    groups = [max(reversed(group.values()), key=fullness) for group in runs.values()]
     cases, distributions = list(CASES), list(DISTRIBUTIONS)
     return sorted(
         groups, key=lambda group: (cases.index(group[0]["case"]), distributions.index(group[0]["distribution"]))
     )
+
+
+def fullness(run: Sequence[Record]) -> tuple[int, int]:
+    """The protocol of a run and its ways to train: the larger one is shown."""
+    return run[0].get("protocol", 1), len(in_order(run))
 
 
 def in_order(group: Sequence[Record]) -> list[Record]:
