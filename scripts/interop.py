@@ -65,8 +65,8 @@ DOORS = (
          ["test_encode_bulk.py::test_texts_and_an_address_of_fsspec"]),
     Door("ray", "bulk encoding, killed and gone on with, beside one process",
          ["test_encode_ray.py::test_killed_it_goes_on_and_equals_one_process"]),
-    Door("accelerate", "two processes take the steps of one with twice the batch",
-         ["test_train.py::test_two_processes_equal_one_of_twice_the_batch"]),
+    Door("accelerate", "two processes have the gradients of one with both batches, even and uneven",
+         ["test_several.py::test_two_processes_have_the_gradients_of_one"]),
     Door("mlflow-skinny", "losses of a run, beside TensorBoard's; wandb offline",
          ["test_train.py::test_a_run_is_logged_where_it_is_asked"]),
 )  # fmt: skip
