@@ -27,7 +27,7 @@ from bench import bfloat16, plots, records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, hardware, letters, origins
 from bench.plots import Panel, Series
-from bench.systems import SYSTEMS
+from bench.systems import SYSTEMS, frozen_dtype
 from bench.untrained import MINILM, PEER, UNTRAINED
 from pe.config import Recipe
 from pe.evaluate import Scores, find_tasks, score
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 PROTOCOL = 2
 """Of new records. 2: LoRA adapters (LoRA's, the reader's) train in float32; before, in the frozen weights' bfloat16."""
-STORE = "--train.text_store"
+STORE = ("--train.text_store=", "--train.text_store_gib=")
 """Options that change no score: a table is named by all others."""
 TUNING_SEED = 100
 TUNING_STEPS = 60
@@ -80,7 +80,7 @@ def train_one(name: str, recipe: Recipe, device: torch.device) -> Row:
         return Row(SYSTEMS[name].title, evaluate(model, recipe), history.seconds, spent)
 
 
-def not_trained(title: str, recipe: Recipe, device: torch.device) -> Row:
+def score_peer(title: str, recipe: Recipe, device: torch.device) -> Row:
     """What has nothing to train."""
     return Row(title, evaluate(UNTRAINED[title](recipe, device), recipe))
 
@@ -105,11 +105,12 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "variant": row.title,
         "seed": recipe.train.seed,
         "device": device.type,
-        "dtype": recipe.model.backbone.dtype,
+        "dtype": frozen_dtype(recipe.model.backbone, device),
         "native_bfloat16": has_instructions(torch.bfloat16, device),
         "backbone": recipe.model.backbone.model,
         "steps": recipe.train.total_steps,
         "rate": recipe.train.lr,
+        "stored": recipe.train.text_store != "none",
         "temperature": recipe.loss.temperature,
         "seconds": None if row.seconds is None else round(row.seconds, 3),
         "cpu_seconds": None if row.cpu_seconds is None else round(row.cpu_seconds, 3),
@@ -188,7 +189,7 @@ def measure(
         if title == PEER and not MINILM.is_dir():
             print(f"{title}: left out; python -m pe.models {MINILM.name} fetches it", flush=True)
             continue
-        keep(not_trained, title, title, with_train(recipe, seed=0))  # which no seed changes
+        keep(score_peer, title, title, with_train(recipe, seed=0))  # which no seed changes
     first = with_train(recipe, seed=seeds[0])
     for system in before:
         keep(untrained, system, f"{SYSTEMS[system].title}, untrained", first)
@@ -204,7 +205,8 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
 
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
     Each row's `quickest` is the record of its variant's fastest training, of every protocol: what else the machine does
-    only adds to its seconds. Bfloat16 that a processor has no instructions for is no measure of time.
+    only adds to its seconds. Bfloat16 that a processor has no instructions for is no measure of time, nor is a training
+    whose texts a store may have had.
     """
     rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
@@ -212,7 +214,7 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     for row in sorted(latest.values(), key=lambda row: ORDER.index(row["variant"])):
         same = [other for other in rows if (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])]
         timed = [other for other in same if other.get("native_bfloat16", True) or other["dtype"] != "bfloat16"]
-        timed = [other for other in timed if other.get("cpu_seconds") is not None]
+        timed = [other for other in timed if other.get("cpu_seconds") is not None and not other.get("stored")]
         quickest = min(timed, key=lambda other: other["cpu_seconds"], default=None)
         found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | {"quickest": quickest})
     for variants in found.values():
@@ -348,6 +350,11 @@ def draw(folder: Path, target: Path = plots.FOLDER) -> None:
             plots.points(target / plot_name(recipe), panel)
 
 
+def table_name(recipe: str, overrides: Sequence[str]) -> str:
+    """A recipe's name, and the options that change scores."""
+    return " ".join([recipe, *(item for item in overrides if not item.startswith(STORE))])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -365,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     rates = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.rates)}
     recipe, device = load_recipe(arguments.recipe, overrides), torch.device(arguments.device)
-    name = " ".join([arguments.recipe.stem, *(item for item in overrides if not item.startswith(STORE))])
+    name = table_name(arguments.recipe.stem, overrides)
     if arguments.data and not arguments.tune:
         whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
         recipe = dataclasses.replace(recipe, evaluate=whole)

@@ -1,13 +1,15 @@
 """Rows of the quality table that nothing is trained for: the frozen backbone, and what users would take instead.
 
-Legend: N texts.
+Legend: N texts, D embedding size.
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,37 +20,42 @@ from pe.baselines.frozen import FrozenEncoder
 from pe.config import Recipe
 from pe.data.tasks import Floats
 from pe.integrations.mteb import TextEncoder
-from pe.method.requests import Side
 
 MINILM = ROOT / "models" / "minilm"
 """Where `python -m pe.models minilm` puts it."""
 PEER = "all-MiniLM-L6-v2, trained elsewhere"
 
 
-class Trigrams:
+class PlainEncoder(ABC):
+    """What embeds texts alike under every instruction."""
+
+    name: str
+    revision: str
+
+    @abstractmethod
+    def embed(self, texts: list[str]) -> Floats:
+        """L2-normalised embeddings `[N, D]` float32."""
+
+    def encode(self, texts: Sequence[str], **_: Any) -> Floats:
+        """The same of the texts, whatever instruction, side or batch size is asked for."""
+        return self.embed(list(texts))
+
+
+class Trigrams(PlainEncoder):
     """Counts of the character trigrams inside words, hashed to 4,096 columns."""
 
     name = "trigrams"
     revision = "4096"
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str,
-        side: Side = "query",
-        batch_tokens: int = 16_384,
-        progress: bool = False,
-    ) -> Floats:
-        """L2-normalised counts `[N, 4096]` float32; an instruction changes nothing."""
+    def embed(self, texts: list[str]) -> Floats:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         bags = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=4096, alternate_sign=False)
         return np.asarray(bags.transform(texts).todense(), dtype=np.float32)
 
 
-class SentenceTransformerPeer:
-    """A model of sentence-transformers as its users have it: without an instruction."""
+class SentenceTransformerPeer(PlainEncoder):
+    """A model of sentence-transformers as its users have it."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from sentence_transformers import SentenceTransformer
@@ -57,17 +64,8 @@ class SentenceTransformerPeer:
         self.revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
         self.model = SentenceTransformer(str(folder), device=str(device))
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str,
-        side: Side = "query",
-        batch_tokens: int = 16_384,
-        progress: bool = False,
-    ) -> Floats:
-        """L2-normalised embeddings `[N, 384]` float32; an instruction changes nothing."""
-        found: Floats = self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=progress)
+    def embed(self, texts: list[str]) -> Floats:
+        found: Floats = self.model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         return found
 
 

@@ -639,6 +639,24 @@ def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fi
     records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
 
 
+def test_a_training_whose_texts_a_store_may_have_had_is_no_measure_of_time(results: Path) -> None:
+    scored("LoRA, mean", 50.0, 90.0)
+    scored("PE, suffix, reader", 50.0, 10.0, stored=True)
+    (variants,) = quality.newest(results).values()
+    assert quality.seconds_of(variants, "PE, suffix, reader") is None
+    assert quality.seconds_of(variants, "LoRA, mean") == 90.0
+    scored("PE, suffix, reader", 50.0, 40.0)
+    (variants,) = quality.newest(results).values()
+    assert quality.seconds_of(variants, "PE, suffix, reader") == 40.0
+
+
+def test_a_table_is_named_by_what_changes_its_scores() -> None:
+    rounded = "--train.text_store_dtype=int8"
+    assert (
+        quality.table_name("tiny", ["--train.text_store=x", rounded, "--train.text_store_gib=9"]) == f"tiny {rounded}"
+    )
+
+
 def test_a_real_training_stands_beside_lora_unless_its_texts_were_stored(results: Path) -> None:
     recipe, smollm2 = summary.REAL
 
