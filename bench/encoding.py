@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from pe.method.backbone import Backbone
 from pe.method.encoder import Floats
 from pe.method.loading import quiet
 from pe.method.probes import PROBE_TOLERANCE
+from pe.method.quantized import has_eight_bits
 from pe.model import PromptEmbedder
 from pe.runs.recipes import load_recipe
 
@@ -53,6 +55,7 @@ TITLES = {
     "st-instructed": "sentence-transformers, instruction before each text",
     "frozen": "frozen backbone, packed",
     "pe-suffix": "PE, suffix",
+    "pe-suffix-int8": "PE, suffix, texts read in int8",
     "pe-prefix": "PE, prefix",
 }
 SHARES_TEXTS = "pe-suffix"
@@ -135,17 +138,26 @@ def suffix(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, layout="suffix", pooling="mean_prompt")
 
 
+def suffix_int8(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(suffix(config), backbone=dataclasses.replace(config.backbone, quantize="int8"))
+
+
 def prefix(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, layout="prefix", pooling="mean_text", reader="none", skip="none")
+    return dataclasses.replace(config, layout="prefix", pooling="mean_text", reader="none", skip="none", lens_rank=0)
+
+
+LAYOUTS = {"pe-suffix": suffix, "pe-suffix-int8": suffix_int8, "pe-prefix": prefix}
 
 
 def systems(
     config: ModelConfig, sentences: SentenceEncoder, frozen: FrozenEncoder, batch_size: int
 ) -> dict[str, Encode]:
-    """Every system under the name its records carry."""
+    """Every system that the device can run, under the name its records carry."""
     device = frozen.backbone.device
-    embedders = [PromptEmbedder.from_config(layout(config), device) for layout in (suffix, prefix)]
-    ours = [lambda texts, wanted, own=own: own.encode_many(texts, instructions=wanted) for own in embedders]
+    layouts = {name: layout(config) for name, layout in LAYOUTS.items()}
+    if not has_eight_bits("int8", device):
+        del layouts["pe-suffix-int8"]
+    embedders = {name: PromptEmbedder.from_config(own, device) for name, own in layouts.items()}
 
     def instructed(texts: Sequence[str], wanted: Sequence[str]) -> list[Floats]:
         heads = [INSTRUCT.replace("{instruction}", text).removesuffix("{text}") for text in wanted]
@@ -155,9 +167,13 @@ def systems(
         "st": lambda texts, _: sentences.encode(texts, batch_size),
         "st-instructed": instructed,
         "frozen": lambda texts, _: frozen.encode(texts, instruction=UNREAD),
-        "pe-suffix": ours[0],
-        "pe-prefix": ours[1],
+        **{name: functools.partial(in_our_way, own) for name, own in embedders.items()},
     }
+
+
+def in_our_way(embedder: PromptEmbedder, texts: Sequence[str], wanted: Sequence[str]) -> Any:
+    """Embeddings of the texts under each instruction."""
+    return embedder.encode_many(texts, instructions=wanted)
 
 
 def instructions(count: int, run: int) -> list[str]:

@@ -1,8 +1,8 @@
 """`python -m bench.quality [--seeds 0 1 2] [--systems pe lora-mean ...] [--data FOLDER] [--section.option=value ...]`
 
 Trains the default recipe's embedder, its variants and its peers on the same backbone, data, batches and steps, and
-scores each on the recipe's tasks, or with `--data` on every task whose files are in a folder. Tasks whose instruction
-stands in the training sets are called seen, all others unseen. Overrides are those of `pe.train`.
+scores each on the recipe's tasks, or with `--data` on every task whose files are in a folder, or of these on `--tasks`.
+Tasks whose instruction stands in the training sets are called seen, all others unseen. Overrides are as for `pe.train`.
 
 `--tune` looks for each system's learning rate first: short trainings under a seed of their own, scored on the recipe's
 tasks, to the records. A system is then trained at its best recorded rate (`--rates lora-mean=5e-4` overrules it).
@@ -364,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
     options.add_argument("--untrained", nargs="*", choices=SYSTEMS, default=["pe"], help="score these untrained too")
     options.add_argument("--data", type=Path, help="score on every task whose files are in this folder")
+    options.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of these, with --data, on some alone")
     options.add_argument("--rates", nargs="*", default=[], metavar="SYSTEM=RATE")
     options.add_argument("--tune", type=float, nargs="+", metavar="RATE", help="only look for learning rates")
     options.add_argument("--resume", action="store_true")
@@ -371,10 +372,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = options.parse_known_args(argv)
     quiet()
     rates = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.rates)}
+    if arguments.tasks and not arguments.data:
+        options.error("--tasks: of which folder? give --data as well")
     recipe, device = load_recipe(arguments.recipe, overrides), torch.device(arguments.device)
     name = table_name(arguments.recipe.stem, overrides)
     if arguments.data and not arguments.tune:
-        whole = dataclasses.replace(recipe.evaluate, tasks=(), data=str(arguments.data))
+        whole = dataclasses.replace(recipe.evaluate, tasks=tuple(arguments.tasks), data=str(arguments.data))
         recipe = dataclasses.replace(recipe, evaluate=whole)
     with user_errors("bench.quality"):
         find_tasks(recipe.evaluate.tasks, Path(recipe.evaluate.data))  # a training takes minutes, scores come last
