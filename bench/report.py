@@ -20,6 +20,7 @@ from bench import (
     instruct,
     kernels,
     largest,
+    layers,
     plots,
     quality,
     records,
@@ -45,11 +46,12 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "serving": serving.render,
     "quality": quality.render,
     "instruct": instruct.render,
+    "layers": layers.render,
     "transfer": transfer.render,
     "ops": kernels.render,
     "kernels": aot.render,
 }
-DRAWN = (summary, scaling, quality, transfer)
+DRAWN = (summary, scaling, quality, layers, transfer)
 """Modules whose sections show plots."""
 SECTION = re.compile(r"(<!-- begin:(\w+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
 PLOT = re.compile(r"\]\([^)]*plots/([^)]+)\)")

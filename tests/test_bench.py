@@ -433,6 +433,19 @@ def test_quality_looks_for_the_tasks_before_it_trains(
     assert not records.read("quality", results)
 
 
+def test_quality_scores_on_some_of_a_folders_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr(quality, "measure", lambda recipe, *_, **__: asked.append(recipe))
+    quality.main(["--data", "data", "--tasks", "PE-XQuAD", "PE-STSb-test"])
+    assert (asked[0].evaluate.tasks, asked[0].evaluate.data) == (("PE-XQuAD", "PE-STSb-test"), "data")
+    with pytest.raises(SystemExit):
+        quality.main(["--tasks", "PE-XQuAD"])
+    assert "--tasks: of which folder?" in capsys.readouterr().err
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("op", ["linear", "linear, bias", "matmul", "added in place"])
 def test_products_of_bfloat16_through_float32_are_rounded_once(op: str) -> None:
     """Outputs and gradients are the exact ones, rounded; float32 keeps its own."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import instruct, records
+from bench import instruct, layers, records
 
 SIDES = ("yea", "nay")
 
@@ -72,3 +72,21 @@ def test_every_system_is_trained_and_scored(recipe: Path, tmp_path: Path, monkey
 
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     assert instruct.render(tmp_path) == instruct.NOT_YET
+
+
+def test_fewer_layers_are_trained_and_scored(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    layers.main(["--recipe", str(recipe), "--layers", "2", "1"])
+    layers.main(["--recipe", str(recipe), "--layers", "1", "--train.text_store=memory"])
+    rows = layers.newest(tmp_path / "results")
+    assert [(row["recipe"], row["layers"]) for row in rows] == [("recipe", 1), ("recipe", 2)]
+    assert rows[0]["stored"], "the newest record of a number of layers stands for it"
+    assert "| 1 | " in layers.render(tmp_path / "results")
+    layers.draw(tmp_path / "results", tmp_path)
+    assert "1, 2 layers, left to right" in (tmp_path / layers.PLOT).read_text()
+
+
+def test_more_layers_than_there_are_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        layers.main(["--recipe", str(recipe), "--layers", "9"])
+    assert "layers" in capsys.readouterr().err
