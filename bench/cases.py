@@ -124,7 +124,7 @@ QWEN_06B = Shape(kind="qwen3", sizes=sizes(151_936, 1024, 3072, 28, 16, 8, 128),
 TINY_PROMPTER = Shape(kind="llama", sizes=sizes(4096, 192, 512, 4, 6, 3, 32), folder="models/tiny-prompter")
 SMOLLM2 = Shape(kind="llama", sizes=sizes(49_152, 576, 1536, 30, 9, 3, 64), folder="models/smollm2-135m", tied=True)
 CASES = {
-    "smollm2": Case(name="smollm2", prompter=SMOLLM2, backbone=SMOLLM2, queries=64, writes_once=True),
+    "smollm2": Case(name="smollm2", prompter=SMOLLM2, backbone=SMOLLM2, queries=64, soft_tokens=3, writes_once=True),
     "tiny": Case(
         name="tiny",
         prompter=TINY_PROMPTER,
