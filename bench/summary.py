@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import plots, quality, records
-from bench.markdown import NOT_YET, dtype_of, grid, hardware, share
+from bench.markdown import NOT_YET, grid, hardware, share
 from bench.memory import above
 from bench.plots import Panel, Series
 from bench.quality import Variants, match, mean_of, middle, newest, seconds_of, values
@@ -32,9 +33,10 @@ POINTS = {
     "lora-weighted-dropless-longer": "LoRA without dropout, 4 times the steps",
     "lora-last-layers": "LoRA without dropout, on the upper half of the layers",
 }
-REAL = ("smollm2-135m.yaml", "models/smollm2-135m")
-FOLLOWED, UNSEEN = "PE-Instruct-NLI", "right_unseen"
-"""The recipe and its real backbone, and what says whether instructions are followed."""
+REAL = "smollm2-135m"
+"""The recipe of a real backbone."""
+FOLLOWED = "PE-Instruct-NLI"
+"""What says whether instructions are followed; no part of a mean."""
 PLOT = "summary.svg"
 LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")
@@ -57,65 +59,44 @@ def step_row(case: str, device: str, variant: str, folder: Path) -> list[str] | 
     return [what, hardware(ours), *times, ratio(lora, ours), share(peaks.get(BEST), peaks.get(variant)), ""]
 
 
-def training_row(name: str, variants: Variants) -> list[str] | None:
+def training_row(name: str, model: str, variants: Variants) -> list[str] | None:
     """A whole training: its time beside the quickest LoRA as good as the best one, its score beside the best one's."""
     if not (found := match(name, variants)):
         return None
     rows = [variants[title][0]["quickest"] for title in (found.ours, found.quickest)]
     seconds = [float(row["cpu_seconds"]) for row in rows]
     ours, best, quickest = (mean_of(variants, title) or 0.0 for title in found)
-    what = f"training of *tiny*, {rows[0]['steps']} steps, scored on {len(rows[0]['by_task'])} tasks"
-    cells = [f"{spent:,.0f} s, score {score:.1f}" for spent, score in zip(seconds, (ours, quickest), strict=True)]
+    plain = [task for task in rows[0]["by_task"] if task != FOLLOWED]
+    what = f"training of *{model}*, {rows[0]['steps']} steps, scored on {len(plain)} tasks"
+    cells = [
+        f"{spent:,.0f} s, score {score:.1f}{_followed(variants[title])}"
+        for title, spent, score in zip((found.ours, found.quickest), seconds, (ours, quickest), strict=True)
+    ]
     machines = " and ".join(dict.fromkeys(map(hardware, rows)))
     return [what, machines, *cells, f"{seconds[1] / seconds[0]:.2f}", "", f"{ours / best:.0%} of {best:.1f}"]
 
 
-def plain(row: records.Record) -> float:
-    """Mean score of the tasks without contradiction."""
-    return float(row["plain"])
-
-
-def _trained(row: records.Record) -> str:
-    followed = row["instruct"][FOLLOWED][UNSEEN]
-    return f"{row['cpu_seconds']:,.0f} s, score {row['plain']:.1f}, follows {followed:.1f}"
-
-
-def real_rows(folder: Path) -> list[list[str]]:
-    """Trainings of a real backbone under instructions that contradict each other, ours beside LoRA's, by steps.
-
-    Of LoRA's rates the one that scores highest on the plain tasks.
-    """
-    rows_of_it = (row for row in records.read("instruct", folder) if (row["recipe"], row["backbone"]) == REAL)
-    timed_whole = (row for row in rows_of_it if not row.get("stored"))
-    newest = {(row["steps"], dtype_of(row), row["system"], row["rate"]): row for row in timed_whole}
-    rows = []
-    for steps, dtype in dict.fromkeys(key[:2] for key in newest):
-        found = {
-            system: max(
-                (row for key, row in newest.items() if key[:3] == (steps, dtype, system)), key=plain, default=None
-            )
-            for system in ("pe", "lora")
-        }
-        ours, lora = found["pe"], found["lora"]
-        if ours and lora:
-            cells = [_trained(row) for row in (ours, lora)]
-            what = f"training of *SmolLM2-135M*, {steps} steps under contradicting instructions, scored on 3 tasks"
-            machines = " and ".join(dict.fromkeys(map(hardware, (ours, lora))))
-            quicker, kept = lora["cpu_seconds"] / ours["cpu_seconds"], ours["plain"] / lora["plain"]
-            rows.append([what, machines, *cells, f"{quicker:.2f}", "", f"{kept:.0%} of {lora['plain']:.1f}"])
-    return rows
+def _followed(rows: Sequence[records.Record]) -> str:
+    """How often the instruction was followed under unseen wordings, where that was scored; mean over the seeds."""
+    found = [row["by_task"][FOLLOWED] for row in rows if FOLLOWED in row["by_task"]]
+    return f", follows {sum(found) / len(found):.1f}" if found else ""
 
 
 def scored(folder: Path) -> Variants:
-    """The quality table's variants, of the recipe with most of them; none where nothing was trained."""
-    return max(newest(folder).values(), key=len, default={})
+    """The quality table's variants, of the recipe of small models with most of them; none where nothing was trained."""
+    found = newest(folder)
+    return max((variants for recipe, variants in found.items() if recipe != REAL), key=len, default={})
 
 
 def render(folder: Path) -> str:
     """The table: trainings of a real backbone, then steps and whole trainings of others."""
-    variants = scored(folder)
-    found = [*(step_row(*case, folder) for case in STEPS), *(training_row(name, variants) for name in TRAININGS)]
-    rows = [*real_rows(folder), *(row for row in found if row)]
+    real, variants = newest(folder).get(REAL, {}), scored(folder)
+    found = [
+        training_row(TRAININGS[0], "SmolLM2-135M", real),
+        *(step_row(*case, folder) for case in STEPS),
+        *(training_row(name, "tiny", variants) for name in TRAININGS),
+    ]
+    rows = [row for row in found if row]
     return grid(HEADER, rows) if rows else NOT_YET
 
 

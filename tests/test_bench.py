@@ -504,7 +504,7 @@ def test_page_follows_the_records(results: Path, tmp_path: Path, monkeypatch: py
     assert report.main(["--check"], pages=[page], folder=results) == 1
     assert report.main([], pages=[page], folder=results) == 0
     assert report.main(["--check"], pages=[page], folder=results) == 0
-    assert page.read_text().count("Not yet measured.") == 14
+    assert page.read_text().count("Not yet measured.") == 15
     assert "GPU: not yet measured." in page.read_text()
 
     times = {"lora-padded": 300.0, "lora-checkpointed": 400.0, "lora-packed": 200.0}
@@ -670,44 +670,35 @@ def test_a_table_is_named_by_what_changes_its_scores() -> None:
     )
 
 
-def test_a_real_training_stands_beside_lora_unless_its_texts_were_stored(results: Path) -> None:
-    recipe, smollm2 = summary.REAL
+def test_a_real_training_stands_beside_lora_with_what_it_follows(results: Path) -> None:
+    ours, lora = (quality.SYSTEMS[name].title for name in ("pe-weighted", "lora-weighted-dropless"))
+    for title, seconds, stored, right in (
+        (ours, 100.0, False, 80.0),
+        (ours, 40.0, True, 90.0),
+        (lora, 250.0, False, 50.0),
+    ):
+        row = {"recipe": summary.REAL, "protocol": quality.PROTOCOL, "variant": title, "seed": 0, "mean": 80.0}
+        row |= {"by_type": {}, "by_task": {"PE-STSb-dev": 80.0, summary.FOLLOWED: right}, "steps": 105, "rate": 1e-3}
+        records.append(
+            "quality", [row | {"dtype": "bfloat16", "device": "cpu", "cpu_seconds": seconds, "stored": stored}]
+        )
+    found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL])
+    assert found is not None
+    assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 tasks"
+    cells = ["100 s, score 80.0, follows 90.0", "250 s, score 80.0, follows 50.0"]
+    assert found[2:] == [*cells, "2.50", "", "100% of 80.0"]
+    assert not summary.scored(results), "the rows of small models are of others"
+    assert found == next(iter(rows_of(summary.render(results))))
 
-    def trained(
-        system: str,
-        seconds: float,
-        stored: bool = False,
-        plain: float = 80.0,
-        rate: float = 1e-3,
-        backbone: str = smollm2,
-    ) -> None:
-        row = {
-            "recipe": recipe,
-            "backbone": backbone,
-            "steps": 80,
-            "system": system,
-            "cpu_seconds": seconds,
-            "plain": plain,
-            "rate": rate,
-        }
-        right = {"PE-Instruct-NLI": {"right_unseen": 70.0}}
-        records.append("instruct", [row | {"variant": system, "seed": 0, "instruct": right, "stored": stored}])
 
-    trained("pe", 100.0)
-    assert summary.real_rows(results) == [], "no LoRA yet"
-    trained("lora", 250.0)
-    trained("pe", 40.0, stored=True)
-    trained("pe", 30.0, backbone="models/another")
-    (row,) = summary.real_rows(results)
-    said = "s, score 80.0, follows 70.0"
-    assert row[2:] == [f"100 {said}", f"250 {said}", "2.50", "", "100% of 80.0"]
-    trained("lora", 200.0, plain=70.0, rate=3e-4)
-    assert summary.real_rows(results) == [row], "LoRA at its best rate"
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of a Markdown table, without its head."""
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()[2:]]
 
 
 def test_shares_of_time_are_of_the_quickest_lora_that_scores_as_well(results: Path) -> None:
     def short() -> list[str] | None:
-        row = summary.training_row("pe-weighted", summary.scored(results))
+        row = summary.training_row("pe-weighted", "tiny", summary.scored(results))
         return row and row[2:]
 
     for seed, mean in enumerate((52.0, 54.0, 56.0)):
@@ -723,7 +714,7 @@ def test_shares_of_time_are_of_the_quickest_lora_that_scores_as_well(results: Pa
     assert "score 40.5 there, ours 45.9; on instructions unseen in training 40.5 and 45.9" in lost
 
     def longer() -> list[str] | None:
-        row = summary.training_row("pe-weighted-longer", summary.scored(results))
+        row = summary.training_row("pe-weighted-longer", "tiny", summary.scored(results))
         return row and row[2:]
 
     scored("PE, suffix, reader, weighted skip, 4 times the steps", 48.0, 240.0)
