@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import plots, quality, records
-from bench.markdown import NOT_YET, grid, hardware, share
+from bench.markdown import NOT_YET, grid, hardware, several, share
 from bench.memory import above
 from bench.plots import Panel, Series
 from bench.quality import Variants, match, mean_of, middle, newest, seconds_of, values
@@ -65,7 +65,7 @@ def training_row(name: str, model: str, variants: Variants) -> list[str] | None:
     seconds = [float(row["cpu_seconds"]) for row in rows]
     ours, best, quickest = (mean_of(variants, title) or 0.0 for title in found)
     plain = [task for task in rows[0]["by_task"] if task != FOLLOWED]
-    what = f"training of *{model}*, {rows[0]['steps']} steps, scored on {len(plain)} tasks"
+    what = f"training of *{model}*, {rows[0]['steps']} steps, scored on {several(len(plain), 'task')}"
     cells = [
         f"{spent:,.0f} s, score {score:.1f}{_followed(variants[title])}"
         for title, spent, score in zip((found.ours, found.quickest), seconds, (ours, quickest), strict=True)

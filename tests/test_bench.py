@@ -685,7 +685,7 @@ def test_a_real_training_stands_beside_lora_with_what_it_follows(results: Path) 
         )
     found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL])
     assert found is not None
-    assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 tasks"
+    assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 task"
     cells = ["100 s, score 80.0, follows 90.0", "250 s, score 80.0, follows 50.0"]
     assert found[2:] == [*cells, "2.50", "", "100% of 80.0"]
     assert not summary.scored(results), "the rows of small models are of others"
