@@ -30,6 +30,7 @@ from bench.plots import Panel, Series
 from bench.systems import SYSTEMS, frozen_dtype
 from bench.untrained import MINILM, PEER, UNTRAINED
 from pe.config import Recipe
+from pe.data.instruct_score import INSTRUCT
 from pe.evaluate import Scores, find_tasks, score
 from pe.integrations.mteb import TextEncoder
 from pe.method.loading import has_instructions, quiet
@@ -97,7 +98,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
     found = row.scores.to_dict()
     trained_on = {item.instruction for item in recipe.data}
     sides: dict[str, list[float]] = {"seen": [], "unseen": []}
-    for task in row.scores.tasks.values():
+    for task in (task for task in row.scores.tasks.values() if task.type != INSTRUCT):
         sides["seen" if task.instruction in trained_on else "unseen"].append(task.score)
     return {
         "recipe": name,

@@ -81,6 +81,7 @@ def test_fewer_layers_are_trained_and_scored(recipe: Path, tmp_path: Path, monke
     rows = layers.newest(tmp_path / "results")
     assert [(row["recipe"], row["layers"]) for row in rows] == [("recipe", 1), ("recipe", 2)]
     assert rows[0]["stored"], "the newest record of a number of layers stands for it"
+    assert rows[0]["unseen"] is None, "what is followed is no part of a mean"
     assert "| 1 | " in layers.render(tmp_path / "results")
     layers.draw(tmp_path / "results", tmp_path)
     assert "1, 2 layers, left to right" in (tmp_path / layers.PLOT).read_text()
