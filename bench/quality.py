@@ -224,6 +224,11 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     return {recipe: variants for recipe, variants in found.items() if series(variants)}
 
 
+def is_tiny(variants: Variants) -> bool:
+    """Whether they stand on a model of this repository, whose tables come last."""
+    return all("tiny" in row.get("backbone", "tiny") for rows in variants.values() for row in rows)
+
+
 def values(rows: Sequence[records.Record], field: str) -> list[float | None]:
     return [row.get(field, row["by_type"].get(field)) for row in rows]
 
@@ -262,7 +267,7 @@ def plot_name(recipe: str) -> str:
 def render(folder: Path) -> str:
     """Mean and spread over the seeds, x100: all tasks, seen and unseen instructions, kinds of task."""
     parts = []
-    for recipe, variants in newest(folder).items():
+    for recipe, variants in sorted(newest(folder).items(), key=lambda item: is_tiny(item[1])):
         every = [row for rows in variants.values() for row in rows]
         kinds = list(dict.fromkeys(kind for row in every for kind in row["by_type"]))
         timed = [rows[0]["quickest"] for rows in variants.values() if rows[0]["quickest"]]
