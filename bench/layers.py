@@ -1,4 +1,4 @@
-"""`python -m bench.layers [--layers 10 15 20 24] [--recipe RECIPE] [--seed S] [--section.option=value ...]`
+"""`python -m bench.layers [--layers 10 15 20 24 30] [--recipe RECIPE] [--seed S] [--section.option=value ...]`
 
 What a backbone's upper layers are worth: trains the embedder of a recipe on the first N layers of its backbone alone
 (`backbone.layers`), with the same data, batches and steps, and scores each. A record is written as each one ends.
@@ -19,13 +19,13 @@ from bench.markdown import NOT_YET, grid, origins
 from bench.plots import Panel, Series
 from bench.quality import as_record, table_name, train_one, with_train
 from bench.records import Record
+from bench.transfer import FOLLOWED
 from pe.config import Recipe
 from pe.method.loading import quiet
 from pe.runs.cli import user_errors
 from pe.runs.recipes import load_recipe
 
 SYSTEM = "pe-weighted"
-FOLLOWED = "PE-Instruct-NLI"
 PLOT = "layers.svg"
 
 

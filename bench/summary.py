@@ -12,6 +12,7 @@ from bench.plots import Panel, Series
 from bench.quality import Variants, match, mean_of, middle, newest, seconds_of, values
 from bench.step_tables import measured, place, ratio, timed
 from bench.systems import SYSTEMS
+from bench.transfer import FOLLOWED
 
 OURS, STORED, BEST = "pe-suffix-weighted", "pe-suffix-weighted-stored", "lora-packed"
 """Of the timed steps: the recipes' default, the same with all texts found in a store, and the quickest LoRA."""
@@ -33,8 +34,6 @@ POINTS = {
 }
 REAL = "smollm2-135m"
 """The recipe of a real backbone."""
-FOLLOWED = "PE-Instruct-NLI"
-"""What says whether instructions are followed; no part of a mean."""
 PLOT = "summary.svg"
 LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")

@@ -31,6 +31,7 @@ from pe.transfer import Transfer, parse, reached, transfer, transfer_recipe
 Curve = Sequence[tuple[int, float, float]]
 STAGES = ("source", "untrained", "trained")
 FOLLOWED = "PE-Instruct-NLI"
+"""What says whether instructions are followed; no part of a mean."""
 LEFT_OUT = ("PE: alignment, reader and skip",)
 """Variants of the records that cannot be measured any more."""
 
