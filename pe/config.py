@@ -305,6 +305,9 @@ class TrainConfig:
     """How the rates go on from their peaks: to zero in a line or a half cosine, or not at all."""
     clip_norm: float = 1.0
     """Norm of all gradients together above which they are scaled down to it; .inf: never."""
+    norm_bound: float | None = 3.0
+    """In the suffix layout: how many times as long as a text's tokens usually are, in each layer, the states of soft
+    tokens may be made by training (see `pe/method/norm_bound.py`); null: without bound."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU that has it, else float32."""
     cuda_graphs: bool = True
@@ -374,6 +377,8 @@ class TrainConfig:
         decay = self.weight_decay
         _require(0 <= decay < math.inf, "train.weight_decay", "a non-negative number", decay)
         _require(self.clip_norm > 0, "train.clip_norm", "a positive number", self.clip_norm)
+        bound = self.norm_bound
+        _require(bound is None or 1 <= bound < math.inf, "train.norm_bound", "at least 1, or null", bound)
         micro = self.micro_batch_size
         _require(micro is None or micro >= 1, "train.micro_batch_size", "at least 1, or null", micro)
 

@@ -23,6 +23,7 @@ from pe.data.batches import Batch
 from pe.losses import backward, batch_requests, random_state, set_random_state
 from pe.method.ahead import ReadAhead
 from pe.method.backbone import Backbone
+from pe.method.norm_bound import NormBound
 from pe.method.prompted import PromptedEmbedder
 from pe.method.requests import Requests, Truncation
 
@@ -134,15 +135,23 @@ class Step(Generic[Model]):
         self.is_tolerant, self.micro_batch_size = is_tolerant, options.micro_batch_size
         self.ahead: ReadAhead | None = None
         self._following: StepTexts | None = None
+        self._bound: NormBound | None = None
         if isinstance(model, PromptedEmbedder):
+            if options.norm_bound is not None and model.config.layout == "suffix":
+                self._bound = NormBound(model.backbone, options.norm_bound)
             if options.read_ahead and model.config.layout == "suffix" and options.micro_batch_size is None:
                 self.ahead = ReadAhead(model, accelerator.autocast)
-            model.use_graphs(options.cuda_graphs)
+        self._use_graphs(options.cuda_graphs)
 
     def close(self) -> None:
-        """Let the weights move again."""
+        """Let the weights move again, and states grow."""
+        self._use_graphs(False)
+        if self._bound is not None:
+            self._bound.close()
+
+    def _use_graphs(self, wanted: bool) -> None:
         if isinstance(self.model, PromptedEmbedder):
-            self.model.use_graphs(False)
+            self.model.use_graphs(wanted)
 
     @property
     def done(self) -> int:
@@ -225,7 +234,7 @@ class Step(Generic[Model]):
         self.micro_batch_size = size
         self.ahead = self._following = None
         self.optimizer.zero_grad(set_to_none=True)
-        self.close()
+        self._use_graphs(False)
 
     def _embed(self, requests: Requests) -> Tensor:
         """`[B, D]`; the next batch's texts are begun behind this one's passes, which a GPU has to do yet."""

@@ -66,13 +66,13 @@ def assert_same(got: KeyValues, expected: KeyValues) -> None:
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many texts each text pass from now on reads."""
     counted: list[int] = []
-    plain = Backbone._text_pass
+    plain = Backbone.text_pass
 
     def counting(self: Backbone, texts: list[list[int]], *arguments: object, **options: object) -> KeyValues:
         counted.append(len(texts))
         return plain(self, texts, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Backbone, "_text_pass", counting)
+    monkeypatch.setattr(Backbone, "text_pass", counting)
     return counted
 
 

@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         self.is_sharded = mesh is not None
         if mesh is not None:
             with probes.refused(probes.UnsupportedBackbone, f"{name}: it cannot be sharded", "; train it whole"):
-                shard(self.model, self._layers(), mesh)
+                shard(self.model, self.layers(), mesh)
         self.check_parity()
 
     @classmethod
@@ -250,9 +250,9 @@ class Backbone(nn.Module):
 
     def _read(self, texts: Sequence[Sequence[int]], pool: Pool | None, exact: bool) -> KeyValues:
         if self.text_store is None:
-            kept = self._text_pass(texts, pool is not None, exact)
+            kept = self.text_pass(texts, pool is not None, exact)
         else:
-            text_pass = functools.partial(self._text_pass, with_states=True, exact=True)
+            text_pass = functools.partial(self.text_pass, with_states=True, exact=True)
             kept = self.text_store.through(texts, self.fingerprint, text_pass, self.device)
         if pool is None:
             return dataclasses.replace(kept, pooled=None)
@@ -264,15 +264,15 @@ class Backbone(nn.Module):
     def reading_from(self, store: TextStore) -> Iterator[None]:
         """Inside it `read` keeps what it computes in the store and looks there first; `check_states` says if it can."""
         with self.turns.taken():
-            store.prepare(self.fingerprint, functools.partial(self._text_pass, with_states=True, exact=False))
+            store.prepare(self.fingerprint, functools.partial(self.text_pass, with_states=True, exact=False))
             before, self.text_store = self.text_store, store
         try:
             yield
         finally:
             self.text_store = before
 
-    def _text_pass(self, texts: Sequence[Sequence[int]], with_states: bool, exact: bool) -> KeyValues:
-        """Keys and values of a packed row and, as `pooled`, the states `[T, D]` that enter the last layer."""
+    def text_pass(self, texts: Sequence[Sequence[int]], with_states: bool = False, exact: bool = False) -> KeyValues:
+        """Keys and values of a packed row and, as `pooled`, the states `[T, D]` that enter the last layer; no store."""
         total = sum(map(len, texts))
         filler = max(0, EXACT_TOKENS - total) if exact and self.device.type == "cpu" else 0
         ids, segments = pack([*texts, *[[0]] * filler], self.device)
@@ -297,13 +297,13 @@ class Backbone(nn.Module):
         def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             states.append(arguments[0] if arguments else options["hidden_states"])
 
-        handle = self._layers()[-1].register_forward_pre_hook(note, with_kwargs=True)
+        handle = self.layers()[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield states
         finally:
             handle.remove()
 
-    def _layers(self) -> nn.ModuleList:
+    def layers(self) -> nn.ModuleList:
         """The decoder's layers, first to last.
 
         Raises:
