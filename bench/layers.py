@@ -42,10 +42,16 @@ def newest(folder: Path) -> list[Record]:
 
 
 def render(folder: Path) -> str:
-    """Scores and seconds of training by the number of layers."""
-    rows = newest(folder)
-    if not rows:
+    """Scores and seconds of training by the number of layers, a table for each recipe."""
+    if not (rows := newest(folder)):
         return NOT_YET
+    recipes = dict.fromkeys(row["recipe"] for row in rows)
+    tables = [table_of([row for row in rows if row["recipe"] == recipe]) for recipe in recipes]
+    return "\n\n".join([*tables, f"![Score against seconds of training](../plots/{PLOT})", origins(rows)])
+
+
+def table_of(rows: Sequence[Record]) -> str:
+    """The table of one recipe, under its name."""
     tasks = list(rows[0]["by_task"])
     header = ["layers", "mean of the plain tasks", *(task.removeprefix("PE-") for task in tasks), "processor s"]
     table = [
@@ -57,21 +63,23 @@ def render(folder: Path) -> str:
         ]
         for row in rows
     ]
-    image = f"![Score against seconds of training](../plots/{PLOT})"
-    return f"**{rows[0]['recipe']}**\n\n{grid(header, table)}\n\n{image}\n\n{origins(rows)}"
+    return f"**{rows[0]['recipe']}**\n\n{grid(header, table)}"
 
 
 def draw(folder: Path, target: Path = plots.FOLDER) -> None:
     """Scores against processor seconds of training."""
-    if not (rows := newest(folder)):
-        return
-    seconds = [row["cpu_seconds"] for row in rows]
-    counts = ", ".join(str(row["layers"]) for row in rows)
-    series = [Series(label=f"plain tasks; {counts} layers, left to right", x=seconds, y=[row["mean"] for row in rows])]
-    if all(FOLLOWED in row["by_task"] for row in rows):
-        followed = [row["by_task"][FOLLOWED] for row in rows]
-        series.append(Series(label="instructions followed, unseen wordings", x=seconds, y=followed))
-    plots.lines(target / PLOT, Panel(x="processor seconds of training", y="score", series=series))
+    rows, series = newest(folder), []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == recipe]
+        seconds, counts = [row["cpu_seconds"] for row in own], ", ".join(str(row["layers"]) for row in own)
+        title = f"{recipe}, plain tasks; {counts} layers, left to right"
+        series.append(Series(label=title, x=seconds, y=[row["mean"] for row in own]))
+        if all(FOLLOWED in row["by_task"] for row in own):
+            followed = [row["by_task"][FOLLOWED] for row in own]
+            title = f"{recipe}, instructions followed, unseen wordings"
+            series.append(Series(label=title, x=seconds, y=followed))
+    if series:
+        plots.lines(target / PLOT, Panel(x="processor seconds of training", y="score", series=series))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
