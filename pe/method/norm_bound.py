@@ -9,6 +9,7 @@ Legend: T tokens of a packed row, D hidden size, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from pe.method.attention import AttentionPlan
 from pe.method.backbone import Backbone
 
-TEXTS, LENGTH = 64, 16
-"""Rows of the vocabulary, evenly spaced, that say how long states usually are."""
+TEXTS, LENGTH, AT_ONCE = 64, 16, 4
+"""Texts of rows of the vocabulary, evenly spaced, that say how long states usually are; read few at a time, which takes
+little memory."""
 
 
 class NormBound:
@@ -54,20 +56,24 @@ def usual_norms(backbone: Backbone) -> Tensor:
     """Median norm `[L - 1]` float32 of the states that leave each layer but the last, of tokens from all of the
     vocabulary.
     """
-    norms: list[Tensor] = []
+    layers = backbone.layers()[:-1]
+    norms: list[list[Tensor]] = [[] for _ in layers]
 
-    def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        norms.append(states_of(output).float().norm(dim=-1).median())
+    def note(place: int, _: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        norms[place].append(states_of(output).float().norm(dim=-1).flatten())
 
     count, last = TEXTS * LENGTH, len(backbone.embedding) - 1
     ids = [place * last // (count - 1) for place in range(count)]
-    handles = [layer.register_forward_hook(note) for layer in backbone.layers()[:-1]]
+    texts = [ids[first : first + LENGTH] for first in range(0, count, LENGTH)]
+    handles = [layer.register_forward_hook(functools.partial(note, place)) for place, layer in enumerate(layers)]
     try:
-        backbone.text_pass([ids[first : first + LENGTH] for first in range(0, count, LENGTH)])
+        for first in range(0, TEXTS, AT_ONCE):
+            backbone.text_pass(texts[first : first + AT_ONCE])
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(norms) if norms else torch.empty(0, device=backbone.device)
+    medians = [torch.cat(found).median() for found in norms]
+    return torch.stack(medians) if medians else torch.empty(0, device=backbone.device)
 
 
 def states_of(output: Tensor | Sequence[Any]) -> Tensor:
