@@ -4,7 +4,7 @@ Decoders make the states of a few tokens, such as the first, many times as long 
 coordinate, for attention to rest on (*massive activations*, arXiv 2402.17762). Training drives soft tokens there, too:
 their mean then says little of the text, and gradients behind such a state are too steep and noisy to lead back.
 
-Legend: T tokens of a packed row, D hidden size, L layers.
+Legend: D hidden size, L layers.
 """
 
 from __future__ import annotations
