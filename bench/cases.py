@@ -280,7 +280,7 @@ def lora(form: Form, dropout: float = 0.0, quantize: Literal["none", "int8"] = "
 PUBLISHED_DROPOUT = 0.1
 """Of (a) and (b), the published recipe; the best LoRA we can build, and our reader, do without."""
 BOTH = "instruction_and_text"
-PREFIX: dict[str, Any] = {"layout": "prefix", "pooling": "mean_text"}
+PREFIX: dict[str, Any] = {"layout": "prefix", "pooling": "mean_text", "lens_rank": 0}
 WEIGHTED = prompt_embedder(reader="activated_lora", skip="weighted")
 """The recipes' default."""
 VARIANTS = {

@@ -221,7 +221,12 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     for variants in found.values():
         for name, own in variants.items():
             variants[name] = [row for row in own if is_current(row)] or own
-    return {recipe: variants for recipe, variants in found.items() if series(variants)}
+    return {recipe: variants for recipe, variants in found.items() if is_trained(variants)}
+
+
+def is_trained(variants: Variants) -> bool:
+    """Whether any of them was trained, with a store or without."""
+    return any(row.get("cpu_seconds") is not None for rows in variants.values() for row in rows)
 
 
 def is_tiny(variants: Variants) -> bool:

@@ -664,6 +664,15 @@ def test_a_training_whose_texts_a_store_may_have_had_is_no_measure_of_time(resul
     assert quality.seconds_of(variants, "PE, suffix, reader") == 40.0
 
 
+def test_trainings_that_all_had_a_store_stand_in_a_table_without_seconds(results: Path) -> None:
+    scored("frozen backbone, mean", 20.0, None)
+    assert not quality.newest(results), "nothing was trained"
+    scored("PE, suffix, reader", 50.0, 10.0, stored=True)
+    rows = {row[0]: row for row in rows_of(quality.render(results).split("\n\n")[1])}
+    assert rows["PE, suffix, reader"][1:] == ["50.0", "-", "50.0", "50.0", "-", "0.003", "1"]
+    assert "![" not in quality.render(results)
+
+
 def test_a_table_is_named_by_what_changes_its_scores() -> None:
     rounded = "--train.text_store_dtype=int8"
     assert (
