@@ -87,9 +87,12 @@ class BackboneConfig:
     soft tokens behind it run in `dtype`. A device without instructions for it reads unquantised, with a warning."""
     layers: int | None = None
     """N: its first N layers alone, behind them its final norm; null: all."""
+    entry_layer: int = 0
+    """N: soft tokens enter before layer N, counted from 0, and run it and those above alone (suffix)."""
 
     def __post_init__(self) -> None:
         _require(self.layers is None or self.layers >= 1, "backbone.layers", "at least 1, or null", self.layers)
+        _require(self.entry_layer >= 0, "backbone.entry_layer", "at least 0", self.entry_layer)
         _require(self.dtype in get_args(Dtype), "backbone.dtype", f"one of {', '.join(get_args(Dtype))}", self.dtype)
         kinds = get_args(Quantize)
         _require(self.quantize in kinds, "backbone.quantize", f"one of {', '.join(kinds)}", self.quantize)
@@ -182,6 +185,8 @@ class ModelConfig:
             _require(self.lens_rank == 0, "lens_rank", "0 in the prefix layout", self.lens_rank)
             quantize, why = self.backbone.quantize, "; there texts stand behind the prompt, and are read with gradient"
             _require(quantize == "none", "backbone.quantize", "'none' in the prefix layout", quantize, why)
+            entry, why = self.backbone.entry_layer, "; there texts stand behind the prompt, and see it in every layer"
+            _require(entry == 0, "backbone.entry_layer", "0 in the prefix layout", entry, why)
         _require(self.skip in get_args(Skip), "skip", f"one of {', '.join(get_args(Skip))}", self.skip)
         _require(self.lens_rank >= 0, "lens_rank", "0 or more", self.lens_rank)
         _require(self.max_length >= 1, "max_length", "at least 1", self.max_length)
@@ -447,6 +452,8 @@ class Recipe:
         if train.shard_backbone:
             quantize, layout = self.model.backbone.quantize, self.model.layout
             _require(quantize == "none", "backbone.quantize", "'none' with train.shard_backbone", quantize)
+            entry = self.model.backbone.entry_layer
+            _require(entry == 0, "backbone.entry_layer", "0 with train.shard_backbone", entry)
             why = "; in the prefix layout gradients reach a layer's keys past its output, while it is not whole"
             _require(layout == "suffix", "layout", "'suffix' with train.shard_backbone", layout, why)
 

@@ -51,6 +51,7 @@ SERVED: dict[Target, dict[str, tuple[object, ...]]] = {
         "lens_rank": (0,),
         "quantize": ("none",),
         "layers": (None,),
+        "entry_layer": (0,),
     },
     "sentence-transformers": {},
 }
@@ -64,6 +65,7 @@ WHY = {
     "lens_rank": "it scales the embedding behind the last pass",
     "quantize": "the text was read in 8 bits, the prompt was not",
     "layers": "it runs all layers of the backbone",
+    "entry_layer": "it runs all layers on the prompt",
 }
 RECIPE = {"peft": "recipes/tiny-paper.yaml", "vllm": "recipes/servable.yaml"}
 """A recipe of what a target serves."""
@@ -120,6 +122,7 @@ def entry_of(model: PromptEmbedder, instruction: Instruction) -> Entry:
         "lens_rank": config.lens_rank,
         "quantize": config.backbone.quantize,
         "layers": config.backbone.layers,
+        "entry_layer": config.backbone.entry_layer,
         **reading_of(model, instruction.side),
     }
     gates = model.write_prompts(Requests([""], [instruction], [0]))[0].gates if model.lens is not None else None
@@ -145,7 +148,7 @@ def check_served(model: PromptEmbedder, side: Side, target: Target) -> None:
             otherwise.
     """
     config = model.config
-    found = vars(config) | {"quantize": config.backbone.quantize, "layers": config.backbone.layers}
+    found = vars(config) | vars(config.backbone)
     wrong = [
         f"{name}: expected {' or '.join(map(repr, allowed))}, got {found[name]!r} ({WHY[name]})"
         for name, allowed in SERVED[target].items()

@@ -269,7 +269,7 @@ def test_no_autograd_state_without_gradients() -> None:
 
 def test_a_layer_that_stores_nothing_is_an_error() -> None:
     with pytest.raises(KeyError):
-        attention.keep_all(AttentionPlan(Segments((1,), torch.device("cpu"))), [0])
+        attention.keep_all(AttentionPlan(Segments((1,), torch.device("cpu"))), 1)
 
 
 def test_flash_attention_is_called_as_this_torch_wants_it() -> None:

@@ -236,6 +236,6 @@ def test_bad_arguments_write_nothing(
 
 def test_recipe_trains_what_vllm_serves() -> None:
     config = load_recipe(Path(__file__).parent.parent / "recipes" / "servable.yaml").model
-    found = {name: getattr(config, name) for name in export.SERVED["vllm"] if name not in ("quantize", "layers")}
-    assert all(value in export.SERVED["vllm"][name] for name, value in found.items())
+    found = vars(config) | vars(config.backbone)
+    assert all(found[name] in allowed for name, allowed in export.SERVED["vllm"].items())
     assert (config.layout, config.backbone.quantize) == ("suffix", "none")

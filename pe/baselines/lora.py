@@ -76,6 +76,10 @@ class LoraBaselineConfig:
                 f"backbone.quantize: expected 'none' for LoRA, which reads texts with gradient, got"
                 f" {self.backbone.quantize!r}; give the baseline --model.backbone.quantize=none"
             )
+        if self.backbone.entry_layer:
+            raise ValueError(
+                f"backbone.entry_layer: expected 0 for LoRA, which has no soft tokens, got {self.backbone.entry_layer}"
+            )
 
 
 class LoraEmbedder(TrainableModule):

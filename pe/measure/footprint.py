@@ -126,10 +126,10 @@ def noting_key_values(model: nn.Module, live: LiveTensors) -> Iterator[None]:
 def lora_of(recipe: Recipe, system: System) -> LoraBaselineConfig:
     """The peer on the recipe's backbone, texts and limit: as published, or packed the best we can build, dropless.
 
-    It reads texts with gradient, so not in 8 bits.
+    It reads texts with gradient, so not in 8 bits, and has no soft tokens to enter anywhere.
     """
     form = cast(Form, system.removeprefix("lora-"))
-    backbone = dataclasses.replace(recipe.model.backbone, quantize="none")
+    backbone = dataclasses.replace(recipe.model.backbone, quantize="none", entry_layer=0)
     published = LoraBaselineConfig(backbone=backbone, form=form, max_length=recipe.model.max_length)
     if form != "packed":
         return published
@@ -230,7 +230,9 @@ def without_data(recipe: Recipe, system: System, device: torch.device) -> Embedd
         keep_first_layers(decoder, options.backbone.layers, options.backbone.model)
     give_norms_values(decoder)
     quantize = usable(options.backbone.quantize, device) if system == "pe" else "none"
-    backbone = _UnprobedBackbone(decoder, tokenizer, options.backbone.model, quantize=quantize)
+    entry_layer = options.backbone.entry_layer if system == "pe" else 0
+    name = options.backbone.model
+    backbone = _UnprobedBackbone(decoder, tokenizer, name, quantize=quantize, entry_layer=entry_layer)
     with torch.device("meta"), _UnknownNumbers():
         if system != "pe":
             model = LoraEmbedder(lora_of(recipe, system), backbone)

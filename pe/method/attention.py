@@ -27,15 +27,17 @@ PROBE = "pe_mask_probe"
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[T, G, D]` of every layer for the texts of a packed row, and what was asked of their states.
+    """Keys and values `[T, G, D]` of the texts of a packed row in each layer, and what was asked of their states.
 
     Attributes:
+        layers: those of layer `first` and all above it.
         pooled: what the text pass was asked to make of the texts' states before the last layer, such as a mean each.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     segments: Segments | DeviceSegments
     pooled: Tensor | None = None
+    first: int = 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -57,6 +59,7 @@ class AttentionPlan:
         context: keys and values that stand before the texts, or None.
         context_index: for each text the segment of `context` it sees, `[B]`; None: text b sees segment b.
         keep: whether the pass stores its own keys and values in `stored`.
+        first: the lowest layer whose keys and values are stored.
         filler: tokens at the end of the row whose keys and values are not stored.
         stop_after: layer whose stored keys end the pass by LastLayerReached; None: run to the end.
     """
@@ -65,12 +68,13 @@ class AttentionPlan:
     context: KeyValues | None = None
     context_index: Tensor | None = None
     keep: bool = False
+    first: int = 0
     filler: int = 0
     stop_after: int | None = None
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if self.keep:
+        if self.keep and layer >= self.first:
             own = self.segments.total - self.filler
             self.stored[layer] = (compact(k[:own]), compact(v[:own]))
         if layer == self.stop_after:
@@ -127,7 +131,7 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < before + segments.longest else None
     if context is None and window is None and softcap is None and s_aux is None:
         return causal_attention(q, k, v, segments, scaling)[None], None
-    context_k, context_v = context.layers[layer] if context else (None, None)
+    context_k, context_v = context.layers[layer - context.first] if context else (None, None)
     attended = context_attention(
         q,
         k,
@@ -199,9 +203,10 @@ def joined(parts: Sequence[KeyValues]) -> KeyValues:
     ]
     lengths = tuple(length for part in parts for length in part.lengths)
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    return KeyValues(layers, Segments(lengths, layers[0][0].device), torch.cat(pooled) if pooled else None)
+    segments = Segments(lengths, layers[0][0].device)
+    return KeyValues(layers, segments, torch.cat(pooled) if pooled else None, parts[0].first)
 
 
-def keep_all(plan: AttentionPlan, layers: Sequence[int]) -> KeyValues:
-    """The stored keys and values in layer order."""
-    return KeyValues([plan.stored[layer] for layer in layers], plan.segments)
+def keep_all(plan: AttentionPlan, count: int) -> KeyValues:
+    """The stored keys and values in layer order, of a decoder of `count` layers."""
+    return KeyValues([plan.stored[layer] for layer in range(plan.first, count)], plan.segments, first=plan.first)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,7 +26,7 @@ from pe.method import attention, probes
 from pe.method.adapters import drops, load_saved, lora_config, prepare_adapters
 from pe.method.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.method.final_norm import NormOptions, find_final_norm
-from pe.method.layers import keep_first_layers, stacked_layers
+from pe.method.layers import keep_first_layers, let_pass_below, stacked_layers
 from pe.method.loading import (
     TextTokenizer,
     content_of,
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
         model: the decoder without its language-model head, in eval mode, `requires_grad_(False)`.
         text_tokenizer: its tokenizer.
         name, revision: what a saved PromptEmbedder refers to.
+        entry_layer: the layer that rows behind texts enter at; those below it read texts alone.
         eight_bits: the linear layers that read texts in 8 bits, or None.
         is_sharded: whether each process holds a part of its layers, and all run each at the same time.
         turns: what threads that share it wait for; whoever runs it holds it (see `pe/method/turns.py`).
@@ -87,6 +89,7 @@ class Backbone(nn.Module):
         revision: str | None = None,
         quantize: Quantize = "none",
         mesh: DeviceMesh | None = None,
+        entry_layer: int = 0,
     ) -> None:
         """Take over `model`: freeze it, fuse its norms, switch it to packed attention, check that this changes nothing.
 
@@ -95,7 +98,7 @@ class Backbone(nn.Module):
         Raises:
             UnsupportedBackbone: the architecture keeps state outside attention, the parity probe found a difference, or
                 the layers cannot be sharded.
-            ValueError: see `TextTokenizer` and `EightBitLinears`.
+            ValueError: no such `entry_layer`; see `TextTokenizer` and `EightBitLinears`.
         """
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -110,6 +113,9 @@ class Backbone(nn.Module):
         self.position_limit = position_limit(options)
         fuse_norms(self.model)
         self.final_norm = find_final_norm(self.model)
+        self.entry_layer = entry_layer
+        if entry_layer:
+            let_pass_below(self.model, entry_layer, name)
         self.eight_bits = None if quantize == "none" else EightBitLinears(self.model, quantize)
         self.is_sharded = mesh is not None
         if mesh is not None:
@@ -137,7 +143,7 @@ class Backbone(nn.Module):
         quantize = usable(config.quantize, device)
         if mesh is None:
             model.to(device)  # type: ignore[arg-type]
-        return cls(model, tokenizer, config.model, revision, quantize, mesh)
+        return cls(model, tokenizer, config.model, revision, quantize, mesh, config.entry_layer)
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +193,7 @@ class Backbone(nn.Module):
         Args:
             rows: `[T, D]`, in the space of the model's `inputs_embeds`.
             segments: the texts of the row.
-            context: keys and values that stand before the texts; they see it whole.
+            context: keys and values that stand before the texts; they see it whole, from the layer where it begins on.
             context_index: segment of `context` for each text; None: text b sees segment b.
             keep: return this pass's own keys and values.
 
@@ -223,10 +229,11 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """All that decides, beside its token ids, what the text pass gives for a text: content, types of the moment."""
+        """All that decides, beside its token ids, what the text pass gives for a text: content, types, layers."""
         kind = self.device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        return f"{self.revision}, weights {self.dtype} {self._weights}, products {computed}, {self.quantize}"
+        above = f", from layer {self.entry_layer}" if self.entry_layer else ""
+        return f"{self.revision}, weights {self.dtype} {self._weights}, products {computed}, {self.quantize}{above}"
 
     @functools.cached_property
     def _weights(self) -> str:
@@ -238,7 +245,7 @@ class Backbone(nn.Module):
         return hashlib.blake2b(repr((list(frozen), sums.tolist())).encode(), digest_size=8).hexdigest()
 
     def read(self, texts: Sequence[Sequence[int]], pool: Pool | None = None, *, exact: bool = False) -> KeyValues:
-        """The frozen text pass: keys and values of every text, without gradient, without the reader.
+        """The frozen text pass: each text's keys and values from `entry_layer` on, without gradient and reader.
 
         The last layer, unless it is sharded, stops at its keys and values: nothing behind them can reach a later token.
         The states that enter it go through `pool`, which may have weights that train; `check_states` says whether they
@@ -253,7 +260,8 @@ class Backbone(nn.Module):
             kept = self.text_pass(texts, pool is not None, exact)
         else:
             text_pass = functools.partial(self.text_pass, with_states=True, exact=True)
-            kept = self.text_store.through(texts, self.fingerprint, text_pass, self.device)
+            found = self.text_store.through(texts, self.fingerprint, text_pass, self.device)
+            kept = dataclasses.replace(found, first=self.entry_layer)
         if pool is None:
             return dataclasses.replace(kept, pooled=None)
         assert kept.pooled is not None
@@ -277,14 +285,15 @@ class Backbone(nn.Module):
         filler = max(0, EXACT_TOKENS - total) if exact and self.device.type == "cpu" else 0
         ids, segments = pack([*texts, *[[0]] * filler], self.device)
         last = None if self.is_sharded else self.num_layers - 1  # a sharded layer lets its weights go when it returns
-        plan = AttentionPlan(segments, keep=True, filler=filler, stop_after=last)
+        plan = AttentionPlan(segments, keep=True, first=self.entry_layer, filler=filler, stop_after=last)
         with torch.no_grad(), self.as_texts_are_read(), self.entering_last_layer(with_states) as states:
             with contextlib.suppress(LastLayerReached):
                 self._run(self.token_rows(ids), plan, (0,) * len(segments))
             kept = self._kept(plan)
         assert kept is not None
         own = Segments(segments.lengths[: len(texts)], self.device) if filler else segments
-        return KeyValues(kept.layers, own, attention.compact(states[0][0][:total]) if with_states else None)
+        pooled = attention.compact(states[0][0][:total]) if with_states else None
+        return dataclasses.replace(kept, segments=own, pooled=pooled)
 
     @contextlib.contextmanager
     def entering_last_layer(self, wanted: bool = True) -> Iterator[list[Tensor]]:
@@ -355,13 +364,18 @@ class Backbone(nn.Module):
         return output.last_hidden_state[0]
 
     def _kept(self, plan: AttentionPlan) -> KeyValues | None:
-        return attention.keep_all(plan, range(self.num_layers)) if plan.keep else None
+        return attention.keep_all(plan, self.num_layers) if plan.keep else None
 
     # The reader: adapters that act in the K-token pass alone.
 
     def add_reader(self, settings: LoraSettings) -> None:
-        """Put LoRA adapters, float32, on every linear layer; they start as the identity and alone are trainable."""
-        self.model.add_adapter(lora_config(settings), READER)
+        """Put LoRA adapters, float32, on every linear layer that rows behind texts run.
+
+        They start as the identity and alone are trainable.
+        """
+        below = [module for layer in self.layers()[: self.entry_layer] for module in layer.modules()]
+        passed = [name for name, module in self.model.named_modules() if module in below]
+        self.model.add_adapter(lora_config(settings, exclude=passed), READER)
         prepare_adapters(self.model, READER)
         self.train(self.training)
 
@@ -414,8 +428,37 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def stock_forward(self, ids: Sequence[int], read: int = 0) -> Tensor:
-        """The unchanged model on one sequence, its first `read` tokens in 8 bits if texts are read so: `[L, D]`."""
+        """The unchanged model on one sequence `[L, D]`, its first `read` tokens a text, if any.
+
+        A text is read in 8 bits where texts are, and what follows it enters at `entry_layer`.
+        """
         self.model.set_attn_implementation(self.stock_attention)
         eight_bits = self.eight_bits.acting(self.model, read) if self.eight_bits and read else contextlib.nullcontext()
-        with stock_norms(self.model), eight_bits:
+        entering = self._entering_behind(read) if self.entry_layer and read else contextlib.nullcontext()
+        with stock_norms(self.model), eight_bits, entering:
             return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def _entering_behind(self, read: int) -> Iterator[None]:
+        """Inside it the rows behind `read` tokens that enter the first layer enter `entry_layer` once more."""
+        rows: list[Tensor] = []
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            states = arguments[0] if arguments else options["hidden_states"]
+            rows.append(states[:, read:])
+
+        def put(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> tuple[Any, Any]:
+            states = arguments[0] if arguments else options["hidden_states"]
+            mixed = torch.cat([states[:, :read], rows.pop()], dim=1)
+            return ((mixed, *arguments[1:]), options) if arguments else ((), options | {"hidden_states": mixed})
+
+        layers = self.layers()
+        handles = [
+            layers[place].register_forward_pre_hook(hook, with_kwargs=True)
+            for place, hook in ((0, note), (self.entry_layer, put))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

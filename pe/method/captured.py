@@ -37,13 +37,14 @@ class Contexts:
 
     def __init__(self) -> None:
         self._layers: list[tuple[Tensor, Tensor]] = []
+        self._first = 0
         self._offsets: dict[int, Tensor] = {}
 
     def put(self, texts: KeyValues) -> bool:
         """Copy them in; whether the buffers are new ones."""
-        (first, _), is_new = texts.layers[0], False
-        total = len(first)
-        if not self._layers or len(self._layers[0][0]) < total or self._layers[0][0].dtype != first.dtype:
+        (keys, _), is_new = texts.layers[0], False
+        total, self._first = len(keys), texts.first
+        if not self._layers or len(self._layers[0][0]) < total or self._layers[0][0].dtype != keys.dtype:
             self._layers, is_new = [], True
             size = rounded_up(total)
             self._layers = [(k.new_zeros(size, *k.shape[1:]), v.new_zeros(size, *v.shape[1:])) for k, v in texts.layers]
@@ -56,9 +57,8 @@ class Contexts:
     def texts(self, count: int, longest: int) -> KeyValues:
         """The buffers as keys and values of `count` texts, none longer than `longest`."""
         most = count * longest
-        return KeyValues(
-            [(k[:most], v[:most]) for k, v in self._layers], DeviceSegments(self._offsets[count + 1], longest)
-        )
+        segments = DeviceSegments(self._offsets[count + 1], longest)
+        return KeyValues([(k[:most], v[:most]) for k, v in self._layers], segments, first=self._first)
 
 
 class Captured:

@@ -1,9 +1,13 @@
-"""A decoder's layers: where they stand, and a decoder of the first few."""
+"""A decoder's layers: where they stand, a decoder of the first few, and a way around the lowest."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
+
+from pe.method.attention import AttentionPlan
 
 
 def stacked_layers(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -30,3 +34,47 @@ def keep_first_layers(model: PreTrainedModel, count: int, name: str) -> None:
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[:count]
     config.num_hidden_layers = count
+
+
+def let_pass_below(model: PreTrainedModel, entry: int, name: str) -> None:
+    """Have rows behind texts pass by a decoder's first `entry` layers, as `KeyValues.first` of the texts says.
+
+    Raises:
+        ValueError: it has not more layers, or they do not stand in one list; `name` is what the message calls it.
+    """
+    layers = stacked_layers(model)
+    if layers is None:
+        raise ValueError(f"backbone.entry_layer: expected 0 for {name}, whose layers do not stand in one list")
+    if entry >= len(layers):
+        raise ValueError(
+            f"backbone.entry_layer: expected 0 to {len(layers) - 1}, below the last layer of {name}, got {entry}"
+        )
+    for place, layer in enumerate(layers[:entry]):
+        layer.__class__ = passed_by(type(layer))
+        layer.place, layer.gives_tuple = place, False
+
+
+class PassedBy(nn.Module):
+    """A layer that gives rows behind texts as they came where these enter above it.
+
+    Attributes:
+        place: its number from below.
+        gives_tuple: whether what it returns stands in a tuple, as it last did.
+    """
+
+    place: int
+    gives_tuple: bool
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        plan: AttentionPlan | None = options.get("plan")
+        if plan is None or plan.context is None or plan.context.first <= self.place:
+            output = super().forward(*arguments, **options)  # type: ignore[misc]
+            self.gives_tuple = isinstance(output, tuple)
+            return output
+        states = arguments[0] if arguments else options["hidden_states"]
+        return (states,) if self.gives_tuple else states
+
+
+def passed_by(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of layer that is passed by; under its name, by which transformers knows what a layer returns."""
+    return type(kind.__name__, (PassedBy, kind), {})

@@ -26,7 +26,8 @@ little memory."""
 
 
 class NormBound:
-    """Bounds the states of soft tokens behind a text, in every layer of a backbone but the last, until `close`.
+    """Bounds the states of soft tokens behind a text, in every layer of a backbone that they run but the last, until
+    `close`.
 
     A state longer than `factor` times what is usual in its layer gets no gradient by which a step would lengthen it.
     What the passes give stays the same, and so do passes without gradient.
@@ -38,8 +39,8 @@ class NormBound:
         Raises:
             ValueError: the layers do not stand in one list.
         """
-        layers = backbone.layers()[:-1]
-        limits = factor * usual_norms(backbone)
+        layers = backbone.layers()[backbone.entry_layer : -1]
+        limits = factor * usual_norms(backbone)[backbone.entry_layer :]
         self._handles = [
             layer.register_forward_hook(_Bounded(limit), with_kwargs=True)
             for layer, limit in zip(layers, limits, strict=True)

@@ -1,9 +1,9 @@
 """What the frozen text pass gives for a text, kept and read back where it would be computed again.
 
-An entry is all that later passes may ask of a text: the keys and values of every layer, and the states that enter the
-last one. Its key is made of what these depend on and of nothing else: the token ids, the backbone's fingerprint
-(content, types), and whether keys and values are kept in int8. So runs, embedders and instructions share a store, and
-neither backbones nor types mix in one.
+An entry is all that later passes may ask of a text: the keys and values of every layer that soft tokens run, and the
+states that enter the last one. Its key is made of what these depend on and of nothing else: the token ids, the
+backbone's fingerprint (content, types, layers), and whether keys and values are kept in int8. So runs, embedders and
+instructions share a store, and neither backbones nor types mix in one.
 
 Legend: B texts, T tokens of a packed row, L layers.
 """
