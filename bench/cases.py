@@ -230,16 +230,19 @@ class Variant:
         return self.graphs and not (self.ahead or self.compiled)
 
 
-def load_backbone(case: Case, setting: Setting, quantize: Quantize = "none", *, half: bool = False) -> Backbone:
-    """The case's backbone, or with `half` the lower half of its layers."""
+def load_backbone(
+    case: Case, setting: Setting, quantize: Quantize = "none", *, half: bool = False, entered: bool = False
+) -> Backbone:
+    """The case's backbone, or with `half` the lower half of its layers; `entered`: soft tokens enter at a third."""
     tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
     model = case.backbone.load(AutoModel, setting.dtype, setting.device)
     if half:
         keep_first_layers(model, model.config.num_hidden_layers // 2, case.name)
-    return Backbone(model, tokenizer, case.name, quantize=quantize)
+    entry_layer = model.config.num_hidden_layers // 3 if entered else 0
+    return Backbone(model, tokenizer, case.name, quantize=quantize, entry_layer=entry_layer)
 
 
-def prompt_embedder(quantize: Quantize = "none", *, half: bool = False, **options: Any) -> Build:
+def prompt_embedder(quantize: Quantize = "none", *, half: bool = False, entered: bool = False, **options: Any) -> Build:
     """PromptEmbedder as its `from_config` builds it, with reader and skip only where the options name them."""
 
     def build(case: Case, instructed: bool, setting: Setting) -> Embedder:
@@ -252,7 +255,7 @@ def prompt_embedder(quantize: Quantize = "none", *, half: bool = False, **option
         tokenizer = cast(PreTrainedTokenizerBase, IdTokenizer())
         language_model = case.prompter.load(AutoModelForCausalLM, torch.float32, setting.device)
         prompter = PromptingLLM(language_model, tokenizer, config.prompter)
-        backbone = load_backbone(case, setting, quantize, half=half)
+        backbone = load_backbone(case, setting, quantize, half=half, entered=entered)
         weight = (
             torch.randn(prompter.hidden_size, backbone.hidden_size, device=setting.device) / prompter.hidden_size**0.5
         )
@@ -282,6 +285,7 @@ PUBLISHED_DROPOUT = 0.1
 BOTH = "instruction_and_text"
 PREFIX: dict[str, Any] = {"layout": "prefix", "pooling": "mean_text", "lens_rank": 0}
 WEIGHTED = prompt_embedder(reader="activated_lora", skip="weighted")
+ENTERED = prompt_embedder(entered=True, reader="activated_lora", skip="weighted")
 """The recipes' default."""
 VARIANTS = {
     "lora-padded": Variant(title="(a) LoRA, padded, SDPA", build=lora("padded", PUBLISHED_DROPOUT)),
@@ -312,6 +316,14 @@ VARIANTS = {
     ),
     "pe-suffix-weighted-stored": Variant(
         title="PE, suffix, reader, weighted skip, texts read before (store)", build=WEIGHTED, stored=True
+    ),
+    "pe-suffix-weighted-entered": Variant(
+        title="PE, suffix, reader, weighted skip, soft tokens enter at a third of the layers", build=ENTERED
+    ),
+    "pe-suffix-weighted-entered-stored": Variant(
+        title="PE, suffix, reader, weighted skip, soft tokens enter at a third, texts read before",
+        build=ENTERED,
+        stored=True,
     ),
     "pe-suffix-weighted-half": Variant(
         title="PE, suffix, reader, weighted skip, the lower half of the layers",

@@ -42,11 +42,14 @@ class Decoder:
         self.attention = 4 * config.num_attention_heads * size
         self.not_keys = self.frozen // self.layers - 2 * config.hidden_size * config.num_key_value_heads * size
 
-    def products(self, tokens: float, *, backward: bool) -> float:
-        """Of `tokens` tokens in the linear layers: forward, and the gradients of inputs and adapters."""
+    def products(self, tokens: float, *, backward: bool, share: float = 1.0) -> float:
+        """Of `tokens` tokens in the linear layers: forward, and the gradients of inputs and adapters.
+
+        Where they run a share of the layers, adapters stand there alone.
+        """
         if not backward:
             return 2 * tokens * self.frozen
-        return tokens * (4 * self.frozen + 6 * self.adapters)
+        return tokens * (4 * share * self.frozen + 6 * self.adapters)
 
     def attend(self, pairs: float, *, backward: float) -> float:
         """Of `pairs` pairs of query and key in every layer; `backward` in units of the forward pass."""
@@ -75,7 +78,9 @@ def step_flops(model: Embedder, requests: Requests) -> float:
         pairs = k * sum(lengths) + len(lengths) * k**2 / 2
         mapped = 4 * len(lengths) * model.dimensions**2 + 8 * sum(lengths) * model.dimensions
         skip = mapped if model.skip is not None else 0
-        return written + text + skip + decoder.products(soft, backward=True) + decoder.attend(pairs, backward=1)
+        share = 1 - model.backbone.entry_layer / decoder.layers
+        behind = decoder.products(soft, backward=True, share=share) + share * decoder.attend(pairs, backward=1)
+        return written + text + skip + behind
     distinct = sorted(set(requests.index))
     heads = model.backbone.text_tokenizer([model.prefix_text(requests.instructions[n]) for n in distinct])
     before = {n: len(head) + k for n, head in zip(distinct, heads, strict=True)}

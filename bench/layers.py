@@ -1,13 +1,15 @@
-"""`python -m bench.layers [--layers 10 15 20 24 30] [--recipe RECIPE] [--seed S] [--section.option=value ...]`
+"""`python -m bench.layers [--layers 10 15 20 24 30] [--entries 0 10] [--recipe RECIPE] [--section.option=value ...]`
 
-What a backbone's upper layers are worth: trains the embedder of a recipe on the first N layers of its backbone alone
-(`backbone.layers`), with the same data, batches and steps, and scores each. A record is written as each one ends.
+What a backbone's layers are worth: trains the embedder of a recipe on the first N layers of its backbone alone
+(`backbone.layers`), or with soft tokens that enter before layer E (`backbone.entry_layer`), with the same data, batches
+and steps, and scores each. A record is written as each one ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,16 +31,27 @@ SYSTEM = "pe-weighted"
 PLOT = "layers.svg"
 
 
-def with_layers(recipe: Recipe, count: int) -> Recipe:
-    """The recipe on the first so many layers of its backbone."""
-    backbone = dataclasses.replace(recipe.model.backbone, layers=count)
+def with_layers(recipe: Recipe, count: int, entry: int) -> Recipe:
+    """The recipe on the first so many layers of its backbone, soft tokens entering at layer `entry` of them."""
+    backbone = dataclasses.replace(recipe.model.backbone, layers=count, entry_layer=entry)
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, backbone=backbone))
 
 
 def newest(folder: Path) -> list[Record]:
-    """The newest record of every recipe and number of layers, fewest first."""
-    rows = {(row["recipe"], row["layers"]): row for row in records.read("layers", folder)}
+    """The newest record of every recipe, number of layers and entry, fewest layers that soft tokens run first."""
+    rows = {(row["recipe"], run_by_soft_tokens(row), row["layers"]): row for row in records.read("layers", folder)}
     return [rows[key] for key in sorted(rows)]
+
+
+def run_by_soft_tokens(row: Record) -> int:
+    """How many layers soft tokens run."""
+    return int(row["layers"] - row.get("entry", 0))
+
+
+def layers_of(row: Record) -> str:
+    """`20`, or `20 of 30` where soft tokens enter behind the first ten."""
+    own = run_by_soft_tokens(row)
+    return f"{own} of {row['layers']}" if own < row["layers"] else f"{own}"
 
 
 def render(folder: Path) -> str:
@@ -56,7 +69,7 @@ def table_of(rows: Sequence[Record]) -> str:
     header = ["layers", "mean of the plain tasks", *(task.removeprefix("PE-") for task in tasks), "processor s"]
     table = [
         [
-            str(row["layers"]),
+            layers_of(row),
             f"{row['mean']:.1f}",
             *(f"{row['by_task'][task]:.1f}" for task in tasks),
             f"{row['cpu_seconds']:,.0f}",
@@ -71,7 +84,7 @@ def draw(folder: Path, target: Path = plots.FOLDER) -> None:
     rows, series = newest(folder), []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         own = [row for row in rows if row["recipe"] == recipe]
-        seconds, counts = [row["cpu_seconds"] for row in own], ", ".join(str(row["layers"]) for row in own)
+        seconds, counts = [row["cpu_seconds"] for row in own], ", ".join(map(layers_of, own))
         title = f"{recipe}, plain tasks; {counts} layers, left to right"
         series.append(Series(label=title, x=seconds, y=[row["mean"] for row in own]))
         if all(FOLLOWED in row["by_task"] for row in own):
@@ -88,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m.yaml")
     options.add_argument("--layers", type=int, nargs="+", default=[10, 15, 20, 24, 30])
+    options.add_argument("--entries", type=int, nargs="+", default=[0])
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments, overrides = options.parse_known_args(argv)
@@ -95,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, name = torch.device(arguments.device), table_name(arguments.recipe.stem, overrides)
     with user_errors("bench.layers"):
         recipe = with_train(load_recipe(arguments.recipe, overrides), seed=arguments.seed)
-        for count in arguments.layers:
-            own = with_layers(recipe, count)
-            record = {**as_record(train_one(SYSTEM, own, device), own, name, device), "layers": count}
-            records.append("layers", [record])
-            print(f"{count} layers: mean {record['mean']:.1f}, {record['cpu_seconds']:.0f} s", flush=True)
+        for count, entry in itertools.product(arguments.layers, arguments.entries):
+            own = with_layers(recipe, count, entry)
+            trained = as_record(train_one(SYSTEM, own, device), own, name, device)
+            records.append("layers", [record := {**trained, "layers": count, "entry": entry}])
+            print(f"{layers_of(record)} layers: {record['mean']:.1f}, {record['cpu_seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

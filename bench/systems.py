@@ -82,7 +82,7 @@ def build_lora(pooling: Pooling, dropout: float = 0.1, upper_layers: int | None 
     def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
         backbone = Backbone.from_pretrained(recipe.model.backbone, device)
         config = LoraBaselineConfig(
-            backbone=recipe.model.backbone,
+            backbone=dataclasses.replace(recipe.model.backbone, entry_layer=0),  # it has no soft tokens
             lora=LoraSettings(rank=16, alpha=64, dropout=dropout),
             form="packed",
             pooling=pooling,

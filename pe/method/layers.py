@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,7 +51,8 @@ def let_pass_below(model: PreTrainedModel, entry: int, name: str) -> None:
         )
     for place, layer in enumerate(layers[:entry]):
         layer.__class__ = passed_by(type(layer))
-        layer.place, layer.gives_tuple = place, False
+        own = cast(PassedBy, layer)
+        own.place, own.gives_tuple = place, False
 
 
 class PassedBy(nn.Module):
@@ -68,7 +69,7 @@ class PassedBy(nn.Module):
     def forward(self, *arguments: Any, **options: Any) -> Any:
         plan: AttentionPlan | None = options.get("plan")
         if plan is None or plan.context is None or plan.context.first <= self.place:
-            output = super().forward(*arguments, **options)  # type: ignore[misc]
+            output = super().forward(*arguments, **options)
             self.gives_tuple = isinstance(output, tuple)
             return output
         states = arguments[0] if arguments else options["hidden_states"]
