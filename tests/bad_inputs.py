@@ -398,6 +398,22 @@ RECIPES = (
         ("backbone.quantize: expected 'none' with train.shard_backbone, got 'int8'",),
     ),
     Bad(
+        "a shared backbone that soft tokens enter higher up",
+        "train recipe.yaml --train.shard_backbone=true --model.backbone.entry_layer=1",
+        ("backbone.entry_layer: expected 0 with train.shard_backbone, got 1",),
+    ),
+    Bad(
+        "soft tokens that enter above the last layer",
+        "train recipe.yaml --model.backbone.entry_layer=2 --output=new",
+        ("backbone.entry_layer: expected 0 to 1, below the last layer of", "got 2"),
+    ),
+    Bad(
+        "soft tokens that enter higher up in the prefix layout",
+        "train recipe.yaml --model.backbone.entry_layer=1 --model.layout=prefix --model.pooling=last"
+        " --model.reader=none --model.skip=none",
+        ("backbone.entry_layer: expected 0 in the prefix layout", "see it in every layer"),
+    ),
+    Bad(
         "a shared backbone in the prefix layout",
         "train recipe.yaml --train.shard_backbone=true --model.layout=prefix --model.pooling=last --model.reader=none"
         " --model.skip=none",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pe.baselines.lora import LoraBaselineConfig
 from pe.config import BackboneConfig, LoraSettings, ModelConfig, Recipe
+from pe.export import check_served
 from pe.measure.footprint import estimate, heaviest_batch
 from pe.method import layers
 from pe.method.backbone import Backbone
@@ -155,3 +156,8 @@ def test_where_it_would_do_nothing_it_is_refused() -> None:
         ModelConfig(layout="prefix", pooling="mean_text", reader="none", skip="none", backbone=entering)
     with pytest.raises(ValueError, match=r"^backbone\.entry_layer: expected 0 for LoRA"):
         LoraBaselineConfig(backbone=entering)
+
+
+def test_a_server_of_whole_models_is_refused_it(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match=r"entry_layer: expected 0, got 1 \(it runs all layers on the prompt\)"):
+        check_served(new_model(with_entry(recipe, 1)), "query", "vllm")
