@@ -76,15 +76,15 @@ def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
 
 def test_fewer_layers_are_trained_and_scored(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    layers.main(["--recipe", str(recipe), "--layers", "2", "1"])
+    layers.main(["--recipe", str(recipe), "--layers", "2", "--entries", "0", "1"])
     layers.main(["--recipe", str(recipe), "--layers", "1", "--train.text_store=memory"])
     rows = layers.newest(tmp_path / "results")
-    assert [(row["recipe"], row["layers"]) for row in rows] == [("recipe", 1), ("recipe", 2)]
+    assert [layers.layers_of(row) for row in rows] == ["1", "1 of 2", "2"]
     assert rows[0]["stored"], "the newest record of a number of layers stands for it"
     assert rows[0]["unseen"] is None, "what is followed is no part of a mean"
     assert "| 1 | " in layers.render(tmp_path / "results")
     layers.draw(tmp_path / "results", tmp_path)
-    assert "1, 2 layers, left to right" in (tmp_path / layers.PLOT).read_text()
+    assert "1, 1 of 2, 2 layers, left to right" in (tmp_path / layers.PLOT).read_text()
 
 
 def test_more_layers_than_there_are_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
