@@ -21,7 +21,7 @@ from pe.method.packing import pack
 from pe.method.probes import UnsupportedBackbone
 from pe.method.text_store import TextStore
 from pe.model import PromptEmbedder
-from tests.embedders import REQUESTS, gradients, relative_error
+from tests.embedders import REQUESTS, captured, gradients, relative_error
 from tests.tiny import byte_tokenizer, decoder
 from tests.training import new_model
 
@@ -117,6 +117,11 @@ def test_an_embedder_has_gradients_and_is_the_same_when_it_is_loaded(recipe: Rec
     found = gradients(model, model(REQUESTS))
     assert not any(name.startswith("backbone.model.layers.0.") for name in found)
     assert all(gradient.any() for gradient in found.values())
+    recorder = captured(model)
+    again = gradients(model, model(REQUESTS))
+    assert recorder.count
+    assert all(relative_error(again[name], gradient) < 1e-5 for name, gradient in found.items())
+    model.captured = None
     model.eval()
     expected = model.encode(texts, instruction="find")
     assert (expected == model.encode(texts, instruction="find", store=TextStore.open("memory"))).all()

@@ -373,8 +373,9 @@ class Backbone(nn.Module):
 
         They start as the identity and alone are trainable.
         """
-        below = [module for layer in self.layers()[: self.entry_layer] for module in layer.modules()]
-        passed = [name for name, module in self.model.named_modules() if module in below]
+        below = self.layers()[: self.entry_layer] if self.entry_layer else ()
+        modules = {module for layer in below for module in layer.modules()}
+        passed = [name for name, module in self.model.named_modules() if module in modules]
         self.model.add_adapter(lora_config(settings, exclude=passed), READER)
         prepare_adapters(self.model, READER)
         self.train(self.training)
