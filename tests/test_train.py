@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -619,6 +620,9 @@ def test_a_run_is_logged_where_it_is_asked(tiny_models: Path, tmp_path: Path, mo
         assert list(found) == [2, 4, 6]
         assert found == pytest.approx(expected, rel=1e-6)
     (record,) = logs.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30  # a process of wandb's own writes it, and may do so behind its run's end
+    while b"gradient_norm" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"gradient_norm" in record.read_bytes()
 
 
