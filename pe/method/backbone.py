@@ -26,7 +26,7 @@ from pe.method import attention, probes
 from pe.method.adapters import drops, load_saved, lora_config, prepare_adapters
 from pe.method.attention import AttentionPlan, KeyValues, LastLayerReached
 from pe.method.final_norm import NormOptions, find_final_norm
-from pe.method.layers import keep_first_layers, let_pass_below, stacked_layers
+from pe.method.layers import entering, keep_first_layers, let_pass_below, stacked_layers
 from pe.method.loading import (
     TextTokenizer,
     content_of,
@@ -304,7 +304,7 @@ class Backbone(nn.Module):
             return
 
         def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            states.append(arguments[0] if arguments else options["hidden_states"])
+            states.append(entering(arguments, options))
 
         handle = self.layers()[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -435,8 +435,8 @@ class Backbone(nn.Module):
         """
         self.model.set_attn_implementation(self.stock_attention)
         eight_bits = self.eight_bits.acting(self.model, read) if self.eight_bits and read else contextlib.nullcontext()
-        entering = self._entering_behind(read) if self.entry_layer and read else contextlib.nullcontext()
-        with stock_norms(self.model), eight_bits, entering:
+        entry = self._entering_behind(read) if self.entry_layer and read else contextlib.nullcontext()
+        with stock_norms(self.model), eight_bits, entry:
             return self.model(torch.tensor([list(ids)], device=self.device), use_cache=False).last_hidden_state[0]
 
     @contextlib.contextmanager
@@ -445,12 +445,10 @@ class Backbone(nn.Module):
         rows: list[Tensor] = []
 
         def note(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            states = arguments[0] if arguments else options["hidden_states"]
-            rows.append(states[:, read:])
+            rows.append(entering(arguments, options)[:, read:])
 
         def put(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> tuple[Any, Any]:
-            states = arguments[0] if arguments else options["hidden_states"]
-            mixed = torch.cat([states[:, :read], rows.pop()], dim=1)
+            mixed = torch.cat([entering(arguments, options)[:, :read], rows.pop()], dim=1)
             return ((mixed, *arguments[1:]), options) if arguments else ((), options | {"hidden_states": mixed})
 
         layers = self.layers()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe.method.attention import AttentionPlan
@@ -34,6 +35,12 @@ def keep_first_layers(model: PreTrainedModel, count: int, name: str) -> None:
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[:count]
     config.num_hidden_layers = count
+
+
+def entering(arguments: Sequence[Any], options: Mapping[str, Any]) -> Tensor:
+    """The states that enter a layer, of what it is called with."""
+    states: Tensor = arguments[0] if arguments else options["hidden_states"]
+    return states
 
 
 def let_pass_below(model: PreTrainedModel, entry: int, name: str) -> None:
@@ -72,7 +79,7 @@ class PassedBy(nn.Module):
             output = super().forward(*arguments, **options)
             self.gives_tuple = isinstance(output, tuple)
             return output
-        states = arguments[0] if arguments else options["hidden_states"]
+        states = entering(arguments, options)
         return (states,) if self.gives_tuple else states
 
 
