@@ -39,6 +39,8 @@ QUICK_VARIANTS = (
     "lora-packed",
     "pe-suffix-weighted-ahead",
     "pe-suffix-weighted-launched",
+    "pe-suffix-weighted-stored",
+    "pe-suffix-weighted-entered",
 )
 """The two sides of the claim first: where time runs out, what comes last is lost first."""
 IN_MEMORY = QUICK_VARIANTS[:4]
