@@ -114,7 +114,7 @@ def measure(recipe_file: Path) -> dict[str, object]:
     vocabulary = load_config(name, None).get_text_config().vocab_size
     tokenizer = TextTokenizer(load_tokenizer(name, None), vocabulary)
 
-    def tokens(texts: Sequence[str], limit: int | None = recipe.model.max_length) -> list[int]:
+    def tokens(texts: Sequence[str], limit: int | None = recipe.trained_length) -> list[int]:
         return [len(ids[:limit]) for ids in tokenizer(texts)]
 
     found = []

@@ -55,7 +55,11 @@ STORE = ("--train.text_store=", "--train.text_store_gib=")
 TUNING_SEED = 100
 TUNING_STEPS = 60
 EARLIER = "† Not yet measured again: its adapters trained in the frozen weights' type instead of float32."
-PEERS = tuple(SYSTEMS[name].title for name in ("lora-mean", "lora-weighted", "lora-weighted-dropless", "lora-last"))
+PEERS = tuple(
+    SYSTEMS[f"lora-{pooling}{dropout}"].title
+    for pooling in ("mean", "weighted", "last")
+    for dropout in ("", "-dropless")
+)
 WITHIN = 0.5
 """Points below the best LoRA's mean that score as well as it does, or down to its lowest seed where that is less."""
 ORDER = [*UNTRAINED, *(title for own in SYSTEMS.values() for title in (f"{own.title}, untrained", own.title))]

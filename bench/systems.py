@@ -50,10 +50,12 @@ def frozen_dtype(config: BackboneConfig, device: torch.device) -> str:
 
 
 def build_pe(**changes: Any) -> Build:
-    """PromptEmbedder of the recipe, with some options of the model changed."""
+    """PromptEmbedder of the recipe, some options of the model changed; in the prefix layout nothing enters above."""
 
     def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
-        model = PromptEmbedder.from_config(dataclasses.replace(recipe.model, **changes), device)
+        entry = 0 if changes.get("layout") == "prefix" else recipe.model.backbone.entry_layer
+        backbone = dataclasses.replace(recipe.model.backbone, entry_layer=entry)
+        model = PromptEmbedder.from_config(dataclasses.replace(recipe.model, **changes, backbone=backbone), device)
         model.start(instructions_of(plan))
         return model
 
@@ -80,9 +82,10 @@ def build_lora(pooling: Pooling, dropout: float = 0.1, upper_layers: int | None 
     """LoRA in its packed form, by default with the published dropout, which costs a third of its time."""
 
     def build(recipe: Recipe, plan: BatchPlan, device: torch.device) -> System:
-        backbone = Backbone.from_pretrained(recipe.model.backbone, device)
+        options = dataclasses.replace(recipe.model.backbone, entry_layer=0)  # it has no soft tokens
+        backbone = Backbone.from_pretrained(options, device)
         config = LoraBaselineConfig(
-            backbone=dataclasses.replace(recipe.model.backbone, entry_layer=0),  # it has no soft tokens
+            backbone=options,
             lora=LoraSettings(rank=16, alpha=64, dropout=dropout),
             form="packed",
             pooling=pooling,
@@ -116,6 +119,7 @@ SYSTEMS = {
     "static": Entry(title="static prompts, reader (control)", build=build_static(skip="none")),
     "linear": Entry(title="frozen text means, linear map (control)", build=build_linear),
     "lora-mean": Entry(title="LoRA, mean", build=build_lora("mean")),
+    "lora-mean-dropless": Entry(title="LoRA, mean, no dropout", build=build_lora("mean", 0.0)),
     "lora-mean-longer": Entry(title="LoRA, mean, 4 times the steps", build=build_lora("mean"), times=4),
     "lora-weighted": Entry(title="LoRA, weighted mean", build=build_lora("weighted")),
     "lora-weighted-longer": Entry(
@@ -129,6 +133,7 @@ SYSTEMS = {
         title="LoRA, weighted mean, no dropout, last 3 layers", build=build_lora("weighted", 0.0, 3)
     ),
     "lora-last": Entry(title="LoRA, last token", build=build_lora("last")),
+    "lora-last-dropless": Entry(title="LoRA, last token, no dropout", build=build_lora("last", 0.0)),
 }
 """`pe-prefix` and `pe-prefix-text`: the paper's layout; it does not publish which of the two."""
 INSTRUCTED = {

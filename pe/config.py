@@ -292,6 +292,9 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Queries at a time: representations are cached, so the negatives stay those of the whole batch. Each text is read
     twice; in the suffix layout, which keeps little besides keys and values, it pays only where these do not fit."""
+    max_length: int | None = None
+    """Tokens of a text in training, where they are fewer than `model.max_length`, to which the trained embedder reads;
+    null: as many."""
     lr: float = 3e-3
     """Peak rate of the prompting LLM."""
     alignment_lr: float | None = None
@@ -352,6 +355,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 0, "train.steps", "0 or more", self.steps)
         _require(self.epochs is None or self.epochs >= 1, "train.epochs", "at least 1, or null", self.epochs)
+        _require(
+            self.max_length is None or self.max_length >= 1, "train.max_length", "at least 1, or null", self.max_length
+        )
         both = self.steps is not None and self.epochs is not None
         _require(not both, "train.steps", "null beside `epochs`, which say how many", self.steps)
         _require(self.patience is None or self.patience >= 1, "train.patience", "at least 1, or null", self.patience)
@@ -449,6 +455,20 @@ class Recipe:
         _require(best is None or train.eval_every > 0, "train.eval_every", "1 or more with evaluate.best_by", 0)
         is_used = train.patience is None or best is not None
         _require(is_used, "train.patience", "null without evaluate.best_by", train.patience)
+        if train.max_length is not None:
+            fits, most = train.max_length <= self.model.max_length, f"at most model.max_length, {self.model.max_length}"
+            _require(fits, "train.max_length", f"{most}, or null", train.max_length)
+            conditioning, why = (
+                self.model.conditioning,
+                "; a prompting LLM that reads the text is cut by model.max_length",
+            )
+            _require(
+                conditioning == "instruction",
+                "train.max_length",
+                "null with conditioning: instruction_and_text",
+                train.max_length,
+                why,
+            )
         if train.shard_backbone:
             quantize, layout = self.model.backbone.quantize, self.model.layout
             _require(quantize == "none", "backbone.quantize", "'none' with train.shard_backbone", quantize)
@@ -456,6 +476,11 @@ class Recipe:
             _require(entry == 0, "backbone.entry_layer", "0 with train.shard_backbone", entry)
             why = "; in the prefix layout gradients reach a layer's keys past its output, while it is not whole"
             _require(layout == "suffix", "layout", "'suffix' with train.shard_backbone", layout, why)
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of a text in training."""
+        return self.model.max_length if self.train.max_length is None else self.train.max_length
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

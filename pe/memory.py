@@ -231,7 +231,7 @@ def build_report(arguments: argparse.Namespace, overrides: Sequence[str], recipe
         "torch": torch.__version__,
         "batch": {"queries": len(batch.queries), "texts": len(batch.queries) + len(batch.documents)},
         "micro_batch_size": recipe.train.micro_batch_size,
-        "max_length": recipe.model.max_length,
+        "max_length": recipe.trained_length,
         "texts": "of max_length tokens" if arguments.longest else "the recipe's",
         "systems": systems,
     }

@@ -43,7 +43,7 @@ class Trainable(Protocol):
     @property
     def backbone(self) -> Backbone: ...
     def __call__(self, requests: Requests) -> Tensor: ...
-    def tokenized(self, requests: Requests) -> Requests: ...
+    def tokenized(self, requests: Requests, at_most: int | None = None) -> Requests: ...
     def train(self, mode: bool = True) -> nn.Module: ...
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]: ...
     def trainable_state(self) -> dict[str, Tensor]: ...
@@ -72,17 +72,17 @@ class Taken:
 
 
 class StepTexts:
-    """A step's batch and its texts, tokenised once: when they are first asked for."""
+    """A step's batch and its texts of at most so many tokens, tokenised once: when they are first asked for."""
 
-    def __init__(self, model: Trainable, batch: Batch) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: Trainable, batch: Batch, at_most: int | None = None) -> None:
+        self.model, self.batch, self.at_most = model, batch, at_most
         self.truncated = 0
 
     @functools.cached_property
     def requests(self) -> Requests:
         """The batch's texts as the model reads them; `truncated` says from then on how many were cut."""
         before = self.model.truncation.cut
-        requests = self.model.tokenized(batch_requests(self.batch))
+        requests = self.model.tokenized(batch_requests(self.batch), self.at_most)
         self.truncated = self.model.truncation.cut - before
         return requests
 
@@ -171,7 +171,7 @@ class Step(Generic[Model]):
         """
         self.model.train()
         texts = self._texts_of(batch)
-        self._following = StepTexts(self.model, following) if self.ahead and following is not None else None
+        self._following = self._new_texts(following) if self.ahead and following is not None else None
         loss = self.gradients(texts)
         norm, is_finite = self.update(loss)
         lengths = [len(row) for row in texts.requests.read or ()]
@@ -188,7 +188,10 @@ class Step(Generic[Model]):
     def _texts_of(self, batch: Batch) -> StepTexts:
         """The batch's texts, tokenised already where the step before was told of this batch."""
         known = self._following
-        return known if known is not None and known.batch is batch else StepTexts(self.model, batch)
+        return known if known is not None and known.batch is batch else self._new_texts(batch)
+
+    def _new_texts(self, batch: Batch) -> StepTexts:
+        return StepTexts(self.model, batch, self.options.max_length)
 
     def gradients(self, texts: StepTexts) -> Tensor:
         """The loss and, in each parameter's `grad`, its gradient; both the mean of all processes, and checked."""

@@ -168,7 +168,7 @@ def stored_texts(
             stack.enter_context(model.reading_from(opened))
         if plan is not None:
             processes = accelerator.process_index, accelerator.num_processes
-            first = model.tokenized(batch_requests(plan.batch(0, *processes))).read or ()
+            first = model.tokenized(batch_requests(plan.batch(0, *processes)), options.max_length).read or ()
             opened.check_room(sum(map(len, first)), "train.text_store_gib")
         yield opened
 

@@ -363,6 +363,21 @@ RECIPES = (
         ("train.patience: expected null without evaluate.best_by",),
     ),
     Bad(
+        "texts longer in training than later",
+        "train recipe.yaml --train.max_length=100000",
+        ("train.max_length: expected at most model.max_length,", "or null, got 100000"),
+    ),
+    Bad(
+        "texts of no token in training",
+        "train recipe.yaml --train.max_length=0",
+        ("train.max_length: expected at least 1, or null, got 0",),
+    ),
+    Bad(
+        "a limit that the prompting LLM would not keep",
+        "train recipe.yaml --train.max_length=4 --model.conditioning=instruction_and_text",
+        ("train.max_length: expected null with conditioning: instruction_and_text, got 4", "cut by model.max_length"),
+    ),
+    Bad(
         "a store without a name",
         "train recipe.yaml --train.text_store=",
         ("train.text_store: expected none, memory or a folder",),

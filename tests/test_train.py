@@ -28,7 +28,7 @@ from pe.data.batches import Batch, BatchPlan
 from pe.evaluate import Scores, TaskScore
 from pe.losses import backward, batch_requests, contrastive_loss, cut
 from pe.method.loading import TextTokenizer
-from pe.model import PromptEmbedder, Requests
+from pe.model import Instruction, PromptEmbedder, Requests
 from pe.runs.cli import user_errors
 from pe.runs.folder import RunError, RunFolder, conditions_of, flatten
 from pe.runs.recipes import load_recipe
@@ -159,7 +159,8 @@ def counted(model: Trainable, plan: BatchPlan, recipe: Recipe) -> History:
     expected = History()
     for step in range(recipe.train.steps):
         model.truncation.cut = 0
-        lengths = [len(row) for row in model.tokenized(batch_requests(plan.batch(step))).read or ()]
+        read = model.tokenized(batch_requests(plan.batch(step)), recipe.train.max_length).read or ()
+        lengths = list(map(len, read))
         expected.texts += len(lengths)
         expected.truncated += model.truncation.cut
         expected.tokens += sum(lengths)
@@ -184,10 +185,11 @@ def lora_of(recipe: Recipe, form: Form) -> Trainable:
     ("system", "options"),
     [
         ("ours", {}),
-        ("ours", {"micro_batch_size": 4}),
-        ("ours", {"read_ahead": True}),
-        ("linear", {}),
-        ("lora, padded", {}),
+        ("ours", {"max_length": 14}),
+        ("ours", {"micro_batch_size": 4, "max_length": 14}),
+        ("ours", {"read_ahead": True, "max_length": 14}),
+        ("linear", {"max_length": 14}),
+        ("lora, padded", {"max_length": 14}),
         ("lora, packed", {"micro_batch_size": 4}),
     ],
 )
@@ -221,14 +223,28 @@ def test_a_step_tokenises_each_text_once_and_counts_that(
     assert instructions == (recipe.train.steps if "lora" in system else 0), "LoRA reads the query's, once a step"
 
 
+def test_texts_are_cut_further_in_training_alone(recipe: Recipe) -> None:
+    """The same weights as with a model that reads no more, and afterwards the whole text is read."""
+    short = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, max_length=6))
+    cut = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_length=6))
+    models = [new_model(short), new_model(cut)]
+    for model, own in zip(models, (short, cut), strict=True):
+        fit(model, plan_of(own), own, accelerator())
+    expected, found = (model.trainable_state() for model in models)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    text = "the man in the red house walks to the river and back again"
+    before, after = (len(model.tokenize(Requests([text], [Instruction("a")], [0]))[0]) for model in models)
+    assert before == 6 < after
+
+
 def test_tokenising_is_part_of_the_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, model = [0.0], new_model(recipe)
     monkeypatch.setattr(training.time, "perf_counter", lambda: seconds[0])
     whole = model.readings
 
-    def slow(requests: Requests) -> list[list[int]]:
+    def slow(requests: Requests, at_most: int | None = None) -> list[list[int]]:
         seconds[0] += 1.0
-        return whole(requests)
+        return whole(requests, at_most)
 
     monkeypatch.setattr(model, "readings", slow)
     assert fit(model, plan_of(recipe), recipe, accelerator()).seconds == recipe.train.steps

@@ -70,8 +70,9 @@ class FrozenEncoder(Encoder):
         return self._embed(readings)[inverse(order, self.device)]
 
     @in_turn
-    def readings(self, requests: Requests) -> list[Reading]:
-        return self.templates.read(self.backbone.text_tokenizer, requests, self.max_length, self.truncation)
+    def readings(self, requests: Requests, at_most: int | None = None) -> list[Reading]:
+        limit = self.max_length if at_most is None else min(at_most, self.max_length)
+        return self.templates.read(self.backbone.text_tokenizer, requests, limit, self.truncation)
 
     def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
         return lambda _, readings: self._embed(readings)[None]

@@ -54,9 +54,9 @@ class LinearEmbedder(TrainableModule):
         return self._embed(ids)[inverse(order, self.device)]
 
     @in_turn
-    def readings(self, requests: Requests) -> list[list[int]]:
-        """Token ids of each text, cut to `max_length` and counted; the instruction is not read."""
-        return self.truncation.cut_to(self.max_length, self.backbone.text_tokenizer(requests.texts))
+    def readings(self, requests: Requests, at_most: int | None = None) -> list[list[int]]:
+        """Token ids of each text, cut to `max_length`, or to `at_most`, and counted; the instruction is not read."""
+        return self.truncation.cut_to(self.max_length, self.backbone.text_tokenizer(requests.texts), at_most)
 
     def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
         return lambda _, ids: self._embed(ids)[None]

@@ -147,10 +147,10 @@ class LoraEmbedder(TrainableModule):
         return torch.cat(parts)[inverse(order, self.device)]
 
     @in_turn
-    def readings(self, requests: Requests) -> list[Reading]:
-        """Instruction and text of each request as token ids, the text cut to `max_length` and counted."""
-        tokenizer = self.backbone.text_tokenizer
-        return self.config.templates.read(tokenizer, requests, self.config.max_length, self.truncation)
+    def readings(self, requests: Requests, at_most: int | None = None) -> list[Reading]:
+        """Instruction and text of each request as token ids, the text cut to `max_length` or `at_most`, and counted."""
+        limit = self.config.max_length if at_most is None else min(at_most, self.config.max_length)
+        return self.config.templates.read(self.backbone.text_tokenizer, requests, limit, self.truncation)
 
     def tokenize(self, requests: Requests) -> list[list[int]]:
         """Token ids of each request."""

@@ -153,7 +153,7 @@ def heaviest_batch(recipe: Recipe) -> Batch:
     Raises:
         DataError, FileNotFoundError: no data, or no tokenizer there.
     """
-    plan, limit = build_plan(recipe, Console(quiet=True)), recipe.model.max_length
+    plan, limit = build_plan(recipe, Console(quiet=True)), recipe.trained_length
     vocabulary = config_of(recipe.model.backbone).get_text_config().vocab_size
     tokenizer = TextTokenizer(tokenizer_of(recipe.model.backbone), vocabulary)
 
@@ -164,11 +164,11 @@ def heaviest_batch(recipe: Recipe) -> Batch:
 
 
 def longest_batch(recipe: Recipe) -> Batch:
-    """A batch in which every text reaches `max_length`, hard negatives included: the most a recipe can need."""
+    """A batch in which every text is as long as training allows, hard negatives included: the most a recipe needs."""
     count, data = recipe.train.batch_size, recipe.data[0] if recipe.data else None
     # No two alike, for what is alike is no negative; at least two tokens a repetition, cut by the model
     texts = [
-        f"{number} " + "a b " * recipe.model.max_length for number in range(count * (2 + recipe.loss.hard_negatives))
+        f"{number} " + "a b " * recipe.trained_length for number in range(count * (2 + recipe.loss.hard_negatives))
     ]
     return Batch.unlabelled(
         [data.instruction if data else "Retrieve semantically similar text"],
@@ -294,7 +294,7 @@ def text_store_size(recipe: Recipe, device: torch.device) -> tuple[int, int, int
     plan, model = build_plan(recipe, Console(quiet=True)), without_data(recipe, "pe", device)
     assert isinstance(model, PromptEmbedder)
     batches = (batch_requests(plan.batch(step)) for step in range(plan.steps))
-    texts = {tuple(ids) for requests in batches for ids in model.readings(requests)}
+    texts = {tuple(ids) for requests in batches for ids in model.readings(requests, recipe.train.max_length)}
     with _UnknownNumbers(), build_accelerator(recipe).autocast():
         entry = columns_of(model.backbone.read([[0]], unpooled), recipe.train.text_store_dtype)
     return len(texts), sum(map(len, texts)), sum(column.width for column in entry)

@@ -60,8 +60,11 @@ class Encoder(ABC):
         return self.backbone.hidden_size
 
     @abstractmethod
-    def readings(self, requests: Requests) -> list[Any]:
-        """What is read of each text, cut and counted: token ids, or what has them and their number as its length."""
+    def readings(self, requests: Requests, at_most: int | None = None) -> list[Any]:
+        """What is read of each text, cut and counted: token ids, or what has them and their number as its length.
+
+        `at_most` cuts texts to fewer tokens than the encoder's own limit.
+        """
 
     @abstractmethod
     def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:
@@ -75,9 +78,9 @@ class Encoder(ABC):
         """Token ids that are read of each text, cut and counted."""
         return self.readings(requests)
 
-    def tokenized(self, requests: Requests) -> Requests:
-        """The requests with what is read of each text, so that no pass tokenises them again."""
-        return replace(requests, read=self.readings(requests))
+    def tokenized(self, requests: Requests, at_most: int | None = None) -> Requests:
+        """The requests with what is read of each text (see `readings`), so that no pass tokenises them again."""
+        return replace(requests, read=self.readings(requests, at_most))
 
     def _sorted(self, requests: Requests) -> tuple[list[int], list[Any]]:
         """The order of the texts from short to long, and what is read of each, in that order."""

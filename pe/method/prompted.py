@@ -146,15 +146,15 @@ class PromptedEmbedder(TrainableModule):
         return self.pool_prompt(states)[back], texts.pooled[back]
 
     @in_turn
-    def readings(self, requests: Requests) -> list[list[int]]:
-        """What the backbone reads of each text, cut to `max_length` tokens and counted."""
+    def readings(self, requests: Requests, at_most: int | None = None) -> list[list[int]]:
+        """What the backbone reads of each text, cut to `max_length` tokens, or to `at_most`, and counted."""
         templates = self.config.templates
         texts = [
             Filled(getattr(templates, requests.instruction(place).side).text, text=text)
             for place, text in enumerate(requests.texts)
         ]
         ids = self.backbone.text_tokenizer(texts, lead=self.config.layout == "suffix")
-        return self.truncation.cut_to(self.config.max_length, ids)
+        return self.truncation.cut_to(self.config.max_length, ids, at_most)
 
     def prompter_text(self, instruction: Instruction, text: str | None = None) -> Filled:
         """What a prompt is written from."""

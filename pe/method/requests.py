@@ -88,8 +88,9 @@ class Truncation:
         readings = f", {self.prompter_cut:,} readings of the prompting LLM too" if self.prompter_cut else ""
         return f"{self.cut:,} of {self.texts:,} texts truncated{readings}"
 
-    def cut_to(self, length: int, ids: Sequence[list[int]]) -> list[list[int]]:
-        """Count texts of token ids, and cut each to `length` tokens."""
+    def cut_to(self, length: int, ids: Sequence[list[int]], at_most: int | None = None) -> list[list[int]]:
+        """Count texts of token ids, and cut each to `length` tokens, or to `at_most` where that is less."""
+        length = length if at_most is None else min(length, at_most)
         self.texts += len(ids)
         self.cut += sum(len(row) > length for row in ids)
         return [row[:length] for row in ids]
