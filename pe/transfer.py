@@ -24,13 +24,13 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from pe.card import model_card
-from pe.config import ModelConfig, Recipe, RecipeError, to_dict
+from pe.config import BackboneConfig, ModelConfig, Recipe, RecipeError, to_dict
 from pe.data.batches import BatchPlan
 from pe.evaluate import Scores, comparison
 from pe.losses import batch_requests
 from pe.method.alignment import build_alignment
 from pe.method.backbone import Backbone
-from pe.method.loading import quiet, usable_device
+from pe.method.loading import load_config, quiet, usable_device
 from pe.method.skip_start import fit_skip
 from pe.model import PromptEmbedder
 from pe.runs.cli import check_alone, user_errors
@@ -240,7 +240,22 @@ def transfer_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     fixed = [f"--model.backbone.model={arguments.backbone}", f"--output={output}", f"--train.eval_every={every}"]
     fixed += [f"--train.steps={arguments.steps}", "--model.backbone.revision=null"]
     fixed += ["--evaluate.best_by=null", "--train.patience=null", "--train.shard_backbone=false"]
+    source = load_recipe(file).model.backbone
+    if source.entry_layer:
+        fixed.append(f"--model.backbone.entry_layer={entry_layer_of(arguments, source)}")
     return load_recipe(file, [*fixed, *overrides])
+
+
+def entry_layer_of(arguments: argparse.Namespace, source: BackboneConfig) -> int:
+    """The new backbone's layer that is as far up as the one where soft tokens enter the source's.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_config`.
+    """
+    of_source = (arguments.source_backbone, None) if arguments.source_backbone else (source.model, source.revision)
+    depths = [load_config(*of).get_text_config().num_hidden_layers for of in (of_source, (arguments.backbone, None))]
+    before, after = (depth if source.layers is None else min(depth, source.layers) for depth in depths)
+    return round(source.entry_layer * after / before)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pe import transfer
 from pe.model import PromptEmbedder
@@ -39,6 +41,25 @@ def test_options_given_to_a_move_are_those_of_the_moved_model(
     card = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert "| skip | none |" in card
     assert "| alignment | linear, orthogonal |" in card
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 3), (["--model.backbone.entry_layer=2"], 2)])
+def test_soft_tokens_enter_a_deeper_backbone_as_far_up(
+    checkpoint: Path, tiny_models: Path, tmp_path: Path, given: list[str], expected: int
+) -> None:
+    source, deeper = tmp_path / "source", tmp_path / "deeper"
+    for folder in (source, deeper):
+        folder.mkdir()
+    recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text())
+    recipe["model"]["backbone"]["entry_layer"] = 1
+    (source / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = json.loads((tiny_models / "two" / "config.json").read_text())
+    layers = config.pop("num_hidden_layers")
+    config.pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3 * layers}))
+
+    arguments, overrides = transfer.parse([str(source), f"--backbone={deeper}", *given])
+    assert transfer.transfer_recipe(arguments, overrides).model.backbone.entry_layer == expected
 
 
 def test_a_move_refuses_what_belongs_to_the_prompting_llm(
