@@ -14,6 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 SAMPLED = 16
 """Values of each weight in a stamp, where it has as many; less than twice as many."""
@@ -38,10 +39,15 @@ class Stamp(NamedTuple):
 def stamp(weights: Sequence[Tensor], *, with_values: bool = True) -> Stamp:
     """The stamp of some weights; with values it waits for a GPU's stream."""
     return Stamp(
-        tuple((p.device, p.dtype, p.data_ptr()) for p in weights),
+        tuple((p.device, p.dtype, address(p)) for p in weights),
         sum(p._version for p in weights if not p.is_inference()),
         sample(weights) if with_values else (),
     )
+
+
+def address(weight: Tensor) -> int:
+    """Where a weight's values are; 0 where it has none."""
+    return 0 if isinstance(weight, FakeTensor) else weight.data_ptr()
 
 
 def may_wait(weights: Iterable[Tensor]) -> bool:
