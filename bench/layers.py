@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -19,7 +20,7 @@ from bench import plots, records
 from bench.cases import ROOT
 from bench.markdown import NOT_YET, grid, origins
 from bench.plots import Panel, Series
-from bench.quality import as_record, table_name, train_one, with_train
+from bench.quality import as_record, mean_and_spread, table_name, train_one, with_train
 from bench.records import Record
 from bench.transfer import FOLLOWED
 from pe.config import Recipe
@@ -38,9 +39,20 @@ def with_layers(recipe: Recipe, count: int, entry: int) -> Recipe:
 
 
 def newest(folder: Path) -> list[Record]:
-    """The newest record of every recipe, number of layers and entry, fewest layers that soft tokens run first."""
-    rows = {(row["recipe"], run_by_soft_tokens(row), row["layers"]): row for row in records.read("layers", folder)}
+    """The newest record of every recipe, number of layers, entry and seed, fewest layers that soft tokens run first."""
+    rows = {
+        (row["recipe"], run_by_soft_tokens(row), row["layers"], row["seed"]): row
+        for row in records.read("layers", folder)
+    }
     return [rows[key] for key in sorted(rows)]
+
+
+def by_layers(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of all seeds, by what `layers_of` says."""
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(layers_of(row), []).append(row)
+    return found
 
 
 def run_by_soft_tokens(row: Record) -> int:
@@ -66,15 +78,22 @@ def render(folder: Path) -> str:
 def table_of(rows: Sequence[Record]) -> str:
     """The table of one recipe, under its name."""
     tasks = list(rows[0]["by_task"])
-    header = ["layers", "mean of the plain tasks", *(task.removeprefix("PE-") for task in tasks), "processor s"]
+    header = [
+        "layers",
+        "mean of the plain tasks",
+        *(task.removeprefix("PE-") for task in tasks),
+        "processor s",
+        "seeds",
+    ]
     table = [
         [
-            layers_of(row),
-            f"{row['mean']:.1f}",
-            *(f"{row['by_task'][task]:.1f}" for task in tasks),
-            f"{row['cpu_seconds']:,.0f}",
+            layers,
+            mean_and_spread([row["mean"] for row in own]),
+            *(f"{mean(row['by_task'][task] for row in own):.1f}" for task in tasks),
+            f"{min(row['cpu_seconds'] for row in own):,.0f}",
+            str(len(own)),
         ]
-        for row in rows
+        for layers, own in by_layers(rows).items()
     ]
     return f"**{rows[0]['recipe']}**\n\n{grid(header, table)}"
 
@@ -83,12 +102,12 @@ def draw(folder: Path, target: Path = plots.FOLDER) -> None:
     """Scores against processor seconds of training."""
     rows, series = newest(folder), []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        own = [row for row in rows if row["recipe"] == recipe]
-        seconds, counts = [row["cpu_seconds"] for row in own], ", ".join(map(layers_of, own))
-        title = f"{recipe}, plain tasks; {counts} layers, left to right"
-        series.append(Series(label=title, x=seconds, y=[row["mean"] for row in own]))
-        if all(FOLLOWED in row["by_task"] for row in own):
-            followed = [row["by_task"][FOLLOWED] for row in own]
+        groups = by_layers([row for row in rows if row["recipe"] == recipe])
+        seconds = [min(row["cpu_seconds"] for row in own) for own in groups.values()]
+        title = f"{recipe}, plain tasks; {', '.join(groups)} layers, left to right"
+        series.append(Series(label=title, x=seconds, y=[mean(row["mean"] for row in own) for own in groups.values()]))
+        if all(FOLLOWED in row["by_task"] for own in groups.values() for row in own):
+            followed = [mean(row["by_task"][FOLLOWED] for row in own) for own in groups.values()]
             title = f"{recipe}, instructions followed, unseen wordings"
             series.append(Series(label=title, x=seconds, y=followed))
     if series:

@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 PROTOCOL = 2
 """Of new records. 2: LoRA adapters (LoRA's, the reader's) train in float32; before, in the frozen weights' bfloat16."""
-STORE = ("--train.text_store=", "--train.text_store_gib=")
+AS_ONE = ("--train.text_store=", "--train.text_store_gib=", "--train.micro_batch_size=")
 """Options that change no score: a table is named by all others."""
 TUNING_SEED = 100
 TUNING_STEPS = 60
@@ -116,6 +116,7 @@ def as_record(row: Row, recipe: Recipe, name: str, device: torch.device) -> reco
         "steps": recipe.train.total_steps,
         "rate": recipe.train.lr,
         "stored": recipe.train.text_store != "none",
+        "micro_batch_size": recipe.train.micro_batch_size,
         "temperature": recipe.loss.temperature,
         "seconds": None if row.seconds is None else round(row.seconds, 3),
         "cpu_seconds": None if row.cpu_seconds is None else round(row.cpu_seconds, 3),
@@ -211,7 +212,7 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     Variants stand in the table's order. Those that are measured no more are left out, with what nothing else stands by.
     Each row's `quickest` is the record of its variant's fastest training, of every protocol: what else the machine does
     only adds to its seconds. Bfloat16 that a processor has no instructions for is no measure of time, nor is a training
-    whose texts a store may have had.
+    whose texts a store may have had, or one that took its batches in parts for want of memory.
     """
     rows = [row for row in records.read("quality", folder) if row["variant"] in ORDER]
     latest = {(row["recipe"], row["variant"], row["seed"]): row for row in rows}
@@ -219,7 +220,8 @@ def newest(folder: Path) -> dict[str, dict[str, list[records.Record]]]:
     for row in sorted(latest.values(), key=lambda row: ORDER.index(row["variant"])):
         same = [other for other in rows if (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])]
         timed = [other for other in same if other.get("native_bfloat16", True) or other["dtype"] != "bfloat16"]
-        timed = [other for other in timed if other.get("cpu_seconds") is not None and not other.get("stored")]
+        timed = [other for other in timed if other.get("cpu_seconds") is not None]
+        timed = [other for other in timed if not other.get("stored") and not other.get("micro_batch_size")]
         quickest = min(timed, key=lambda other: other["cpu_seconds"], default=None)
         found.setdefault(row["recipe"], {}).setdefault(row["variant"], []).append(row | {"quickest": quickest})
     for variants in found.values():
@@ -367,7 +369,7 @@ def draw(folder: Path, target: Path = plots.FOLDER) -> None:
 
 def table_name(recipe: str, overrides: Sequence[str]) -> str:
     """A recipe's name, and the options that change scores."""
-    return " ".join([recipe, *(item for item in overrides if not item.startswith(STORE))])
+    return " ".join([recipe, *(item for item in overrides if not item.startswith(AS_ONE))])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

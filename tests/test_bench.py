@@ -687,12 +687,12 @@ def test_a_real_training_stands_beside_lora_with_what_it_follows(results: Path) 
         (ours, 40.0, True, 90.0),
         (lora, 250.0, False, 50.0),
     ):
-        row = {"recipe": summary.REAL, "protocol": quality.PROTOCOL, "variant": title, "seed": 0, "mean": 80.0}
+        row = {"recipe": summary.REAL[0], "protocol": quality.PROTOCOL, "variant": title, "seed": 0, "mean": 80.0}
         row |= {"by_type": {}, "by_task": {"PE-STSb-dev": 80.0, summary.FOLLOWED: right}, "steps": 105, "rate": 1e-3}
         records.append(
             "quality", [row | {"dtype": "bfloat16", "device": "cpu", "cpu_seconds": seconds, "stored": stored}]
         )
-    found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL])
+    found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL[0]])
     assert found is not None
     assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 task"
     cells = ["100 s, score 80.0, follows 90.0", "250 s, score 80.0, follows 50.0"]
