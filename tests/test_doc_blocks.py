@@ -118,7 +118,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_models(folder / "models")
     for ours, theirs in MODELS.items():
         (folder / "models" / ours).rename(folder / "models" / theirs)
-    for part in (language_model("llama", 3), byte_tokenizer()):
+    for part in (language_model("llama", 3, num_hidden_layers=12), byte_tokenizer()):
         part.save_pretrained(folder / "models" / "smollm2-135m")
     (folder / "models" / "smollm2-135m" / "README.md").touch()
     for file in (ROOT / "data").glob("**/*.xz"):
