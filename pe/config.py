@@ -458,17 +458,9 @@ class Recipe:
         if train.max_length is not None:
             fits, most = train.max_length <= self.model.max_length, f"at most model.max_length, {self.model.max_length}"
             _require(fits, "train.max_length", f"{most}, or null", train.max_length)
-            conditioning, why = (
-                self.model.conditioning,
-                "; a prompting LLM that reads the text is cut by model.max_length",
-            )
-            _require(
-                conditioning == "instruction",
-                "train.max_length",
-                "null with conditioning: instruction_and_text",
-                train.max_length,
-                why,
-            )
+            is_read, why = self.model.conditioning != "instruction", "; what the prompting LLM reads is not cut by it"
+            expected = "null with conditioning: instruction_and_text"
+            _require(not is_read, "train.max_length", expected, train.max_length, why)
         if train.shard_backbone:
             quantize, layout = self.model.backbone.quantize, self.model.layout
             _require(quantize == "none", "backbone.quantize", "'none' with train.shard_backbone", quantize)

@@ -255,7 +255,7 @@ def entry_layer_of(arguments: argparse.Namespace, source: BackboneConfig) -> int
     of_source = (arguments.source_backbone, None) if arguments.source_backbone else (source.model, source.revision)
     depths = [load_config(*of).get_text_config().num_hidden_layers for of in (of_source, (arguments.backbone, None))]
     before, after = (depth if source.layers is None else min(depth, source.layers) for depth in depths)
-    return round(source.entry_layer * after / before)
+    return min(round(source.entry_layer * after / before), after - 1)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from make_data import checked_bytes
+from make_data import checked_bytes, spread
 
 SOURCE_FILE = "pretrain/wikipedia.jsonl.xz"
 ROWS = 6_000
@@ -113,18 +113,17 @@ def make(source: Path, target: Path) -> Path:
         held_out = [json.loads(line) for line in file]
     titles = {row["title"].casefold() for row in held_out}
     kept_back = {text for row in held_out for text in sentences(row["text"])}
-    rows = []
+    lines = []
     for line in checked_bytes(source, manifest[SOURCE_FILE]).splitlines():
         article = json.loads(line)
         if article["title"].casefold() in titles or sentences(article["text"].replace("\n", " ")) & kept_back:
             continue
         if (row := row_of(article["title"], article["text"])) is not None:
-            rows.append(row)
-    kept = [rows[number * len(rows) // ROWS] for number in range(ROWS)]
-    content = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in kept)
+            lines.append(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n".encode())
+    kept = spread(lines, ROWS)
     output = target / "train/cloze.jsonl.xz"
-    output.write_bytes(lzma.compress(content.encode(), preset=9 | lzma.PRESET_EXTREME))
-    print(f"{output}: {len(kept):,} of {len(rows):,} rows, {output.stat().st_size:,} bytes")
+    output.write_bytes(lzma.compress(b"".join(kept), preset=9 | lzma.PRESET_EXTREME))
+    print(f"{output}: {len(kept):,} of {len(lines):,} rows, {output.stat().st_size:,} bytes")
     return output
 
 

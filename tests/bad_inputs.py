@@ -375,7 +375,10 @@ RECIPES = (
     Bad(
         "a limit that the prompting LLM would not keep",
         "train recipe.yaml --train.max_length=4 --model.conditioning=instruction_and_text",
-        ("train.max_length: expected null with conditioning: instruction_and_text, got 4", "cut by model.max_length"),
+        (
+            "train.max_length: expected null with conditioning: instruction_and_text, got 4",
+            "what the prompting LLM reads",
+        ),
     ),
     Bad(
         "a store without a name",

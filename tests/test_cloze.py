@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import lzma
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.scripts import SCRIPTS, load_script
+
 OTHERS = "It is known to many people who live near the coast and to those who visit it in summer. " * 2
 FIRST = f"The lighthouse of the bay was built by Anna Stone after a storm had sunk two ships. {OTHERS}"
 SECOND = f"The harbour beside it has a market where the boats of Captain Reed sell fish each morning. {OTHERS}"
@@ -21,13 +21,8 @@ ARTICLE = f"{FIRST.strip()}\nHistory.\n{SECOND.strip()}"
 
 @pytest.fixture
 def cloze(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("make_cloze", ROOT / "scripts" / "make_cloze.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return load_script("make_cloze")
 
 
 @pytest.mark.parametrize(

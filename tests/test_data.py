@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import lzma
@@ -25,6 +24,7 @@ from pe.data.batches import Batch, BatchPlan, text_id
 from pe.data.datasets import Count, Dataset, Report, load_dataset
 from pe.data.instruct import read_instructions, read_rows
 from pe.data.records import DataError, read_jsonl, read_lines, read_qrels
+from tests.scripts import load_script
 from tests.tiny import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -780,11 +780,7 @@ def test_shipped_file_loads(name: str, rows: int) -> None:
 
 
 def test_make_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("make_data", ROOT / "scripts" / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("make_data")
     caps = {"train/a.jsonl.xz": 3, "eval/b.jsonl": None, "eval/qrels.tsv": None}
     monkeypatch.setattr(script, "CAPS", caps)
     texts = {

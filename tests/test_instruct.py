@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 import re
 import subprocess
@@ -22,6 +21,7 @@ from pe.data.instruct import InstructRow, InstructTask, Side, letters, read_inst
 from pe.data.instruct_score import INSTRUCT_TASKS, available_sets, read_set, rights
 from pe.data.records import DataError, read_jsonl
 from pe.evaluate import EvaluationError, comparison, main, score
+from tests.scripts import load_script
 from tests.tiny import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,12 +322,7 @@ def plain_texts(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_instruct", ROOT / "scripts" / "make_instruct.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_instruct")
 
 
 def test_the_script_makes_what_ships(script: ModuleType) -> None:

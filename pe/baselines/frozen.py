@@ -15,7 +15,7 @@ from pe.config import BackboneConfig
 from pe.method.backbone import Backbone
 from pe.method.encoder import Embed, Encoder
 from pe.method.packing import inverse, pack
-from pe.method.requests import Instruction, Requests, Truncation
+from pe.method.requests import Instruction, Requests, Truncation, lesser
 from pe.method.turns import in_turn
 
 
@@ -71,7 +71,7 @@ class FrozenEncoder(Encoder):
 
     @in_turn
     def readings(self, requests: Requests, at_most: int | None = None) -> list[Reading]:
-        limit = self.max_length if at_most is None else min(at_most, self.max_length)
+        limit = lesser(self.max_length, at_most)
         return self.templates.read(self.backbone.text_tokenizer, requests, limit, self.truncation)
 
     def _embed_under(self, wanted: Sequence[Instruction]) -> Embed:

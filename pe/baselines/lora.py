@@ -33,7 +33,7 @@ from pe.method.encoder import Embed
 from pe.method.layers import stacked_layers
 from pe.method.packing import inverse, pack, to_device
 from pe.method.quantized import usable
-from pe.method.requests import Instruction, Requests, Side, Truncation
+from pe.method.requests import Instruction, Requests, Side, Truncation, lesser
 from pe.method.rms_norm import restore_norms
 from pe.method.token_weights import TokenWeights
 from pe.method.trainable import TrainableModule
@@ -149,7 +149,7 @@ class LoraEmbedder(TrainableModule):
     @in_turn
     def readings(self, requests: Requests, at_most: int | None = None) -> list[Reading]:
         """Instruction and text of each request as token ids, the text cut to `max_length` or `at_most`, and counted."""
-        limit = self.config.max_length if at_most is None else min(at_most, self.config.max_length)
+        limit = lesser(self.config.max_length, at_most)
         return self.config.templates.read(self.backbone.text_tokenizer, requests, limit, self.truncation)
 
     def tokenize(self, requests: Requests) -> list[list[int]]:

@@ -90,10 +90,15 @@ class Truncation:
 
     def cut_to(self, length: int, ids: Sequence[list[int]], at_most: int | None = None) -> list[list[int]]:
         """Count texts of token ids, and cut each to `length` tokens, or to `at_most` where that is less."""
-        length = length if at_most is None else min(length, at_most)
+        length = lesser(length, at_most)
         self.texts += len(ids)
         self.cut += sum(len(row) > length for row in ids)
         return [row[:length] for row in ids]
+
+
+def lesser(length: int, at_most: int | None) -> int:
+    """A limit of tokens, or another one that is given and lower."""
+    return length if at_most is None else min(length, at_most)
 
 
 def listed(name: str, given: Iterable[Item], of: str = "strings") -> list[Item]:
