@@ -117,7 +117,7 @@ ROWS = {
     "no positive": ('{"query": "q", "positive": []}', "expected at least one positive, got none"),
     "another name": (
         '{"query": "q", "positive": "p", "neg": ["n"]}',
-        "expected {query, positive, negatives?, negative?, instruction?}, got the key 'neg'; a training set's",
+        "expected {query, positive, negatives?, negative?, instruction?, group?}, got the key 'neg'; a training set's",
     ),
     "deep": ("[" * 5000, "expected a JSON object, got '[[[["),
 }

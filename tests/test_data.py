@@ -73,7 +73,7 @@ def test_reads_plain_and_compressed_files(tmp_path: Path, suffix: str) -> None:
     assert read_jsonl(path)[0] == {"query": "Grüße \u2028 x", "positive": "p"}
 
 
-PAIRS = "{query, positive, negatives?, negative?, instruction?}"
+PAIRS = "{query, positive, negatives?, negative?, instruction?, group?}"
 BAD_LINES = {
     "not JSON": ("{'query': 1}", "expected a JSON object, got \"{'query': 1}\" (Expecting property name"),
     "not an object": ("[1, 2]", "expected a JSON object, got [1, 2]"),
@@ -642,6 +642,41 @@ def test_no_row_twice_within_an_epoch_or_a_batch(tmp_path: Path, count: int, pro
     epochs = [stream[start : start + count] for start in range(0, len(stream) - count + 1, count)]
     assert all(len(set(epoch)) == count for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("name", ["query", "anchor"])
+def test_rows_of_a_group_stand_together(tmp_path: Path, name: str) -> None:
+    """Groups of one to four rows scattered over the file, rows without one, and an epoch that ends within a batch."""
+    groups = [*(f"g{row % 7}" for row in range(22)), None, 7, 7]
+    written = [{name: f"q{row}", "positive": f"p{row}", "group": group} for row, group in enumerate(groups)]
+    del written[22]["group"]
+    dataset = load_dataset(config(write_rows(tmp_path / "set.jsonl", *written)))
+    assert dataset.report.columns == f"{{{name}, positive, group}}"
+    plan = BatchPlan([dataset], [1.0], steps=25, batch_size=5, seed=0)
+
+    orders = np.concatenate([plan.rows(step)[1] for step in range(25)]).reshape(5, 25)
+
+    assert len({tuple(order) for order in orders}) == 5
+    for order in orders:
+        assert sorted(order) == list(range(25))
+        met = [groups[row] for row in order]
+        for group in {*groups} - {None}:
+            places = [place for place, other in enumerate(met) if other == group]
+            assert places == list(range(places[0], places[0] + len(places)))
+    assert len({tuple(order[np.isin(order, [0, 7, 14, 21])]) for order in orders}) > 1, "rows of a group are shuffled"
+
+
+def test_rows_without_groups_are_in_the_order_that_they_always_had(tmp_path: Path) -> None:
+    plan = BatchPlan([pairs(tmp_path / "set.jsonl", 40)], [1.0], steps=5, batch_size=8, seed=3)
+
+    order = np.concatenate([plan.rows(step)[1] for step in range(5)])
+    np.testing.assert_array_equal(order, np.random.default_rng((3, 1, 0, 0)).permutation(40))
+
+
+def test_a_group_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "set.jsonl", {"query": "q", "positive": "p", "group": 1.5})
+    with pytest.raises(DataError, match=r"set\.jsonl:1: group: expected a string or an integer, got 1\.5"):
+        load_dataset(config(path))
 
 
 def test_every_set_of_a_mixture_follows_its_own_epochs(three: list[Dataset]) -> None:

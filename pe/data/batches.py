@@ -103,6 +103,13 @@ def _later(order: Ints, avoid: Ints, head: int) -> Ints:
     return order
 
 
+def shuffled(groups: Ints, rng: np.random.Generator) -> Ints:
+    """Rows in random order, those of a group next to one another, where its first one falls."""
+    order = rng.permutation(len(groups))
+    _, first, group = np.unique(groups[order], return_index=True, return_inverse=True)
+    return order[np.argsort(first[group], kind="stable")]
+
+
 def draws(weights: Sequence[float], steps: int, seed: int) -> Ints:
     """Place of each step's data set, [steps]; more steps change none before."""
     shares = np.asarray(weights, dtype=np.float64)
@@ -132,10 +139,10 @@ def steps_of(epochs: int, datasets: Sequence[TrainingSet], weights: Sequence[flo
 class BatchPlan:
     """Which rows every step trains on.
 
-    Each step's data set is drawn by weight. Within a data set the rows follow seeded permutations, one an epoch; the
-    batch that ends an epoch is filled from the next one and holds no row twice. More steps or a later start change
-    nothing in the batches before, and the parts of several processes are together the batch, whether or not they are of
-    one size.
+    Each step's data set is drawn by weight. Within a data set the rows follow seeded permutations, one an epoch, in
+    which those of a group stay together; the batch that ends an epoch is filled from the next one and holds no row
+    twice. More steps or a later start change nothing in the batches before, and the parts of several processes are
+    together the batch, whether or not they are of one size.
 
     Raises:
         DataError: no data set, or one with fewer rows than a batch.
@@ -196,13 +203,13 @@ class BatchPlan:
         It depends on the epoch before, with which it may share a batch, so orders are built from the first epoch on;
         the last two are kept.
         """
-        known, rows, size = self._orders[which], len(self.datasets[which]), self._rows[which]
+        known, groups, size = self._orders[which], self.datasets[which].groups, self._rows[which]
         start = max((built for built in known if built <= epoch), default=-1)
         if start < 0:
             known.clear()
         for number in range(start + 1, epoch + 1):
-            order = np.random.default_rng((self.seed, 1, which, number)).permutation(rows)
-            if shared := number * rows % size:  # rows of the epoch before in the batch that crosses into this one
+            order = shuffled(groups, np.random.default_rng((self.seed, 1, which, number)))
+            if shared := number * len(groups) % size:  # rows of the epoch before in the batch that both have part in
                 order = _later(order, known[number - 1][-shared:], size - shared)
             known[number] = order
             known.pop(number - 2, None)

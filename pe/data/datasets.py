@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -102,6 +102,11 @@ class TrainingSet(Protocol):
     contradicts: ClassVar[bool]
 
     @property
+    def groups(self) -> Ints:
+        """A number for every row; rows of one number stand together in every epoch."""
+        ...
+
+    @property
     def config(self) -> DatasetConfig: ...
 
     @property
@@ -141,6 +146,7 @@ class Dataset:
     """Empty for labelled texts."""
     labels: Ints
     """Ascending; -1 where there is none."""
+    groups: Ints
 
     queries_of_a_row: ClassVar[int] = 1
     contradicts: ClassVar[bool] = False
@@ -181,6 +187,8 @@ class _Parts(NamedTuple):
     positives: list[tuple[str, ...]]
     negatives: list[tuple[str, ...]]
     hard_negative_rows: int = 0
+    groups: Sequence[str | int | None] = ()
+    """Of every row, or of none."""
 
 
 Rows = list[tuple[int, Record]]
@@ -193,6 +201,7 @@ def _build_pairs(rows: Rows) -> _Parts:
         labels=[-1] * len(rows),
         positives=[tuple(record["positives"]) for _, record in rows],
         negatives=[tuple(record.get("negatives", ())) for _, record in rows],
+        groups=[record.get("group") for _, record in rows],
     )
 
 
@@ -308,7 +317,15 @@ def load_dataset(config: DatasetConfig) -> Dataset:
         positives=parts.positives,
         negatives=parts.negatives,
         labels=np.array(parts.labels, dtype=np.int64),
+        groups=_numbered(parts.groups or [None] * len(parts.queries)),
     )
+
+
+def _numbered(groups: Sequence[str | int | None]) -> Ints:
+    """The row with which each row's group begins; its own where it has no group."""
+    first: dict[str | int, int] = {}
+    places = (row if group is None else first.setdefault(group, row) for row, group in enumerate(groups))
+    return np.fromiter(places, dtype=np.int64)
 
 
 def _instructed(record: Record, config: DatasetConfig) -> Record:

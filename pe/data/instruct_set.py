@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from pe.config import DatasetConfig
-from pe.data.datasets import Example, Report, TrainingSet, check_limit, load_dataset
+from pe.data.datasets import Example, Ints, Report, TrainingSet, check_limit, load_dataset
 from pe.data.instruct import InstructRow, InstructTask, read_instructions, read_rows
 from pe.data.instructions import set_name
 from pe.data.records import DataError, braced
@@ -36,6 +36,10 @@ class InstructSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def groups(self) -> Ints:
+        return np.arange(len(self.rows))
 
     @property
     def wordings(self) -> tuple[str, ...]:

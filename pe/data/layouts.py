@@ -73,6 +73,12 @@ def label(column: str, value: Any) -> Record:
     return {"label": value}
 
 
+def group(column: str, value: Any) -> Record:
+    """What a row belongs to, a string or an integer."""
+    check_label(column, value)
+    return {"group": value}
+
+
 def score(column: str, value: Any) -> Record:
     """A number; csv and tsv have it in letters."""
     if isinstance(value, str):
@@ -185,12 +191,13 @@ def _in_order(column: str) -> tuple[str, int]:
 
 
 INSTRUCTION = {"instruction": text("instruction")}
+GROUP = {"group": group}
 NEGATIVES = {"negatives": texts("negatives"), "negative": texts("negatives")}
 SENTENCES = {"sentence1": text("sentence1"), "sentence2": text("sentence2")}
 POSITIVES = texts("positives")
 
 LAYOUTS = (
-    Layout("pairs", "pairs", {"query": text("query"), "positive": POSITIVES}, NEGATIVES | INSTRUCTION),
+    Layout("pairs", "pairs", {"query": text("query"), "positive": POSITIVES}, NEGATIVES | INSTRUCTION | GROUP),
     Layout("labelled texts", "labelled", {"text": text("text"), "label": label}, INSTRUCTION),
     Layout("scored pairs", "scored", SENTENCES | {"score": score}, INSTRUCTION),
     Layout("sentence-transformers, labelled pairs", "scored", SENTENCES | {"label": score}, INSTRUCTION),
@@ -198,7 +205,7 @@ LAYOUTS = (
         "sentence-transformers",
         "pairs",
         {"anchor": text("query"), "positive": POSITIVES},
-        NEGATIVES | INSTRUCTION,
+        NEGATIVES | INSTRUCTION | GROUP,
     ),
     Layout(
         "FlagEmbedding",
