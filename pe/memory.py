@@ -348,7 +348,7 @@ def draw_course(axis: Any, record: Record) -> None:
     for name, begin in phases[:-1]:
         axis.axvline(begin, color="black", linewidth=0.8, linestyle=":", alpha=0.6)
         if name not in named and not (name == "forward" and named):
-            side = "right" if begin > 0.8 * end else "left"
+            side = "right" if begin > 0.7 * end else "left"
             axis.text(begin, 1.01, name, ha=side, va="bottom", fontsize=8, transform=axis.get_xaxis_transform())
         named.add(name)
     if "peak_mib" in record["predicted"]:

@@ -2,12 +2,12 @@
 
     python scripts/make_cloze.py SOURCE data/
 
-SOURCE holds `manifest.json` and `pretrain/wikipedia.jsonl.xz`, rows of `{"title", "text"}`. An article gives one row: a
-sentence of a passage loses a name or a number and gets a question word in its place (after Patrick Lewis, Ludovic
-Denoyer, Sebastian Riedel: Unsupervised Question Answering by Cloze Translation, ACL 2019); that passage is the positive
-and the other passage of the article that shares most words with the question the negative. Articles with a title or a
-sentence of `eval/xquad` in `data/` are left out. Every choice is a hash of texts: the same source and xz library give
-the same bytes.
+SOURCE holds `manifest.json` and `pretrain/wikipedia.jsonl.xz`, rows of `{"title", "text"}`. An article gives a group of
+four rows, a passage each: a sentence of the passage loses a name or a number and gets a question word in its place
+(after Patrick Lewis, Ludovic Denoyer, Sebastian Riedel: Unsupervised Question Answering by Cloze Translation, ACL
+2019). In a batch the passages of an article are one another's hard negatives. Articles with fewer such passages, and
+those with a title or a sentence of `eval/xquad` in `data/`, are left out. Every choice is a hash of texts: the same
+source and xz library give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import hashlib
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from make_data import checked_bytes, spread
 
 SOURCE_FILE = "pretrain/wikipedia.jsonl.xz"
-ROWS = 6_000
+ARTICLES = 1_500
+ROWS_OF_AN_ARTICLE = 4
 PASSAGE_WORDS = range(40, 91)
 SENTENCE_WORDS = range(8, 31)
 QUESTION_WORDS = 14
@@ -32,7 +33,8 @@ QUESTION_WORDS = 14
 
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"][.!?]) (?=[A-Z\"])")
 YEAR = re.compile(r"(?:[Ii]n |[Ss]ince |[Bb]y )?\b(?:1[0-9]|20)\d\d\b")
-NUMBER = re.compile(r"\b\d[\d,.]*\b")
+NUMBER = re.compile(r"\b(?!(?:1[0-9]|20)\d\d\b)\d[\d,.]*\b")
+"""No year."""
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*")
 QUESTION_OF: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     (YEAR, ("When",)),
@@ -44,16 +46,12 @@ QUESTION_OF: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
 class Row(NamedTuple):
     query: str
     positive: str
-    negatives: list[str]
+    group: str
 
 
 def choice(text: str, count: int) -> int:
     """A number below `count` that the text decides."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big") % count
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
 
 
 def passages(article: str) -> Iterator[list[str]]:
@@ -82,23 +80,27 @@ def question(sentence: str) -> str | None:
     return f"{openings[choice(sentence + gap.group(), len(openings))]} {' '.join(clause).strip(' .,;:')}?"
 
 
-def row_of(title: str, article: str) -> Row | None:
-    """A cloze question, its passage and the passage of the article that is most like it; None without a second one."""
-    found = list(passages(article))
-    if len(found) < 2:
-        return None
-    number = choice(article, len(found))
-    asked = [
+def asked(passage: Sequence[str]) -> str | None:
+    """A question that the passage, its sentences, answers; None where none of them has a gap."""
+    found = [
         text
-        for sentence in found[number]
+        for sentence in passage
         if len(sentence.split()) in SENTENCE_WORDS and (text := question(sentence)) is not None
     ]
-    if not asked:
-        return None
-    query = asked[choice(title, len(asked))]
-    texts = [f"{title} {' '.join(passage)}" for passage in found]
-    positive = texts.pop(number)
-    return Row(query, positive, [max(texts, key=lambda text: len(words(text) & words(query)))])
+    return found[choice(" ".join(passage), len(found))] if found else None
+
+
+def rows_of(title: str, article: str) -> list[Row]:
+    """Cloze questions of an article, in the order of their passages; none where too few passages answer one."""
+    found = [
+        Row(query, f"{title} {' '.join(passage)}", title)
+        for passage in passages(article)
+        if (query := asked(passage)) is not None
+    ]
+    if len(found) < ROWS_OF_AN_ARTICLE:
+        return []
+    first = choice(article, len(found) - ROWS_OF_AN_ARTICLE + 1)
+    return found[first : first + ROWS_OF_AN_ARTICLE]
 
 
 def sentences(text: str) -> set[str]:
@@ -113,17 +115,17 @@ def make(source: Path, target: Path) -> Path:
         held_out = [json.loads(line) for line in file]
     titles = {row["title"].casefold() for row in held_out}
     kept_back = {text for row in held_out for text in sentences(row["text"])}
-    lines = []
+    articles = []
     for line in checked_bytes(source, manifest[SOURCE_FILE]).splitlines():
         article = json.loads(line)
         if article["title"].casefold() in titles or sentences(article["text"].replace("\n", " ")) & kept_back:
             continue
-        if (row := row_of(article["title"], article["text"])) is not None:
-            lines.append(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n".encode())
-    kept = spread(lines, ROWS)
+        if rows := rows_of(article["title"], article["text"]):
+            articles.append("".join(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n" for row in rows).encode())
+    kept = spread(articles, ARTICLES)
     output = target / "train/cloze.jsonl.xz"
     output.write_bytes(lzma.compress(b"".join(kept), preset=9 | lzma.PRESET_EXTREME))
-    print(f"{output}: {len(kept):,} of {len(lines):,} rows, {output.stat().st_size:,} bytes")
+    print(f"{output}: {len(kept):,} of {len(articles):,} articles, {output.stat().st_size:,} bytes")
     return output
 
 

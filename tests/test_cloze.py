@@ -14,9 +14,10 @@ import pytest
 from tests.scripts import SCRIPTS, load_script
 
 OTHERS = "It is known to many people who live near the coast and to those who visit it in summer. " * 2
-FIRST = f"The lighthouse of the bay was built by Anna Stone after a storm had sunk two ships. {OTHERS}"
-SECOND = f"The harbour beside it has a market where the boats of Captain Reed sell fish each morning. {OTHERS}"
-ARTICLE = f"{FIRST.strip()}\nHistory.\n{SECOND.strip()}"
+NAMES = ("Anna Stone", "Captain Reed", "Mary Fell", "Doctor Bly", "Old Tom")
+PASSAGES = tuple(f"The house of the bay was built by {name} after a storm. {OTHERS}".strip() for name in NAMES)
+FIRST, SECOND, *_ = PASSAGES
+ARTICLE = "\nHistory.\n".join(PASSAGES)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def cloze(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("sentence", "openings", "gone"),
     [
-        ("the old bridge was opened in 1894 after long work.", {"When", "How many"}, "1894"),
+        ("the old bridge was opened in 1894 after long work.", {"When"}, "1894"),
         ("the club has won 27 cups since it was made.", {"How many"}, "27"),
         ("the song was written by Clara Weiss for a film.", {"Who", "What", "Which", "Where"}, "Clara Weiss"),
     ],
@@ -57,19 +58,21 @@ def test_a_long_sentence_is_cut_around_its_gap(cloze: ModuleType) -> None:
 def test_a_passage_is_of_one_paragraph_and_long_enough(cloze: ModuleType) -> None:
     found = [" ".join(sentences) for sentences in cloze.passages(ARTICLE)]
 
-    assert found == [FIRST.strip(), SECOND.strip()]
+    assert found == list(PASSAGES)
     assert list(cloze.passages("Too short.\nHistory.")) == []
 
 
-def test_a_row_holds_its_passage_and_another_of_the_same_article(cloze: ModuleType) -> None:
-    row = cloze.row_of("Bay Light", ARTICLE)
+def test_an_article_gives_a_group_of_four_neighbours(cloze: ModuleType) -> None:
+    rows = cloze.rows_of("Bay Light", ARTICLE)
 
-    texts = {f"Bay Light {FIRST.strip()}", f"Bay Light {SECOND.strip()}"}
-    assert {row.positive, *row.negatives} == texts
-    asked_for = "Anna Stone" if "lighthouse" in row.query else "Captain Reed"
-    assert asked_for not in row.query
-    assert asked_for in row.positive
-    assert cloze.row_of("Bay Light", FIRST.strip()) is None, "there is no other passage"
+    assert [row.group for row in rows] == ["Bay Light"] * 4
+    texts = [f"Bay Light {passage}" for passage in PASSAGES]
+    assert [row.positive for row in rows] in (texts[:4], texts[1:])
+    for row in rows:
+        asked_for = next(name for name in NAMES if name in row.positive)
+        assert asked_for not in row.query
+    assert cloze.rows_of("Bay Light", "\n".join(PASSAGES[:3])) == [], "three passages are too few"
+    assert cloze.rows_of("Bay Light", ARTICLE.replace("Anna Stone", "a man").replace("Old Tom", "a man")) == []
 
 
 def write_source(folder: Path, articles: list[dict[str, str]]) -> None:
@@ -91,11 +94,11 @@ def test_articles_that_are_scored_on_are_left_out(
     same_sentence = ARTICLE.replace("each morning.", "each morning. The tower of the town fell in 1920.")
     articles = [("Bay Light", ARTICLE), ("Known Title", ARTICLE), ("Other", same_sentence)]
     write_source(source, [{"title": title, "text": text} for title, text in articles])
-    monkeypatch.setattr(cloze, "ROWS", 1)
+    monkeypatch.setattr(cloze, "ARTICLES", 1)
 
     first = cloze.make(source, target).read_bytes()
     rows = [json.loads(line) for line in lzma.decompress(first).splitlines()]
-    assert [row["positive"].startswith("Bay Light ") for row in rows] == [True]
+    assert [row["positive"].startswith("Bay Light ") for row in rows] == [True] * 4
     assert cloze.make(source, target).read_bytes() == first, "the same source gives the same bytes"
 
 
