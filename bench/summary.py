@@ -33,7 +33,7 @@ POINTS = {
     "lora-last-layers": "LoRA without dropout, on the upper half of the layers",
 }
 REAL = ("smollm2-135m", "smollm2-135m until 2026-12-01")
-"""The recipe of a real backbone, as it is and as it was; the first that ours and LoRA were both timed on."""
+"""The recipe of a real backbone, as it is and as it was when more tasks were scored."""
 PLOT = "summary.svg"
 LENGTHS = {"real": "texts of real lengths", "fixed": "texts of one length"}
 HEADER = ("what", "hardware", "ours", "best LoRA", "times as fast", "memory, share of LoRA's", "score, share of LoRA's")
@@ -50,10 +50,15 @@ def step_row(case: str, device: str, variant: str, folder: Path) -> list[str] | 
     beside = [row for group in measured("memory", folder) for row in group if place(row) == place(ours)]
     peaks = {row["variant"]: above(row["memory"]) for row in beside}
     what = f"one training step of *{case}* ({ours['sizes']['backbone']}), {LENGTHS[ours['distribution']]}"
-    what += ", in bfloat16" if device == "cpu" and ours["dtype"] == "bfloat16" else ""
+    what += _in_bfloat16(ours)
     what += ", which a store had" if variant == STORED else ""
     times = [f"{row['ms']['median']:,.0f} ms" for row in (ours, lora)]
     return [what, hardware(ours), *times, ratio(lora, ours), share(peaks.get(BEST), peaks.get(variant)), ""]
+
+
+def _in_bfloat16(row: records.Record) -> str:
+    """A CPU's type, where it is not the usual one."""
+    return ", in bfloat16" if row["device"] == "cpu" and row["dtype"] == "bfloat16" else ""
 
 
 def training_row(name: str, model: str, variants: Variants) -> list[str] | None:
@@ -65,6 +70,7 @@ def training_row(name: str, model: str, variants: Variants) -> list[str] | None:
     ours, best, quickest = (mean_of(variants, title) or 0.0 for title in found)
     plain = [task for task in rows[0]["by_task"] if task != FOLLOWED]
     what = f"training of *{model}*, {rows[0]['steps']} steps, scored on {several(len(plain), 'task')}"
+    what += _in_bfloat16(rows[0])
     cells = [
         f"{spent:,.0f} s, score {score:.1f}{_followed(variants[title])}"
         for title, spent, score in zip((found.ours, found.quickest), seconds, (ours, quickest), strict=True)
@@ -88,9 +94,8 @@ def scored(folder: Path) -> Variants:
 def render(folder: Path) -> str:
     """The table: trainings of a real backbone, then steps and whole trainings of others."""
     tables, variants = newest(folder), scored(folder)
-    real = (training_row(TRAININGS[0], "SmolLM2-135M", tables.get(name, {})) for name in REAL)
     found = [
-        next(filter(None, real), None),
+        *(training_row(TRAININGS[0], "SmolLM2-135M", tables.get(name, {})) for name in REAL),
         *(step_row(*case, folder) for case in STEPS),
         training_row(TRAININGS[1], "tiny", variants),
     ]

@@ -649,7 +649,7 @@ def scored(variant: str, mean: float, seconds: float | None, seed: int = 0, **fi
     """Record a training of the quality table."""
     row = {"recipe": "tiny --x=1", "variant": variant, "seed": seed, "mean": mean, "cpu_seconds": seconds}
     more = {"seen": mean, "unseen": mean, "by_type": {}, "by_task": {"PE-A": mean, "PE-B": mean}, "rate": 0.003}
-    more |= {"steps": 120, "device": "cpu"}
+    more |= {"steps": 120, "device": "cpu", "dtype": "float32"}
     records.append("quality", [row | more | {"protocol": quality.PROTOCOL} | fields])
 
 
@@ -687,14 +687,14 @@ def test_a_real_training_stands_beside_lora_with_what_it_follows(results: Path) 
         (ours, 40.0, True, 90.0),
         (lora, 250.0, False, 50.0),
     ):
-        row = {"recipe": summary.REAL[0], "protocol": quality.PROTOCOL, "variant": title, "seed": 0, "mean": 80.0}
+        row = {"recipe": summary.REAL[1], "protocol": quality.PROTOCOL, "variant": title, "seed": 0, "mean": 80.0}
         row |= {"by_type": {}, "by_task": {"PE-STSb-dev": 80.0, summary.FOLLOWED: right}, "steps": 105, "rate": 1e-3}
         records.append(
             "quality", [row | {"dtype": "bfloat16", "device": "cpu", "cpu_seconds": seconds, "stored": stored}]
         )
-    found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL[0]])
+    found = summary.training_row("pe-weighted", "SmolLM2-135M", quality.newest(results)[summary.REAL[1]])
     assert found is not None
-    assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 task"
+    assert found[0] == "training of *SmolLM2-135M*, 105 steps, scored on 1 task, in bfloat16"
     cells = ["100 s, score 80.0, follows 90.0", "250 s, score 80.0, follows 50.0"]
     assert found[2:] == [*cells, "2.50", "", "100% of 80.0"]
     assert not summary.scored(results), "the rows of small models are of others"
