@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pe.config import LoraSettings
 from pe.method.adapters import FusedLinear, LowRankSum, lora_config, prepare_adapters, quantize_adapted
-from pe.method.quantized import CENTRE, has_eight_bits, quantized_rows
+from pe.method.quantized import CENTRE, quantized_rows
 from tests.embedders import with_reader
+from tests.processors import sums_int8_exactly
 from tests.tiny import decoder
 
 ADAPTER = "reader"
@@ -87,9 +88,7 @@ def results(layer: lora.Linear, x: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [x, *trained] if x.requires_grad else trained, upstream)]
 
 
-@pytest.mark.skipif(
-    not has_eight_bits("int8", torch.device("cpu")), reason="without AVX-512 VNNI sums of int8 products are not exact"
-)
+@sums_int8_exactly
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_weight_in_8_bits_has_the_gradient_of_what_it_stands_for(layers: Layers, bias: bool) -> None:
     """Against PEFT's layer with that weight; its output with the input rounded, too, on the way to that weight."""

@@ -83,18 +83,15 @@ def write_source(folder: Path, articles: list[dict[str, str]]) -> None:
     (folder / "manifest.json").write_text(json.dumps([entry | {"ship": True}]))
 
 
-def test_articles_that_are_scored_on_are_left_out(
-    cloze: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_articles_that_are_scored_on_are_left_out(cloze: ModuleType, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "data"
     for folder in ("eval/xquad", "train"):
         (target / folder).mkdir(parents=True)
     held_out = {"_id": "0", "title": "Known Title", "text": "The tower of the town fell in 1920. It was rebuilt."}
     (target / "eval/xquad/corpus.jsonl.xz").write_bytes(lzma.compress(json.dumps(held_out).encode()))
-    same_sentence = ARTICLE.replace("each morning.", "each morning. The tower of the town fell in 1920.")
+    same_sentence = f"{ARTICLE}\nIt is so. The tower of the town fell in 1920."
     articles = [("Bay Light", ARTICLE), ("Known Title", ARTICLE), ("Other", same_sentence)]
     write_source(source, [{"title": title, "text": text} for title, text in articles])
-    monkeypatch.setattr(cloze, "ARTICLES", 1)
 
     first = cloze.make(source, target).read_bytes()
     rows = [json.loads(line) for line in lzma.decompress(first).splitlines()]

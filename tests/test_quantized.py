@@ -27,29 +27,22 @@ from pe.runs.recipes import load_recipe
 from pe.step import Step
 from pe.train import build_accelerator
 from tests.embedders import REQUESTS, gradients, lora, relative_error
+from tests.processors import sums_int8_exactly
 from tests.tiny import byte_tokenizer, decoder
 from tests.training import new_model, plan_of, write_recipe
 
 CPU = torch.device("cpu")
 KINDS: tuple[Kind, ...] = ("int8", "float8")
+EXACT_KINDS = (pytest.param("int8", marks=sums_int8_exactly), "float8")
 TEXTS = [[5, 6, 7, 8], [9, 4, 200], [17], list(range(30, 70))]
 LARGEST = {"int8": 127, "float8": 448}
 HALF_STEP = {"int8": 0.5 / 127, "float8": 2**-4}
 """Largest error of a rounded number: of int8 relative to its row's largest, of float8 (three bits) to itself."""
 
 
-SATURATES = not quantized.has_eight_bits("int8", torch.device("cpu"))
-"""Without VNNI pairs of int8 products are added in 16 bits, which they may not fit."""
-
-
-def skip_where_sums_saturate(kind: Kind) -> None:
-    if kind == "int8" and SATURATES:
-        pytest.skip("this processor lacks AVX-512 VNNI, without which sums of int8 products are not exact")
-
-
 @pytest.fixture(autouse=True)
 def _has_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic is the same on a processor that is slow at it."""
+    """What does not depend on exact sums is the same on a processor without them."""
     monkeypatch.setattr(quantized, "has_eight_bits", lambda kind, device: True)
 
 
@@ -85,11 +78,10 @@ def test_rows_are_rounded_to_the_nearest(kind: Kind, dtype: torch.dtype, monkeyp
     assert bool(((plain(rows) - x.double()).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_a_product_is_that_of_the_rounded_numbers(kind: Kind, count: int) -> None:
     """Against float64 on the same rounded numbers."""
-    skip_where_sums_saturate(kind)
     weight = torch.randn(80, 48) * torch.logspace(-2, 2, 80)[:, None]
     layer, x = EightBitLinear.of(weight, kind), random_rows(count)
     rows = quantized_rows(x, kind)
@@ -98,6 +90,15 @@ def test_a_product_is_that_of_the_rounded_numbers(kind: Kind, count: int) -> Non
     exact = plain(rows) @ rounded.T
     size = (plain(rows).norm(dim=1, keepdim=True) * rounded.norm(dim=1)).clamp_min(1e-30)
     assert ((layer(rows).double() - exact).abs() / size).max() < 1e-6
+
+
+def test_products_whose_pairs_fit_16_bits_are_exact_on_every_processor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-1, 2, (80, 48), generator=generator).float()
+    x = torch.randint(-127, 128, (300, 48), generator=generator).float()
+    weight[:, 0], x[:, 1] = 127, 127  # so scales are 1
+    found = EightBitLinear.of(weight, "int8")(quantized_rows(x, "int8"))
+    assert torch.equal(found, x @ weight.T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,11 +141,10 @@ def test_a_copy_computes_the_same(kind: Kind) -> None:
 # In a decoder.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "gpt_neox", "phi3"])
 def test_texts_are_read_as_the_stock_model_reads_them_so(kind: Kind, architecture: str) -> None:
     """Biases (qwen2, gpt_neox), fused projections (phi3), norms behind (gemma3): both probes pass, and it acts."""
-    skip_where_sums_saturate(kind)
     changes = {"hidden_size": 32, "intermediate_size": 64}
     model = backbone(kind, architecture, **changes)
     model.check_states()
@@ -221,9 +221,9 @@ def recipe_file(models: Path, folder: Path, kind: str = "int8", **changes: objec
     return write_recipe(models, folder, model__backbone={"model": str(models / "one"), "quantize": kind}, **changes)
 
 
+@sums_int8_exactly
 def test_embeddings_stay_near_and_all_parts_train(tiny_models: Path, tmp_path: Path) -> None:
     """The gradient is that of the model's own weights behind quantised texts: near the unquantised one."""
-    skip_where_sums_saturate("int8")
     recipe = load_recipe(recipe_file(tiny_models, tmp_path))
     unquantised = load_recipe(recipe_file(tiny_models, tmp_path / "plain", "none"))
     model, other = new_model(recipe), new_model(unquantised)
@@ -298,14 +298,14 @@ def test_who_reads_with_gradient_refuses() -> None:
         BackboneConfig(quantize="int4")  # type: ignore[arg-type]
 
 
+@sums_int8_exactly
 def test_lora_reads_near_what_it_would_read_unquantised() -> None:
-    skip_where_sums_saturate("int8")
     ours, theirs = (lora("packed", "gemma3", quantize=kind)(REQUESTS) for kind in ("int8", "none"))
     assert 0.99 < F.cosine_similarity(ours, theirs).min() < 1 - 1e-6
 
 
+@sums_int8_exactly
 def test_the_frozen_baseline_reads_so_too(tiny_models: Path) -> None:
-    skip_where_sums_saturate("int8")
     models = [
         FrozenEncoder.from_config(BackboneConfig(model=str(tiny_models / "one"), quantize=kind))
         for kind in ("int8", "none")
